@@ -1,0 +1,17 @@
+// Adds the compiled CPU kernels to the operators that longvq_layers/ops/_schema.py defines.
+#include <torch/csrc/stable/library.h>
+
+#include "cpu_capability.h"
+#include "export.h"
+#include "vq/assign.h"
+
+STABLE_TORCH_LIBRARY_IMPL(longvq, CPU, m) {
+  // A refused LONGVQ_CPU_CAPABILITY registers nothing: Python finds the reason and the torch kernels keep serving.
+  if (longvq::cpu_capability_error() != nullptr) {
+    return;
+  }
+  m.impl("vq_assign", TORCH_BOX(&longvq::vq_assign_cpu));
+}
+
+// The operators that this build has CPU kernels for, separated by spaces; Python checks that each was registered.
+LONGVQ_EXPORT const char* longvq_cpu_operators() { return "vq_assign"; }

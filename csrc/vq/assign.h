@@ -1,0 +1,11 @@
+// Nearest codeword: codes[b, h, l] = argmin_s ||k[b, h, l] - C[h, s]||^2, ties to the lowest s.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+
+namespace longvq {
+
+// k (B, H, L, D) and codebook (H, S, D), float32 on the CPU, any strides -> (B, H, L) int64.
+torch::stable::Tensor vq_assign_cpu(const torch::stable::Tensor& k, const torch::stable::Tensor& codebook);
+
+}  // namespace longvq
