@@ -1,0 +1,13 @@
+"""Drop-in layers for long sequences: vector-quantised attention and state space models in linear time.
+
+>>> import torch, longvq_layers
+>>> layer = longvq_layers.VQAttention(64, num_heads=4)
+>>> layer(torch.randn(2, 1000, 64)).shape
+torch.Size([2, 1000, 64])
+"""
+
+from longvq_layers import _extension, ops
+
+_extension.load()
+
+__version__ = "0.1.0"

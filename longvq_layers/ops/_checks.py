@@ -1,0 +1,57 @@
+"""Argument checks shared by the operators. Messages read: operation, argument, what was expected, what was got."""
+
+import torch
+from torch import Tensor
+
+
+def shape_text(x: Tensor) -> str:
+    return f"{tuple(x.shape)} {str(x.dtype).removeprefix('torch.')}"
+
+
+def tensor(op: str, name: str, x: object, dims: str) -> None:
+    """``x`` is a tensor with as many axes as ``dims`` ("B H L D") has letters."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{op}: {name} must be a torch.Tensor ({dims.replace(' ', ', ')}), got {type(x).__name__}")
+    rank = len(dims.split())
+    if x.dim() != rank:
+        raise ValueError(
+            f"{op}: {name} must have {rank} dimensions ({dims.replace(' ', ', ')}), got {x.dim()}: {tuple(x.shape)}"
+        )
+
+
+def real(op: str, name: str, x: Tensor) -> None:
+    if not x.is_floating_point():
+        raise TypeError(f"{op}: {name} must be a real floating-point tensor, got {x.dtype}")
+
+
+def same_device(op: str, first: str, expected: Tensor, **others: Tensor | None) -> None:
+    for name, x in others.items():
+        if x is not None and x.device != expected.device:
+            raise ValueError(f"{op}: {name} must be on the device of {first}, {expected.device}, got {x.device}")
+
+
+def size(op: str, name: str, x: Tensor, expected: tuple[int, ...], dims: str) -> None:
+    if tuple(x.shape) != expected:
+        raise ValueError(f"{op}: {name} must have shape ({dims.replace(' ', ', ')}) = {expected}, got {tuple(x.shape)}")
+
+
+def at_least_one(op: str, name: str, x: Tensor, axis: int, meaning: str) -> None:
+    if x.shape[axis] < 1:
+        raise ValueError(f"{op}: {name} needs at least one {meaning}, got shape {tuple(x.shape)}")
+
+
+def key_padding_mask(op: str, mask: object, batch: int, length: int) -> None:
+    tensor(op, "key_padding_mask", mask, "B L")
+    if mask.dtype != torch.bool:
+        raise TypeError(f"{op}: key_padding_mask must be bool with True = ignore, got {mask.dtype}")
+    size(op, "key_padding_mask", mask, (batch, length), "B L")
+
+
+def one_of(op: str, name: str, value: object, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{op}: {name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+def values_are_readable(x: Tensor) -> bool:
+    """Whether looking at the values is cheap and possible: on the CPU, not while tracing."""
+    return x.device.type == "cpu" and type(x) in (Tensor, torch.nn.Parameter) and not torch.compiler.is_compiling()

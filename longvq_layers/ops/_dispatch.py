@@ -1,0 +1,73 @@
+"""Which backend serves a call, and why another one declines.
+
+``"reference"`` and ``"torch"`` serve everything. ``"native"`` serves what the compiled library has kernels for: each
+entry of :data:`NATIVE_KERNELS` states, per operator and device type, the dtypes covered. ``"auto"`` takes native where
+it can and torch elsewhere; a backend asked for by name is never replaced by another.
+"""
+
+import torch
+
+from longvq_layers import _extension
+
+BACKENDS = ("auto", "native", "torch", "reference")
+
+# operator -> device type -> dtypes of the compiled kernels
+NATIVE_KERNELS: dict[str, dict[str, tuple[torch.dtype, ...]]] = {
+    "vq_assign": {"cpu": (torch.float32,)},
+    "vq_attention": {},
+    "ssm_scan": {},
+    "ssm_kernel": {},
+    "long_conv": {},
+}
+
+
+def native_declines(op: str, device: torch.device, dtypes: tuple[torch.dtype, ...]) -> str | None:
+    """Why the compiled library can't serve this call; None if it can."""
+    kernels = NATIVE_KERNELS.get(op, {})
+    if not kernels:
+        return f"{op} has no compiled kernel yet"
+    if device.type not in kernels:
+        return f"{op} has compiled kernels for {', '.join(kernels)}, not for {device.type}"
+    covered = kernels[device.type]
+    wrong = [dtype for dtype in dtypes if dtype not in covered]
+    if wrong:
+        names = ", ".join(str(dtype) for dtype in covered)
+        return f"{op} on {device.type} has compiled kernels for {names}, got {', '.join(str(d) for d in wrong)}"
+    if not _extension.is_loaded():
+        return f"the compiled library is not loaded: {_extension.load_error()}"
+    return None
+
+
+def choose(op: str, backend: str, device: torch.device, dtypes: tuple[torch.dtype, ...]) -> str:
+    """Resolve ``backend`` to ``"native"``, ``"torch"`` or ``"reference"``.
+
+    Raises:
+        ValueError: ``backend`` is none of the four names.
+        NotImplementedError: ``backend="native"`` and no compiled kernel serves these arguments; says why.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"{op}: backend must be one of {', '.join(map(repr, BACKENDS))}, got {backend!r}")
+    if backend in ("torch", "reference"):
+        return backend
+    reason = native_declines(op, device, dtypes)
+    if reason is None:
+        return "native"
+    if backend == "native":
+        raise NotImplementedError(
+            f'{op}: backend="native" can\'t serve this call: {reason}. '
+            'Use backend="auto" or "torch"; `python -m longvq_layers.info` shows what is available.'
+        )
+    return "torch"
+
+
+def availability() -> list[tuple[str, str, str, dict[str, str | None]]]:
+    """Rows (operator, device type, dtype, {backend: None if available, else the reason}) for this machine."""
+    devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
+    dtypes = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+    rows = []
+    for op in NATIVE_KERNELS:
+        for device in devices:
+            for dtype in dtypes:
+                reasons = {"native": native_declines(op, torch.device(device), (dtype,)), "torch": None}
+                rows.append((op, device, str(dtype).removeprefix("torch."), {**reasons, "reference": None}))
+    return rows

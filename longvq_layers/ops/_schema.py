@@ -1,0 +1,126 @@
+"""Every operator of this library: schema, default kernel, shape function, autograd.
+
+One description, two namespaces. ``longvq_torch::x`` always runs the PyTorch code. ``longvq::x`` has that code as its
+default too (``CompositeExplicitAutograd``), and the compiled library overrides it for the devices it has kernels for.
+So operators exist, compile, export and differentiate with or without the library, whatever the load order.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from longvq_layers.ops.torch.assign import vq_assign
+from longvq_layers.ops.torch.attention import vq_attention
+from longvq_layers.ops.torch.attention_backward import vq_attention_backward
+from longvq_layers.ops.torch.ssm import ssm_scan, ssm_scan_backward
+
+NATIVE, TORCH = "longvq", "longvq_torch"
+_libraries = {namespace: torch.library.Library(namespace, "DEF") for namespace in (NATIVE, TORCH)}
+
+
+def _define(schema: str, default: Callable, fake: Callable) -> None:
+    name = schema[: schema.index("(")]
+    for namespace, library in _libraries.items():
+        library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+        library.impl(name, default, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"{namespace}::{name}", fake, lib=library)
+
+
+def _define_autograd(name: str, setup_context: Callable, backward: Callable) -> None:
+    for namespace, library in _libraries.items():
+        # Backward stays in the namespace of its forward.
+        ops = getattr(torch.ops, namespace)
+        torch.library.register_autograd(
+            f"{namespace}::{name}",
+            lambda ctx, *grads, ops=ops: backward(ops, ctx, *grads),
+            setup_context=setup_context,
+            lib=library,
+        )
+
+
+
+# ---- vq_assign ------------------------------------------------------------------------------------------------------
+
+
+def _vq_assign_fake(k: Tensor, codebook: Tensor) -> Tensor:
+    return torch.empty(k.shape[:3], dtype=torch.int64, device=k.device)
+
+
+_define("vq_assign(Tensor k, Tensor codebook) -> Tensor", vq_assign, _vq_assign_fake)
+
+# ---- vq_attention ---------------------------------------------------------------------------------------------------
+
+_ATTENTION_INPUTS = (
+    "Tensor q, Tensor k, Tensor v, Tensor codebook, Tensor codes, Tensor? bias, Tensor? key_padding_mask, "
+    "float scale, bool causal, int window, str activation, str local_keys, str key_grad"
+)
+
+
+def _vq_attention_fake(q, k, v, codebook, codes, bias, key_padding_mask, *options):
+    lse_dtype = torch.promote_types(q.dtype, torch.float32)
+    return v.new_empty(*q.shape[:3], v.shape[-1]), q.new_empty(q.shape[:3], dtype=lse_dtype)
+
+
+def _vq_attention_backward_fake(grad, out, lse, q, k, v, codebook, codes, bias, key_padding_mask, *options):
+    dbias = q.new_empty(0) if bias is None else bias.new_empty(bias.shape)
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), dbias
+
+
+def _vq_attention_setup(ctx, inputs, output):
+    tensors, ctx.options = inputs[:7], inputs[7:]
+    ctx.save_for_backward(*output, *tensors)
+
+
+def _vq_attention_grad(ops, ctx, grad, grad_lse):
+    out, lse, *tensors = ctx.saved_tensors
+    dq, dk, dv, dbias = ops.vq_attention_backward(grad, out, lse, *tensors, *ctx.options)
+    has_bias = tensors[5] is not None
+    return dq, dk, dv, None, None, dbias if has_bias else None, None, *[None] * len(ctx.options)
+
+
+_define(f"vq_attention({_ATTENTION_INPUTS}) -> (Tensor, Tensor)", vq_attention, _vq_attention_fake)
+_define(
+    f"vq_attention_backward(Tensor grad, Tensor out, Tensor lse, {_ATTENTION_INPUTS}) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+    vq_attention_backward,
+    _vq_attention_backward_fake,
+)
+_define_autograd("vq_attention", _vq_attention_setup, _vq_attention_grad)
+
+# ---- ssm_scan -------------------------------------------------------------------------------------------------------
+
+_SCAN_INPUTS = "Tensor u, Tensor log_decay, Tensor weight, Tensor? skip, Tensor? initial_state"
+
+
+def _ssm_scan_fake(u, log_decay, weight, skip, initial_state):
+    return u.new_empty(u.shape), log_decay.new_empty(u.shape[0], *log_decay.shape)
+
+
+def _ssm_scan_backward_fake(grad_y, grad_state, u, log_decay, weight, skip, initial_state):
+    dskip = u.new_empty(0) if skip is None else skip.new_empty(skip.shape)
+    dinitial = u.new_empty(0) if initial_state is None else initial_state.new_empty(initial_state.shape)
+    empty_params = log_decay.new_empty(log_decay.shape)
+    return u.new_empty(u.shape), empty_params, torch.empty_like(empty_params), dskip, dinitial
+
+
+def _ssm_scan_setup(ctx, inputs, output):
+    ctx.save_for_backward(*inputs)
+
+
+def _ssm_scan_grad(ops, ctx, grad_y, grad_state):
+    u, log_decay, weight, skip, initial_state = ctx.saved_tensors
+    du, dlog, dweight, dskip, dinitial = ops.ssm_scan_backward(
+        grad_y, grad_state, u, log_decay, weight, skip, initial_state
+    )
+    return du, dlog, dweight, None if skip is None else dskip, None if initial_state is None else dinitial
+
+
+_define(f"ssm_scan({_SCAN_INPUTS}) -> (Tensor, Tensor)", ssm_scan, _ssm_scan_fake)
+_define(
+    f"ssm_scan_backward(Tensor grad_y, Tensor grad_state, {_SCAN_INPUTS}) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    ssm_scan_backward,
+    _ssm_scan_backward_fake,
+)
+_define_autograd("ssm_scan", _ssm_scan_setup, _ssm_scan_grad)

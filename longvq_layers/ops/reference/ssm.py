@@ -1,0 +1,41 @@
+"""Diagonal state space models by their definition: one step at a time; and dense causal convolution.
+
+Differentiable by autograd. O(L) steps, each with a state (B, H, N): slow, and exact to rounding.
+"""
+
+import torch
+from torch import Tensor
+
+
+def ssm_scan(
+    u: Tensor, log_decay: Tensor, weight: Tensor, skip: Tensor | None, initial_state: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """``x_t = exp(log_decay) ∘ x_{t−1} + u_t``, ``y_t = Re Σ_n weight_n x_{t,n} + skip · u_t``: y (B, L, H), last state."""
+    inputs = u.to(log_decay.real.dtype)
+    batch, length, channels = u.shape
+    state = log_decay.new_zeros(batch, channels, log_decay.shape[1]) if initial_state is None else initial_state
+    decay = log_decay.exp()
+    outputs = []
+    for t in range(length):
+        state = decay * state + inputs[:, t, :, None]
+        y = (weight * state).sum(-1).real
+        outputs.append(y if skip is None else y + skip * inputs[:, t])
+    y = torch.stack(outputs, dim=1) if outputs else inputs.new_zeros(batch, 0, channels)
+    return y.to(u.dtype), state
+
+
+def ssm_kernel(log_decay: Tensor, weight: Tensor, length: int) -> Tensor:
+    """``K_l = Re Σ_n weight_n exp(log_decay_n · l)``, (H, length), from the full Vandermonde matrix (H, N, length)."""
+    powers = torch.exp(log_decay.unsqueeze(-1) * torch.arange(length, device=log_decay.device))
+    return (weight.unsqueeze(-1) * powers).sum(1).real
+
+
+def long_conv(u: Tensor, kernel: Tensor) -> Tensor:
+    """``y_t = Σ_{l ≤ t} kernel_l u_{t−l}`` from the dense (H, L, L) Toeplitz matrix."""
+    length, taps = u.shape[1], kernel.shape[1]
+    precise = torch.promote_types(u.dtype, torch.float32)
+    t = torch.arange(length, device=u.device)
+    lag = t[:, None] - t[None, :]
+    kernel = torch.nn.functional.pad(kernel.to(precise), (0, max(length - taps, 0)))
+    toeplitz = kernel[:, lag.clamp(min=0)] * (lag >= 0)
+    return torch.einsum("hts,bsh->bth", toeplitz, u.to(precise)).to(u.dtype)

@@ -1,0 +1,174 @@
+"""Diagonal state space models and long convolutions: contract, checks, one call."""
+
+import torch
+from torch import Tensor
+
+from longvq_layers.ops import _checks as check
+from longvq_layers.ops import _schema  # noqa: F401  defines the operators
+from longvq_layers.ops._dispatch import choose
+from longvq_layers.ops.reference import ssm as reference
+from longvq_layers.ops.torch.conv import long_conv as _torch_conv
+from longvq_layers.ops.torch.ssm import ssm_kernel as _torch_kernel
+
+_NAMESPACE = {"native": torch.ops.longvq, "torch": torch.ops.longvq_torch}
+
+
+def ssm_scan(
+    u: Tensor,
+    log_decay: Tensor,
+    weight: Tensor,
+    *,
+    skip: Tensor | None = None,
+    initial_state: Tensor | None = None,
+    return_state: bool = False,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Diagonal linear recurrence with readout, one state space model per channel.
+
+    ``x_t = exp(log_decay) ∘ x_{t−1} + u_t`` and ``y_t = Re Σ_n weight_n x_{t,n} + skip · u_t``; equal to
+    ``long_conv(u, ssm_kernel(log_decay, weight, L)) + skip * u``. Splitting a sequence anywhere and handing on the
+    state gives the same result as one call.
+
+    Args:
+        u: inputs (B, L, H), floating point, any strides.
+        log_decay: (H, N) logarithm of the decay of each mode a step, complex or real, real part ≤ 0. Its precision is
+            that of the arithmetic and the state: float32 or complex64, float64 or complex128 if ``u`` is float64.
+        weight: (H, N), dtype of ``log_decay``; the factor 2 of conjugate pairs is the caller's.
+        skip: (H,), the real dtype of ``log_decay``. Default none.
+        initial_state: x_{−1}, (B, H, N), dtype of ``log_decay``. Default zero.
+        return_state: also return the last state. Default False.
+        backend: ``"auto"`` (default), ``"native"``, ``"torch"`` or ``"reference"`` (step by step).
+
+    Returns:
+        y (B, L, H) in the dtype of ``u``; with ``return_state`` also x_{L−1}, (B, H, N) in the dtype of ``log_decay``.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, shape, device or value; says which.
+        NotImplementedError: ``backend="native"`` without a kernel for these arguments; says why.
+
+    Example:
+        >>> u, decay = torch.ones(1, 3, 1), torch.log(torch.tensor([[0.5]]))
+        >>> ssm_scan(u, decay, torch.ones(1, 1)).flatten()
+        tensor([1.0000, 1.5000, 1.7500])
+
+    Source: Gu et al. 2022, "On the Parameterization and Initialization of Diagonal State Space Models"
+    (arXiv 2206.11893), eq. 4; Mega's EMA (arXiv 2209.10655), eq. 4, is the real case.
+    """
+    op = "ssm_scan"
+    check.tensor(op, "u", u, "B L H")
+    check.real(op, "u", u)
+    _check_modes(op, log_decay, weight)
+    expected = torch.float64 if u.dtype == torch.float64 else torch.float32
+    if _real_dtype(log_decay) != expected:
+        raise TypeError(
+            f"{op}: log_decay must be {expected} or its complex counterpart for u of {u.dtype}, got {log_decay.dtype}"
+        )
+    if log_decay.shape[0] != u.shape[2]:
+        raise ValueError(
+            f"{op}: log_decay must have shape (H, N) with the H = {u.shape[2]} of u, got {tuple(log_decay.shape)}"
+        )
+    if skip is not None:
+        check.tensor(op, "skip", skip, "H")
+        check.size(op, "skip", skip, (u.shape[2],), "H")
+        if skip.dtype != expected:
+            raise TypeError(f"{op}: skip must be {expected}, the real dtype of log_decay, got {skip.dtype}")
+    if initial_state is not None:
+        check.tensor(op, "initial_state", initial_state, "B H N")
+        check.size(op, "initial_state", initial_state, (u.shape[0], *log_decay.shape), "B H N")
+        if initial_state.dtype != log_decay.dtype:
+            raise TypeError(
+                f"{op}: initial_state must have the dtype of log_decay, {log_decay.dtype}, got {initial_state.dtype}"
+            )
+    check.same_device(op, "u", u, log_decay=log_decay, weight=weight, skip=skip, initial_state=initial_state)
+
+    chosen = choose(op, backend, u.device, (u.dtype,))
+    call = reference.ssm_scan if chosen == "reference" else _NAMESPACE[chosen].ssm_scan
+    y, state = call(u, log_decay, weight, skip, initial_state)
+    return (y, state) if return_state else y
+
+
+def ssm_kernel(log_decay: Tensor, weight: Tensor, length: int, *, backend: str = "auto") -> Tensor:
+    """Impulse response of :func:`ssm_scan`, ``K_l = Re Σ_n weight_n exp(log_decay_n · l)`` for ``0 ≤ l < length``.
+
+    Args:
+        log_decay: (H, N) complex or real, real part ≤ 0.
+        weight: (H, N), dtype of ``log_decay``.
+        length: number of taps, ≥ 0.
+        backend: ``"auto"`` (default), ``"torch"`` or ``"reference"`` (the full Vandermonde matrix).
+
+    Returns:
+        (H, length) in the real dtype of ``log_decay``.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, shape, device or value; says which.
+        NotImplementedError: ``backend="native"``: there is no compiled kernel for it.
+
+    Example:
+        >>> ssm_kernel(torch.log(torch.tensor([[0.5]])), torch.ones(1, 1), 3)
+        tensor([[1.0000, 0.5000, 0.2500]])
+
+    Source: arXiv 2206.11893, eq. 5.
+    """
+    op = "ssm_kernel"
+    _check_modes(op, log_decay, weight)
+    check.same_device(op, "log_decay", log_decay, weight=weight)
+    if isinstance(length, bool) or not isinstance(length, int):
+        raise TypeError(f"{op}: length must be an int, in steps, got {type(length).__name__}")
+    if length < 0:
+        raise ValueError(f"{op}: length must be 0 or more steps, got {length}")
+    chosen = choose(op, backend, log_decay.device, (log_decay.dtype,))
+    return (reference.ssm_kernel if chosen == "reference" else _torch_kernel)(log_decay, weight, length)
+
+
+def long_conv(u: Tensor, kernel: Tensor, *, backend: str = "auto") -> Tensor:
+    """Causal convolution of each channel with its own kernel, ``y_t = Σ_{l ≤ t} kernel_l u_{t−l}``, by FFT.
+
+    Args:
+        u: inputs (B, L, H), floating point.
+        kernel: (H, K) floating point, any K ≥ 0; taps beyond L have no effect.
+        backend: ``"auto"`` (default), ``"torch"`` or ``"reference"`` (dense, O(L²)).
+
+    Returns:
+        (B, L, H) in the dtype of ``u``. Half types are computed in float32.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, shape or device; says which.
+        NotImplementedError: ``backend="native"``: there is no compiled kernel for it.
+
+    Example:
+        >>> long_conv(torch.ones(1, 3, 1), torch.tensor([[1.0, 0.5]])).flatten()
+        tensor([1.0000, 1.5000, 1.5000])
+    """
+    op = "long_conv"
+    check.tensor(op, "u", u, "B L H")
+    check.tensor(op, "kernel", kernel, "H K")
+    check.real(op, "u", u)
+    check.real(op, "kernel", kernel)
+    if kernel.shape[0] != u.shape[2]:
+        raise ValueError(f"{op}: kernel must have shape (H, K) with the H = {u.shape[2]} of u, got {tuple(kernel.shape)}")
+    check.same_device(op, "u", u, kernel=kernel)
+    chosen = choose(op, backend, u.device, (u.dtype,))
+    return (reference.long_conv if chosen == "reference" else _torch_conv)(u, kernel)
+
+
+def _real_dtype(x: Tensor) -> torch.dtype:
+    return {torch.complex64: torch.float32, torch.complex128: torch.float64}.get(x.dtype, x.dtype)
+
+
+def _check_modes(op: str, log_decay: Tensor, weight: Tensor) -> None:
+    check.tensor(op, "log_decay", log_decay, "H N")
+    check.tensor(op, "weight", weight, "H N")
+    if _real_dtype(log_decay) not in (torch.float32, torch.float64):
+        raise TypeError(
+            f"{op}: log_decay must be float32, float64, complex64 or complex128, got {log_decay.dtype}; decays close "
+            "to 1 do not survive half precision"
+        )
+    if weight.dtype != log_decay.dtype:
+        raise TypeError(f"{op}: weight must have the dtype of log_decay, {log_decay.dtype}, got {weight.dtype}")
+    check.size(op, "weight", weight, tuple(log_decay.shape), "H N")
+    check.at_least_one(op, "log_decay", log_decay, 1, "mode N")
+    if check.values_are_readable(log_decay) and log_decay.numel():
+        real = log_decay.detach().real
+        if not bool((real <= 0).all()):
+            worst = float(real.max())
+            raise ValueError(f"{op}: the real part of log_decay must be ≤ 0 (a stable decay), got up to {worst:g}")

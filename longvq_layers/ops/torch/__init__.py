@@ -1,0 +1,1 @@
+"""The linear-time backend in plain PyTorch: any device, any floating dtype, any length."""

@@ -1,0 +1,25 @@
+"""Nearest-codeword search, a block of rows at a time."""
+
+import torch
+from torch import Tensor
+
+_SCORES = 1 << 21  # scores of one block: 8 MiB of float32, small enough to stay in a last-level cache
+
+
+def vq_assign(k: Tensor, codebook: Tensor) -> Tensor:
+    """Codes (B, H, L) of keys (B, H, L, D) in a codebook (H, S, D).
+
+    ``argmin ‖k − C‖² = argmax k·C − ½‖C‖²``; argmax returns the first maximum, so ties go to the lowest code.
+    """
+    with torch.autocast(k.device.type, enabled=False):
+        precise = torch.promote_types(k.dtype, torch.float32)
+        batch, heads, length, _ = k.shape
+        codebook = codebook.to(precise)
+        half_norm = codebook.square().sum(-1).mul_(0.5).unsqueeze(1)  # (H 1 S)
+        transposed = codebook.transpose(1, 2)  # (H D S)
+        codes = torch.empty(batch, heads, length, dtype=torch.int64, device=k.device)
+        rows = max(64, _SCORES // max(1, batch * heads * codebook.shape[1]))
+        for start in range(0, length, rows):
+            block = k[:, :, start : start + rows].to(precise)
+            codes[:, :, start : start + rows] = (block @ transposed).sub_(half_norm).argmax(-1)
+        return codes

@@ -1,0 +1,204 @@
+"""Vector-quantised attention: contract, checks, one call."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from longvq_layers.ops import _checks as check
+from longvq_layers.ops import _schema  # noqa: F401  defines the operators
+from longvq_layers.ops._dispatch import choose
+from longvq_layers.ops.reference import vq as reference
+
+_NAMESPACE = {"native": torch.ops.longvq, "torch": torch.ops.longvq_torch}
+
+
+def vq_assign(k: Tensor, codebook: Tensor, *, backend: str = "auto") -> Tensor:
+    """Code of the nearest codeword of each key, ``z_j = argmin_s ‖k_j − C_s‖²``; ties go to the lowest s.
+
+    Distances are computed in float32 (float64 for float64 keys), also under autocast. Not differentiable.
+
+    Args:
+        k: keys (B, H, L, D), floating point, any strides.
+        codebook: codewords (H, S, D) with S ≥ 1, one set per head, finite.
+        backend: ``"auto"`` (default), ``"native"``, ``"torch"`` or ``"reference"``.
+
+    Returns:
+        Codes (B, H, L), int64, in [0, S).
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, shape, device or value; says which.
+        NotImplementedError: ``backend="native"`` without a kernel for these arguments; says why.
+
+    Example:
+        >>> codebook = torch.tensor([[[0.0, 0.0], [1.0, 1.0]]])
+        >>> vq_assign(torch.tensor([[[[0.9, 0.8], [0.1, -0.2]]]]), codebook)
+        tensor([[[1, 0]]])
+
+    Source: van den Oord et al. 2017, "Neural Discrete Representation Learning", eq. 1.
+    """
+    op = "vq_assign"
+    check.tensor(op, "k", k, "B H L D")
+    check.real(op, "k", k)
+    _check_codebook(op, k, codebook, heads_of="k")
+    chosen = choose(op, backend, k.device, (k.dtype, codebook.dtype))
+    k, codebook = k.detach(), codebook.detach()
+    if chosen == "reference":
+        return reference.vq_assign(k, codebook)
+    return _NAMESPACE[chosen].vq_assign(k, codebook)
+
+
+def vq_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    codebook: Tensor,
+    *,
+    causal: bool = False,
+    window: int = 0,
+    bias: Tensor | None = None,
+    key_padding_mask: Tensor | None = None,
+    scale: float | None = None,
+    activation: str = "softmax",
+    local_keys: str = "quantized",
+    key_grad: str = "cluster",
+    codes: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Attention over vector-quantised keys, in time and memory linear in the length.
+
+    ``out_i = Σ_j φ(scale · q_i·k̃_j + b_{j−i}) v_j`` over the keys j allowed for query i. Inside the window (causal:
+    ``0 ≤ i − j < W``, else ``|i − j| < W``) ``k̃_j`` is the codeword of key j or, with ``local_keys="exact"``, the key
+    itself, and the bias is added; outside it is always the codeword ``C_{z_j}``.
+
+    With a codebook that contains every key this equals
+    ``torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=causal)``.
+
+    Gradients: exact in ``q``, ``v`` and ``bias``; straight-through in ``k`` inside the window; outside it the gradient
+    collected by a codeword is shared equally by the row's keys of that code (``key_grad="cluster"``) or dropped
+    (``"window"``). None in ``codebook``, which is learned by moving averages (:class:`longvq_layers.Codebook`).
+
+    Args:
+        q: queries (B, H, L, D), floating point, any strides.
+        k: keys (B, Hkv, L, D), dtype of ``q``; H must be a multiple of Hkv (grouped-query attention).
+        v: values (B, Hkv, L, E), dtype of ``q``.
+        codebook: codewords (Hkv, S, D), floating point, finite; best kept in float32.
+        causal: whether query i sees keys j ≤ i only. Default False.
+        window: W ≥ 0, in positions; 0 (default) means no window.
+        bias: learned bias of the window, (H, W) as ``bias[h, i − j]`` if causal, else (H, 2W − 1) as
+            ``bias[h, j − i + W − 1]``; floating point. Default none.
+        key_padding_mask: (B, L) bool, True = ignore that position. Outputs there are 0.
+        scale: factor of the scores; default ``D ** -0.5``. Not with ``activation="laplace"``, which divides the scores
+            by the number of allowed keys instead.
+        activation: ``"softmax"`` (default) or ``"laplace"`` (elementwise, not normalised).
+        local_keys: ``"quantized"`` (default, as in the paper) or ``"exact"``.
+        key_grad: ``"cluster"`` (default) or ``"window"``.
+        codes: assignments (B, Hkv, L), int64, to use instead of ``vq_assign(k, codebook)``.
+        backend: ``"auto"`` (default), ``"native"``, ``"torch"`` or ``"reference"`` (dense, O(L²)).
+
+    Returns:
+        (B, H, L, E) in the dtype of ``v``. A query with no allowed key gives 0. Half types are computed in float32.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, shape, device or value; says which.
+        NotImplementedError: ``backend="native"`` without a kernel for these arguments; says why.
+
+    Example:
+        >>> q, k, v = torch.randn(3, 1, 4, 100, 16).unbind(0)
+        >>> vq_attention(q, k, v, torch.randn(4, 32, 16), causal=True, window=8).shape
+        torch.Size([1, 4, 100, 16])
+
+    Source: LongVQ (arXiv 2404.11163) section 4.2; Transformer-VQ (arXiv 2309.16354) theorem 3.7; laplace: Mega
+    (arXiv 2209.10655) eq. 16.
+    """
+    op = "vq_attention"
+    _check_qkv(op, q, k, v)
+    _check_codebook(op, k, codebook, heads_of="k")
+    _check_options(op, q, window, causal, bias, scale, activation, local_keys, key_grad)
+    if key_padding_mask is not None:
+        check.key_padding_mask(op, key_padding_mask, q.shape[0], q.shape[2])
+    check.same_device(op, "q", q, k=k, v=v, bias=bias, key_padding_mask=key_padding_mask, codes=codes)
+    if codes is not None:
+        _check_codes(op, codes, k, codebook)
+    chosen = choose(op, backend, q.device, (q.dtype,))
+
+    if codes is None:
+        # The assignment has kernels of its own: "auto" takes the fastest for it, a named backend is kept to.
+        codes = vq_assign(k, codebook, backend=backend)
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    arguments = (q, k, v, codebook.detach(), codes, bias, key_padding_mask)
+    options = (scale, bool(causal), int(window), activation, local_keys, key_grad)
+    if chosen == "reference":
+        return reference.vq_attention(*arguments, *options)
+    return _NAMESPACE[chosen].vq_attention(*arguments, *options)[0]
+
+
+def _check_qkv(op: str, q: Tensor, k: Tensor, v: Tensor) -> None:
+    check.tensor(op, "q", q, "B H L D")
+    check.tensor(op, "k", k, "B Hkv L D")
+    check.tensor(op, "v", v, "B Hkv L E")
+    check.real(op, "q", q)
+    for name, x in (("k", k), ("v", v)):
+        if x.dtype != q.dtype:
+            raise TypeError(f"{op}: {name} must have the dtype of q, {q.dtype}, got {x.dtype}")
+    batch, heads, length, width = q.shape
+    if k.shape[1] < 1 or heads % k.shape[1]:
+        raise ValueError(
+            f"{op}: the heads of q must be a multiple of those of k (grouped-query attention), "
+            f"got {heads} and {k.shape[1]}"
+        )
+    check.size(op, "k", k, (batch, k.shape[1], length, width), "B Hkv L D")
+    check.size(op, "v", v, (batch, k.shape[1], length, v.shape[3]), "B Hkv L E")
+    check.at_least_one(op, "q", q, 3, "key dimension D")
+    check.at_least_one(op, "v", v, 3, "value dimension E")
+
+
+def _check_codebook(op: str, k: Tensor, codebook: Tensor, heads_of: str) -> None:
+    check.tensor(op, "codebook", codebook, "H S D")
+    check.real(op, "codebook", codebook)
+    check.same_device(op, heads_of, k, codebook=codebook)
+    if codebook.shape[0] != k.shape[1] or codebook.shape[2] != k.shape[3]:
+        raise ValueError(
+            f"{op}: codebook must have shape (H, S, D) with the H = {k.shape[1]} and D = {k.shape[3]} of "
+            f"{heads_of}, got {tuple(codebook.shape)}"
+        )
+    check.at_least_one(op, "codebook", codebook, 1, "code S")
+    check.at_least_one(op, "codebook", codebook, 2, "dimension D")
+    if check.values_are_readable(codebook) and not torch.isfinite(codebook).all():
+        bad = int((~torch.isfinite(codebook)).any(-1).sum())
+        raise ValueError(f"{op}: codebook must be finite, got NaN or infinity in {bad} of its codewords")
+
+
+def _check_codes(op: str, codes: Tensor, k: Tensor, codebook: Tensor) -> None:
+    check.tensor(op, "codes", codes, "B Hkv L")
+    if codes.dtype != torch.int64:
+        raise TypeError(f"{op}: codes must be int64, got {codes.dtype}")
+    check.size(op, "codes", codes, tuple(k.shape[:3]), "B Hkv L")
+    if codes.numel() and check.values_are_readable(codes):
+        low, high = (int(x) for x in codes.aminmax())
+        if low < 0 or high >= codebook.shape[1]:
+            raise ValueError(f"{op}: codes must lie in [0, S) = [0, {codebook.shape[1]}), got {low} to {high}")
+
+
+def _check_options(op, q, window, causal, bias, scale, activation, local_keys, key_grad) -> None:
+    if isinstance(window, bool) or not isinstance(window, int):
+        raise TypeError(f"{op}: window must be an int, in positions, got {type(window).__name__}")
+    if window < 0:
+        raise ValueError(f"{op}: window must be 0 (none) or more positions, got {window}")
+    check.one_of(op, "activation", activation, ("softmax", "laplace"))
+    check.one_of(op, "local_keys", local_keys, ("quantized", "exact"))
+    check.one_of(op, "key_grad", key_grad, ("cluster", "window"))
+    if scale is not None and activation == "laplace":
+        raise ValueError(
+            f'{op}: scale has no effect with activation="laplace", which divides scores by the number of allowed keys; '
+            f"got scale={scale!r}, leave it None"
+        )
+    if scale is not None and not (isinstance(scale, int | float) and math.isfinite(scale)):
+        raise ValueError(f"{op}: scale must be a finite number, got {scale!r}")
+    if bias is not None:
+        if window == 0:
+            raise ValueError(f"{op}: bias applies inside the window; got a bias with window=0")
+        check.tensor(op, "bias", bias, "H W" if causal else "H 2W-1")
+        check.real(op, "bias", bias)
+        columns = window if causal else 2 * window - 1
+        check.size(op, "bias", bias, (q.shape[1], columns), "H W" if causal else "H 2W-1")
