@@ -1,0 +1,176 @@
+"""Compile csrc/ into one shared library. No Python C API: it is loaded by `torch.ops.load_library`.
+
+Conventions: `csrc/**/*_kernel.cpp` is compiled once per instruction set (with `LONGVQ_ISA` set to its name), every
+other `.cpp` once. Objects are kept under `build/native` by the hash of all that goes into them, so only what changed
+is compiled again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shlex
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from find_torch import MINIMUM, Torch, find_torch
+
+ROOT = Path(__file__).resolve().parent.parent
+CACHE = Path("build", "native")  # relative to ROOT, where the compiler runs: no absolute path enters the library
+
+LIBRARY = "lib/liblongvq.so"  # inside the package
+BUILD_INFO = "_build_info.json"
+
+STABLE_ABI_TARGET = ".".join(map(str, MINIMUM))
+COMMON_FLAGS = [
+    "-std=c++17",
+    "-O3",
+    "-fPIC",
+    "-fvisibility=hidden",
+    "-fvisibility-inlines-hidden",
+    "-ffp-contract=fast",  # multiply-add becomes one instruction where the instruction set has it
+    "-Wall",
+    "-Wextra",
+    f"-DTORCH_TARGET_VERSION=0x{MINIMUM[0]:02x}{MINIMUM[1]:02x}000000000000",
+]
+X86_FLAGS = {
+    "default": [],
+    "avx2": ["-mavx2", "-mfma"],
+    "avx512": ["-mavx2", "-mfma", "-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl"],
+}
+LINK_FLAGS = ["-shared", "-Wl,--no-undefined", "-Wl,--no-as-needed", "-ltorch_cpu", "-Wl,--as-needed"]
+
+
+class BuildError(Exception):
+    """The library can't be built here; the message is one line for the user, `log` what the compiler printed."""
+
+    def __init__(self, message: str, log: str = "") -> None:
+        super().__init__(message)
+        self.log = log
+
+
+@dataclass
+class Compiler:
+    command: list[str]
+    version: str = field(init=False)
+    machine: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.version = self._ask("--version").splitlines()[0]
+        self.machine = self._ask("-dumpmachine").strip()
+
+    def _ask(self, option: str) -> str:
+        try:
+            answer = subprocess.run([*self.command, option], capture_output=True, text=True, check=True)
+        except (OSError, subprocess.CalledProcessError) as error:
+            raise BuildError(f"the C++ compiler {shlex.join(self.command)!r} does not run: {error}") from error
+        if not answer.stdout.strip():
+            raise BuildError(f"the C++ compiler {shlex.join(self.command)!r} prints nothing for {option}")
+        return answer.stdout
+
+
+def find_compiler() -> list[str] | None:
+    """The command of a C++ compiler: `CXX` if set, otherwise the first of c++, g++, clang++ on PATH."""
+    if asked := shlex.split(os.environ.get("CXX", "")):
+        return asked if shutil.which(asked[0]) else None
+    for name in ("c++", "g++", "clang++"):
+        if shutil.which(name):
+            return [name]
+    return None
+
+
+def build_mode() -> str:
+    """`LONGVQ_BUILD`: "0" never compile, "1" a failure is an error, "" (unset) compile if possible."""
+    mode = os.environ.get("LONGVQ_BUILD", "")
+    if mode not in ("", "0", "1"):
+        raise SystemExit(f"LONGVQ_BUILD must be 0, 1 or unset, got {mode!r}")
+    return mode
+
+
+def build() -> tuple[Path, dict[str, object]]:
+    """Compile what is not in the cache. Returns the library and what to record about it. Raises `BuildError`."""
+    command = find_compiler()
+    if command is None:
+        asked = os.environ.get("CXX")
+        raise BuildError(f"CXX={asked} is not on PATH" if asked else "no C++ compiler (c++, g++ or clang++) on PATH")
+    torch = find_torch()
+    if torch is None:
+        raise BuildError(f"no torch >= {STABLE_ABI_TARGET} to compile against")
+    compiler = Compiler(command)
+    if "mingw" in compiler.machine or "windows" in compiler.machine or "apple" in compiler.machine:
+        raise BuildError(f"no native kernels for {compiler.machine} yet")
+
+    # Other processors have one portable variant: every *_kernel.cpp is plain C++ with GCC/Clang vector types.
+    isa_flags = X86_FLAGS if compiler.machine.startswith("x86_64") else {"default": []}
+    have = [f"-DLONGVQ_HAVE_{isa.upper()}" for isa in isa_flags if isa != "default"]
+    flags = [*COMMON_FLAGS, *have]
+    jobs: list[tuple[Path, list[str]]] = []
+    for source in sorted(p.relative_to(ROOT) for p in (ROOT / "csrc").rglob("*.cpp")):
+        if source.stem.endswith("_kernel"):
+            jobs += [(source, [*isa, f"-DLONGVQ_ISA={name}"]) for name, isa in isa_flags.items()]
+        else:
+            jobs.append((source, []))
+
+    setting = _digest(compiler.version, compiler.machine, torch.version, str(torch.root), *flags, _headers())
+    (ROOT / CACHE).mkdir(parents=True, exist_ok=True)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        objects = list(pool.map(lambda job: _compile(compiler, torch, flags, setting, *job), jobs))
+    library = _link(compiler, torch, objects)
+    info = {
+        "built": True,
+        "reason": None,
+        "torch": torch.version,
+        "stable_abi_target": STABLE_ABI_TARGET,
+        "compiler": compiler.version,
+        "machine": compiler.machine,
+        "flags": {"common": flags, **isa_flags},
+        "instruction_sets": list(isa_flags),
+        "cuda_architectures": [],
+    }
+    return library, info
+
+
+def _compile(compiler: Compiler, torch: Torch, flags: list[str], setting: str, source: Path, extra: list[str]) -> Path:
+    key = _digest(setting, str(source), (ROOT / source).read_text(), *extra)
+    target = CACHE / f"{source.stem}-{key}.o"
+    if not (ROOT / target).exists():
+        # The prefix map keeps the place of torch out of the error messages in the library.
+        place = [f"-ffile-prefix-map={torch.include}=torch", "-isystem", str(torch.include)]
+        _run([*compiler.command, *flags, *extra, *place, "-c", str(source)], target)
+    return target
+
+
+def _link(compiler: Compiler, torch: Torch, objects: list[Path]) -> Path:
+    target = CACHE / f"liblongvq-{_digest(*map(str, objects), *LINK_FLAGS)}.so"
+    if not (ROOT / target).exists():
+        _run([*compiler.command, *map(str, objects), f"-L{torch.lib}", *LINK_FLAGS], target)
+    return ROOT / target
+
+
+def _run(command: list[str], target: Path) -> None:
+    """Run a command that makes `target`, which appears only when complete: two builds at once don't disturb."""
+    print(shlex.join([*command, "-o", str(target)]), flush=True)
+    unfinished = target.with_name(f"{target.name}.{os.getpid()}.tmp")
+    try:
+        done = subprocess.run([*command, "-o", str(unfinished)], cwd=ROOT, capture_output=True, text=True)
+    except OSError as error:
+        raise BuildError(f"{command[0]} does not run: {error}") from error
+    log = done.stdout + done.stderr
+    if done.returncode != 0:
+        errors = [line for line in log.splitlines() if "error" in line.lower()] or log.splitlines() or ["no output"]
+        raise BuildError(f"{command[0]} failed: {errors[0]}", log)
+    if log:
+        print(log, flush=True)
+    os.replace(ROOT / unfinished, ROOT / target)
+
+
+def _headers() -> str:
+    headers = sorted((ROOT / "csrc").rglob("*.h"))
+    return _digest(*(f"{p.relative_to(ROOT)}\n{p.read_text()}" for p in headers))
+
+
+def _digest(*parts: str) -> str:
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]

@@ -1,0 +1,145 @@
+"""Find and load the compiled library; keep the reason if that fails.
+
+`import longvq_layers` calls :func:`load` once. It never raises: without the library every operator runs its PyTorch
+code, and :func:`load_error` says why. A library that was never built is normal and silent; one that is there but
+can't be used is worth a single warning.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import json
+import os
+import platform
+import struct
+import warnings
+from pathlib import Path
+
+_PACKAGE = Path(__file__).resolve().parent
+LIBRARY = _PACKAGE / "lib" / "liblongvq.so"
+BUILD_INFO = _PACKAGE / "_build_info.json"
+
+DISABLE = "LONGVQ_DISABLE_EXTENSION"
+CPU_CAPABILITY = "LONGVQ_CPU_CAPABILITY"  # default | avx2 | avx512, read by the library itself
+
+_library: ctypes.CDLL | None = None
+_error: str | None = "not loaded yet: import longvq_layers loads it"
+
+
+def load() -> bool:
+    """Load the library if it is not loaded yet. Returns whether it is loaded now."""
+    global _library, _error
+    if _library is not None:
+        return True
+    _error = _why_not_to_try()
+    if _error is not None:
+        return False
+    try:
+        _library = _open(LIBRARY)
+        _error = None
+    except (OSError, RuntimeError) as error:
+        # The interpreter keeps warnings from the same line apart by their text, so this is shown once.
+        _error = f"{LIBRARY} does not load: {_explain(LIBRARY, error)}"
+        warnings.warn(
+            f"the native kernels of longvq_layers are not available, PyTorch serves instead. {_error}",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    return _library is not None
+
+
+def is_loaded() -> bool:
+    """Whether the compiled kernels are registered with PyTorch in this process."""
+    return _library is not None
+
+
+def load_error() -> str | None:
+    """Why the library is not loaded; None if it is."""
+    return _error
+
+
+def cpu_capability() -> str | None:
+    """The instruction set that the loaded kernels use: "default", "avx2" or "avx512"; None without the library."""
+    return _text(_library, "longvq_cpu_capability") if _library is not None else None
+
+
+@functools.cache
+def build_info() -> dict[str, object]:
+    """What the installation recorded about its library: torch, compiler, flags, instruction sets, CUDA architectures.
+
+    Without a library `"built"` is False and `"reason"` says why.
+    """
+    try:
+        info = json.loads(BUILD_INFO.read_text())
+    except FileNotFoundError:
+        return {"built": False, "reason": "this is a source tree that was not installed: pip install -e ."}
+    except (OSError, ValueError) as error:
+        return {"built": False, "reason": f"{BUILD_INFO} can't be read: {error}"}
+    if not isinstance(info, dict):
+        return {"built": False, "reason": f"{BUILD_INFO} holds no object"}
+    return info
+
+
+def _why_not_to_try() -> str | None:
+    if os.environ.get(DISABLE, "") not in ("", "0"):
+        return f"disabled by {DISABLE}={os.environ[DISABLE]}"
+    if LIBRARY.exists():
+        return None
+    info = build_info()
+    if info.get("built"):
+        error = f"missing: {LIBRARY} was built and installed but is no longer there; reinstall longvq-layers"
+        warnings.warn(f"the native kernels of longvq_layers are {error}", RuntimeWarning, stacklevel=3)
+        return error
+    return f"not built: {info.get('reason')}"
+
+
+def _open(path: Path) -> ctypes.CDLL:
+    """Load the library, which registers its kernels, and check that it did."""
+    import torch
+
+    torch.ops.load_library(str(path))
+    library = ctypes.CDLL(str(path))  # the same handle again, to call its plain C functions
+    try:
+        refused = _text(library, "longvq_cpu_capability_error")
+        operators = _text(library, "longvq_cpu_operators")
+    except AttributeError as error:
+        raise RuntimeError(f"it is not the library of longvq_layers ({error})") from error
+    if refused:
+        raise RuntimeError(refused)
+    for name in (operators or "").split():
+        if not torch._C._dispatch_has_kernel_for_dispatch_key(f"longvq::{name}", "CPU"):
+            raise RuntimeError(f"it did not register longvq::{name} for the CPU")
+    return library
+
+
+def _text(library: ctypes.CDLL, function: str) -> str | None:
+    entry = getattr(library, function)
+    entry.restype, entry.argtypes = ctypes.c_char_p, ()
+    answer = entry()
+    return None if answer is None else answer.decode()
+
+
+# e_machine of the ELF header, for the processors that PyTorch has wheels for.
+_ELF_MACHINES = {0x3E: "x86_64", 0xB7: "aarch64", 0x03: "i386", 0x15: "ppc64", 0x16: "s390x", 0xF3: "riscv64"}
+
+
+def _explain(path: Path, error: Exception) -> str:
+    """The loader's message, led by what it means."""
+    message = str(error)
+    if "undefined symbol" in message:
+        return f"undefined symbol: it needs a newer torch than the one installed, or was built wrongly ({message})"
+    try:
+        with path.open("rb") as file:
+            header = file.read(20)
+    except OSError as unreadable:
+        return f"it can't be read ({unreadable})"
+    if isinstance(error, OSError):
+        if len(header) < 20 or header[:4] != b"\x7fELF":
+            return f"corrupt: it is no shared library ({message})"
+        (machine,) = struct.unpack("<H" if header[5] == 1 else ">H", header[18:20])
+        built_for = _ELF_MACHINES.get(machine, f"machine {machine:#x}")
+        here = {"AMD64": "x86_64", "arm64": "aarch64"}.get(platform.machine(), platform.machine())
+        if built_for != here:
+            return f"built for another architecture, {built_for} instead of {here} ({message})"
+    return message

@@ -1,0 +1,118 @@
+"""Commands that put the compiled library into the package; everything else is in pyproject.toml.
+
+LONGVQ_BUILD=0  install as pure Python
+LONGVQ_BUILD=1  a library that can't be compiled is an error
+unset           compile if possible, otherwise say why and install as pure Python
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+
+from setuptools import Command, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build import build
+
+ROOT = Path(__file__).resolve().parent
+PACKAGE = "longvq_layers"
+sys.path.insert(0, str(ROOT / "build_support"))
+
+import native_library  # noqa: E402
+
+
+class build_native(Command):
+    """Compile csrc/ (or not, see above), then place the library and its metadata."""
+
+    description = "compile the native kernels"
+    user_options = []  # noqa: RUF012  the name is distutils'
+
+    def initialize_options(self) -> None:
+        self.editable_mode = False  # set by setuptools for `pip install -e`
+        self.build_lib = None
+        self.built = False
+
+    def finalize_options(self) -> None:
+        self.set_undefined_options("build_py", ("build_lib", "build_lib"))
+
+    def run(self) -> None:
+        library, info = self._build()
+        self.built = library is not None
+        package = ROOT / PACKAGE if self.editable_mode else Path(self.build_lib, PACKAGE)
+        target = package / native_library.LIBRARY
+        if library is None:
+            target.unlink(missing_ok=True)  # of an earlier build
+        else:
+            self._place(target, library.read_bytes())
+        self._place(package / native_library.BUILD_INFO, (json.dumps(info, indent=2) + "\n").encode())
+
+    def _build(self) -> tuple[Path | None, dict[str, object]]:
+        mode = native_library.build_mode()
+        if mode == "0":
+            return None, {"built": False, "reason": "LONGVQ_BUILD=0 when it was installed"}
+        try:
+            return native_library.build()
+        except native_library.BuildError as error:
+            print(error.log, file=sys.stderr)
+            if mode == "1":
+                raise SystemExit(f"LONGVQ_BUILD=1, but the native kernels can't be built: {error}") from error
+            line = "*" * 78
+            print(
+                f"{line}\nlongvq-layers is being installed WITHOUT its native kernels: {error}\n"
+                f"Everything works, on PyTorch alone. Set LONGVQ_BUILD=1 to make this an error.\n{line}",
+                file=sys.stderr,
+            )
+            return None, {"built": False, "reason": str(error)}
+
+    @staticmethod
+    def _place(target: Path, content: bytes) -> None:
+        """Replace, never overwrite: another process may have the old library mapped."""
+        if target.exists() and target.read_bytes() == content:
+            return
+        target.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = target.with_name(f"{target.name}.{os.getpid()}.tmp")
+        unfinished.write_bytes(content)
+        os.replace(unfinished, target)
+
+    def get_outputs(self) -> list[str]:
+        names = [native_library.BUILD_INFO] + ([native_library.LIBRARY] if self.built else [])
+        return [] if self.editable_mode else [str(Path(self.build_lib, PACKAGE, name)) for name in names]
+
+    def get_output_mapping(self) -> dict[str, str]:
+        return {}
+
+    def get_source_files(self) -> list[str]:
+        return sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*") if p.is_file())
+
+
+class build_with_native(build):
+    sub_commands = [*build.sub_commands, ("build_native", None)]  # noqa: RUF012
+
+
+class bdist_wheel_with_native(bdist_wheel):
+    """py3-none-<platform> with the library (it uses no Python API), py3-none-any without."""
+
+    def run(self) -> None:
+        shutil.rmtree(self.get_finalized_command("build_py").build_lib, ignore_errors=True)  # files since removed
+        self.run_command("build_native")
+        if self.get_finalized_command("build_native").built:
+            self.distribution.has_ext_modules = lambda: True
+            self.root_is_pure = False
+        super().run()
+
+    def get_tag(self) -> tuple[str, str, str]:
+        if self.root_is_pure:
+            return ("py3", "none", "any")
+        return ("py3", "none", super().get_tag()[2])
+
+
+setup(
+    cmdclass={
+        "build": build_with_native,
+        "build_native": build_native,
+        "bdist_wheel": bdist_wheel_with_native,
+    }
+)
