@@ -1,0 +1,344 @@
+"""The codebook: one table of codes per head, learned from the keys that pass through it."""
+
+import torch
+from torch import Tensor
+
+from longvq_layers import ops
+from longvq_layers.layers._distributed import Group
+from longvq_layers.layers._kmeans import code_sums, draw, kmeans, no_autocast, pick
+from longvq_layers.layers._precision import KeepsFloat32, storage_dtype
+from longvq_layers.ops import _checks as check
+
+_START_KEYS_PER_CODE = 64  # keys per code that the k-means start looks at; more only cost time
+
+
+class Codebook(KeepsFloat32):
+    """Vector quantisation of keys, S codes per head, learned by exponential moving averages (EMA).
+
+        z_j = argmin_s ‖k_j − C_s‖²                              (the lowest s wins ties)
+        in training, with n_s and m_s the number and sum of the keys of code s in this batch, over all ranks:
+        N_s ← γ N_s + (1 − γ) n_s,   M_s ← γ M_s + (1 − γ) m_s
+        C_s = M_s / Ñ_s,   Ñ_s = (N_s + ε) ΣN / (ΣN + S ε)       (Laplace smoothing)
+
+    The first training batch with any key fits the codes by k-means++. A code that no key chose for `revive_after`
+    steps is moved to a current key, drawn in proportion to its squared error, and its averages restart there.
+    Averages are taken at once; `embedding` follows at the start of the next training call, so that a recomputed
+    forward (activation checkpointing) sees the same codes. Nothing learns in eval mode, when frozen, or from masked
+    or non-finite keys. All arithmetic is float32 (or float64) with autocast off, and `.half()` or `.bfloat16()`
+    leave the buffers in float32.
+
+    Args:
+        num_heads: H, key-value heads.
+        num_codes: S, codes per head.
+        dim: D, width of a key.
+        decay: γ of the averages, in [0, 1), default 0.99 per training call.
+        revive_after: training calls without a key after which a code is re-seeded, default 100; None = never.
+        eps: ε of the smoothing, in keys, default 1e-5.
+        process_group: data-parallel ranks that learn together; None = the default group if torch.distributed is
+            initialised. A group of this rank alone turns sharing off.
+        backend: which kernels search the nearest code, see `ops.vq_assign`.
+        device: where the buffers live.
+        dtype: torch.float64 for double buffers, anything else gives float32.
+
+    Buffers:
+        embedding (H, S, D), ema_sum (H, S, D), ema_count (H, S), ema_error (H,), ema_energy (H,) float;
+        idle (H, S) and steps () int64; initialized () bool.
+
+    Raises:
+        ValueError: sizes or rates out of range; loading non-finite codes.
+
+    Example:
+        >>> book = Codebook(num_heads=2, num_codes=4, dim=8)
+        >>> book(torch.randn(3, 2, 10, 8)).shape         # (B, H, L, D) -> (B, H, L)
+        torch.Size([3, 2, 10])
+        >>> bool(book.initialized), float(book.usage().mean()) > 0
+        (True, True)
+
+    Source: van den Oord et al. 2017, appendix A.1 (EMA); Lingle 2023, Transformer-VQ (codes of keys).
+    """
+
+    _version = 1
+
+    def __init__(
+        self,
+        num_heads: int,
+        num_codes: int,
+        dim: int,
+        *,
+        decay: float = 0.99,
+        revive_after: int | None = 100,
+        eps: float = 1e-5,
+        process_group: "torch.distributed.ProcessGroup | None" = None,
+        backend: str = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        for name, value in (("num_heads", num_heads), ("num_codes", num_codes), ("dim", dim)):
+            if value < 1:
+                raise ValueError(f"Codebook: {name} must be at least 1, got {value}")
+        if not 0 <= decay < 1:
+            raise ValueError(f"Codebook: decay must be at least 0 and below 1, got {decay}")
+        if revive_after is not None and revive_after < 1:
+            raise ValueError(f"Codebook: revive_after must be at least 1 step, or None for never, got {revive_after}")
+        if not 0 < eps < float("inf"):
+            raise ValueError(f"Codebook: eps must be a positive number of keys, got {eps}")
+        self.num_heads, self.num_codes, self.dim = num_heads, num_codes, dim
+        self.decay, self.revive_after, self.eps, self.backend = decay, revive_after, eps, backend
+        self.frozen = False
+        self._group = Group(process_group)
+        self._ready = False  # `initialized` for Python: reading the buffer would synchronise and break the graph
+
+        real = {"device": device, "dtype": storage_dtype(dtype)}
+        count = {"device": device, "dtype": torch.int64}
+        self.register_buffer("embedding", torch.empty(num_heads, num_codes, dim, **real))
+        self.register_buffer("ema_sum", torch.empty(num_heads, num_codes, dim, **real))
+        self.register_buffer("ema_count", torch.empty(num_heads, num_codes, **real))
+        self.register_buffer("ema_error", torch.empty(num_heads, **real))
+        self.register_buffer("ema_energy", torch.empty(num_heads, **real))
+        self.register_buffer("idle", torch.empty(num_heads, num_codes, **count))
+        self.register_buffer("steps", torch.empty((), **count))
+        self.register_buffer("initialized", torch.empty((), device=device, dtype=torch.bool))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Forget everything: random codes, no statistics, not initialised."""
+        self.embedding.normal_()
+        self.ema_sum.copy_(self.embedding)
+        self.ema_count.fill_(1)
+        for buffer in (self.ema_error, self.ema_energy, self.idle, self.steps):
+            buffer.zero_()
+        self._mark(False)
+
+    def forward(self, k: Tensor, key_padding_mask: Tensor | None = None) -> Tensor:
+        """The code of every key; in training (unless frozen) the codebook also learns from them.
+
+        Args:
+            k: (B, H, L, D) float, any floating dtype.
+            key_padding_mask: (B, L) bool, True = ignore.
+
+        Returns:
+            (B, H, L) int64 in [0, S). Codes at masked positions mean nothing.
+        """
+        return self.quantize(k, key_padding_mask)[0]
+
+    def quantize(self, k: Tensor, key_padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """`forward`, and with the codes the table (H, S, D) they index, which later learning leaves unchanged."""
+        self._check(k, key_padding_mask)
+        with torch.no_grad(), no_autocast(k.device):
+            learning = self.training and not self.frozen
+            recomputing = not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+            keys = k.detach().to(self.embedding.dtype)
+            if learning and not recomputing:
+                if not self._ready:
+                    self._start(*self._flat(keys, key_padding_mask))
+                else:
+                    self._refresh()
+            codes = ops.vq_assign(keys, self.embedding, backend=self.backend)
+            if not learning:
+                return codes, self.embedding
+            table = self.embedding.clone()  # autograd may keep it until after the next update
+            if self._ready and not recomputing:
+                flat, valid = self._flat(keys, key_padding_mask)
+                self._learn(flat, codes.transpose(0, 1).reshape(self.num_heads, -1), valid)
+            return codes, table
+
+    @torch.no_grad()
+    def initialize_(
+        self,
+        keys: Tensor,
+        *,
+        mask: Tensor | None = None,
+        iterations: int = 10,
+        generator: torch.Generator | None = None,
+    ) -> "Codebook":
+        """Fit the codes to keys (H, N, D) by k-means and mark the codebook initialised; returns self.
+
+        `mask`, `iterations` and `generator` as in `kmeans`. Not shared between ranks: give each the same keys and
+        seed. Raises ValueError for a wrong shape, or when no finite unmasked key is left in some head.
+        """
+        if keys.dim() != 3 or (keys.shape[0], keys.shape[2]) != (self.num_heads, self.dim):
+            expected = f"(H, N, D) = ({self.num_heads}, N, {self.dim})"
+            raise ValueError(f"Codebook.initialize_: keys must have shape {expected}, got {tuple(keys.shape)}")
+        keys = keys.detach().to(device=self.embedding.device, dtype=self.embedding.dtype)
+        valid = keys.isfinite().all(-1)
+        if mask is not None:
+            valid = valid & ~mask.to(device=keys.device, dtype=torch.bool).expand(keys.shape[:2])
+        if not bool(valid.any(-1).all()):
+            raise ValueError(
+                "Codebook.initialize_: keys must hold at least one finite, unmasked key per head, got none; "
+                "pass more keys or check the mask"
+            )
+        with no_autocast(keys.device):
+            keys = keys.masked_fill(~valid.unsqueeze(-1), 0)
+            self._adopt(kmeans(keys, self.num_codes, iterations=iterations, mask=~valid, generator=generator))
+            codes = ops.vq_assign(keys.unsqueeze(0), self.embedding, backend=self.backend).squeeze(0)
+            self._restart(keys, codes, valid)
+        self._mark(True)
+        return self
+
+    def freeze(self) -> "Codebook":
+        """Stop learning, also in training mode, until `unfreeze`; returns self."""
+        self.frozen = True
+        return self
+
+    def unfreeze(self) -> "Codebook":
+        """Learn again in training mode; returns self."""
+        self.frozen = False
+        return self
+
+    def usage(self, within: int = 10) -> Tensor:
+        """Per head (H,), the fraction of codes that a key chose, or that were re-seeded, in the last `within` calls."""
+        return (self.idle < within).to(self.embedding.dtype).mean(-1)
+
+    def perplexity(self) -> Tensor:
+        """Per head (H,), exp of the entropy of the averaged code frequencies: 1 = one code does all, S = all equal."""
+        share = self.ema_count / self.ema_count.sum(-1, keepdim=True)
+        return torch.special.entr(share).sum(-1).exp()
+
+    def quantization_error(self) -> Tensor:
+        """Per head (H,), averaged Σ‖k − C_z‖² / Σ‖k − mean k‖²: 0 = exact, 1 = no better than one code.
+
+        NaN before any key was seen; infinite if the keys never differed and yet were missed.
+        """
+        return self.ema_error / self.ema_energy
+
+    def extra_repr(self) -> str:
+        parts = [f"{self.num_heads}, {self.num_codes}, {self.dim}", f"decay={self.decay}"]
+        parts += [f"revive_after={self.revive_after}", f"eps={self.eps}", f"backend={self.backend!r}"]
+        return ", ".join(parts)
+
+    # ---- learning -------------------------------------------------------------------------------------------------
+
+    def _flat(self, keys: Tensor, key_padding_mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        # (B, H, L, D), (B, L) -> keys (H, N, D) with zeros where not valid, valid (H, N); N = B * L
+        keys = keys.transpose(0, 1)
+        valid = keys.isfinite().all(-1)
+        if key_padding_mask is not None:
+            valid = valid & ~key_padding_mask
+        keys = torch.where(valid.unsqueeze(-1), keys, 0)
+        return keys.reshape(self.num_heads, -1, self.dim), valid.reshape(self.num_heads, -1)
+
+    @torch.compiler.disable(reason="the k-means start depends on the data; run one training step before compiling")
+    def _start(self, keys: Tensor, valid: Tensor) -> None:
+        # keys (H, N, D), valid (H, N). Every rank contributes a sample of one shape; all get the first rank's result.
+        per_rank = -(-_START_KEYS_PER_CODE * self.num_codes // self._group.size)
+        if self._group.active or keys.shape[1] > per_rank:
+            order = torch.where(valid, torch.rand(valid.shape, device=valid.device), -1.0)
+            order = torch.nn.functional.pad(order, (0, max(0, per_rank - order.shape[1])), value=-1.0)
+            score, index = order.topk(per_rank, dim=-1)
+            keys = torch.nn.functional.pad(keys, (0, 0, 0, max(0, per_rank - keys.shape[1])))
+            keys = self._group.gather(pick(keys, index), 1)
+            valid = self._group.gather((score >= 0).to(keys.dtype), 1) > 0
+        if not bool(valid.any(-1).all()):
+            return  # nothing to learn from yet on any rank: wait for the next batch
+        self._adopt(self._group.from_first(kmeans(keys, self.num_codes, mask=~valid)))
+        codes = ops.vq_assign(keys.unsqueeze(0), self.embedding, backend=self.backend).squeeze(0)
+        codes = self._group.from_first(codes)
+        self._restart(keys, codes, valid)
+        self._mark(True)
+
+    def _adopt(self, embedding: Tensor) -> None:
+        self.embedding.copy_(embedding)
+
+    def _restart(self, keys: Tensor, codes: Tensor, valid: Tensor) -> None:
+        # Averages and readings as if these keys had been seen for ever; `embedding` is what they were assigned with.
+        _, counts = code_sums(keys, codes, valid, self.num_codes)
+        self.ema_count.copy_(counts.clamp(min=1))
+        self.ema_sum.copy_(self.embedding * self.ema_count.unsqueeze(-1))
+        self.idle.copy_(torch.where(counts > 0, 0, self.revive_after or 1_000_000))
+        error = (keys - pick(self.embedding, codes)).square().sum(-1) * valid
+        total = counts.sum(-1, keepdim=True)
+        mean = keys.sum(1) / total.clamp(min=1)
+        self.ema_error.copy_(error.sum(-1))
+        self.ema_energy.copy_(((keys - mean.unsqueeze(1)).square().sum(-1) * valid).sum(-1))
+
+    def _refresh(self) -> None:
+        # C = M / Ñ; all in place and without branches on data, so that it compiles into one graph
+        total = self.ema_count.sum(-1, keepdim=True)
+        smoothed = (self.ema_count + self.eps) * total / (total + self.num_codes * self.eps)
+        self.embedding.copy_(self.ema_sum / smoothed.unsqueeze(-1))
+
+    def _learn(self, keys: Tensor, codes: Tensor, valid: Tensor) -> None:
+        # keys (H, N, D), codes (H, N), valid (H, N); N may be 0 and valid may be all False on this rank
+        error = (keys - pick(self.embedding, codes)).square().sum(-1) * valid  # (H, N)
+        sums, counts = code_sums(keys, codes, valid, self.num_codes)
+        square = keys.square().sum((1, 2))  # keys are zero where not valid
+        spare, has_spare = self._spare_keys(keys, error, valid)
+        sums, counts, error, square, spare, has_spare = self._group.sum(
+            sums, counts, error.sum(-1), square, spare, has_spare
+        )
+        total = counts.sum(-1)  # (H,)
+        seen = total > 0
+        energy = (square - sums.sum(1).square().sum(-1) / total.clamp(min=1)).clamp(min=0)  # Σ‖k − mean‖²
+
+        gamma = torch.where(seen, self.decay, 1.0).to(keys.dtype)  # a step without keys leaves everything as it was
+        self.ema_sum.copy_(torch.lerp(sums, self.ema_sum, gamma[:, None, None]))
+        self.ema_count.copy_(torch.lerp(counts, self.ema_count, gamma[:, None]))
+        self.ema_error.copy_(torch.lerp(error, self.ema_error, gamma))
+        self.ema_energy.copy_(torch.lerp(energy, self.ema_energy, gamma))
+        self.idle.copy_(torch.where(counts > 0, 0, self.idle + seen.unsqueeze(-1)))
+        self.steps.add_(1)
+
+        if self.revive_after is not None:
+            revived = (self.idle >= self.revive_after) & (has_spare > 0)  # (H, S)
+            self.ema_sum.copy_(torch.where(revived.unsqueeze(-1), spare, self.ema_sum))
+            self.ema_count.masked_fill_(revived, 1)
+            self.idle.masked_fill_(revived, 0)
+
+    def _spare_keys(self, keys: Tensor, error: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+        # For each code a key it could be re-seeded with (H, S, D), and whether there is one (H, S). Under data
+        # parallelism code s takes its key from one rank, another one each step; the others contribute zeros.
+        if self.revive_after is None or keys.shape[1] == 0:
+            return torch.zeros_like(self.ema_sum), torch.zeros_like(self.ema_count)
+        weight = torch.where((error > 0).any(-1, keepdim=True), error, valid.to(error.dtype))
+        spare = pick(keys, draw(weight, self.num_codes))
+        mine = valid.any(-1, keepdim=True).expand(-1, self.num_codes)
+        if self._group.active:
+            owner = (torch.arange(self.num_codes, device=keys.device) + self.steps) % self._group.size
+            mine = mine & (owner == self._group.rank)
+        return spare * mine.unsqueeze(-1), mine.to(keys.dtype)
+
+    # ---- bookkeeping ----------------------------------------------------------------------------------------------
+
+    def _mark(self, ready: bool) -> None:
+        self.initialized.fill_(ready)
+        self._ready = ready
+
+    def _check(self, k: Tensor, key_padding_mask: Tensor | None) -> None:
+        check.tensor("Codebook", "k", k, "B H L D")
+        check.real("Codebook", "k", k)
+        check.size("Codebook", "k", k, (k.shape[0], self.num_heads, k.shape[2], self.dim), "B H L D")
+        if key_padding_mask is not None:
+            check.key_padding_mask("Codebook", key_padding_mask, k.shape[0], k.shape[2])
+            check.same_device("Codebook", "k", k, key_padding_mask=key_padding_mask)
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors) -> None:
+        self._migrate(state_dict, prefix, local_metadata.get("version"))
+        for name in ("embedding", "ema_sum", "ema_count"):
+            value = state_dict.get(prefix + name)
+            if value is not None and value.device.type != "meta" and not bool(value.isfinite().all()):
+                raise ValueError(
+                    f"Codebook.load_state_dict: {prefix}{name} must be finite, got NaN or infinity; "
+                    "the checkpoint is damaged or its training had diverged"
+                )
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
+        flag = state_dict.get(prefix + "initialized")
+        if flag is not None and flag.device.type != "meta":
+            self._ready = bool(flag)
+
+    def _migrate(self, state_dict: dict, prefix: str, version: int | None) -> None:
+        """Bring older or foreign entries to `_version`; a bare table of codes becomes an initialised codebook."""
+        table = state_dict.get(prefix + "embedding")
+        others = ("ema_sum", "ema_count", "ema_error", "ema_energy", "idle", "steps", "initialized")
+        if version is not None or table is None or any(prefix + name in state_dict for name in others):
+            return
+        heads, codes = table.shape[:2]
+        state_dict[prefix + "ema_sum"] = table.clone()
+        state_dict[prefix + "ema_count"] = table.new_ones(heads, codes)
+        state_dict[prefix + "ema_error"] = table.new_zeros(heads)
+        state_dict[prefix + "ema_energy"] = table.new_zeros(heads)
+        state_dict[prefix + "idle"] = torch.zeros(heads, codes, dtype=torch.int64, device=table.device)
+        state_dict[prefix + "steps"] = torch.zeros((), dtype=torch.int64, device=table.device)
+        state_dict[prefix + "initialized"] = torch.ones((), dtype=torch.bool, device=table.device)
