@@ -20,7 +20,7 @@ def ssm_scan(
         state = decay * state + inputs[:, t, :, None]
         y = (weight * state).sum(-1).real
         outputs.append(y if skip is None else y + skip * inputs[:, t])
-    y = torch.stack(outputs, dim=1) if outputs else inputs.new_zeros(batch, 0, channels)
+    y = torch.stack(outputs, dim=1) if outputs else inputs
     return y.to(u.dtype), state
 
 

@@ -1,0 +1,24 @@
+"""Settings of the whole suite: reproducible, quiet, on two threads."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+settings.register_profile(
+    "longvq",
+    deadline=None,  # shared machines: no test depends on time
+    derandomize=True,
+    print_blob=True,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+)
+settings.load_profile("longvq")
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)

@@ -1,0 +1,131 @@
+"""Hypothesis strategies: complete, valid calls of the operators, drawn over shapes, options, strides and extremes."""
+
+from dataclasses import dataclass, field
+
+import torch
+from hypothesis import strategies as st
+from torch import Tensor
+
+
+def layout(x: Tensor, kind: str) -> Tensor:
+    """The same values with other strides."""
+    if kind == "transposed":  # as a projection leaves it: (B, L, H, D) seen as (B, H, L, D)
+        return x.transpose(1, 2).contiguous().transpose(1, 2)
+    if kind == "sliced":  # a part of a wider, longer buffer
+        padded = x.new_zeros([n + 1 for n in x.shape])
+        view = padded[tuple(slice(1, None) for _ in x.shape)]
+        view.copy_(x)
+        return view
+    return x.contiguous()
+
+
+LAYOUTS = ("contiguous", "transposed", "sliced")
+
+
+@dataclass
+class AttentionCase:
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    codebook: Tensor
+    options: dict
+    differentiable: list[str] = field(default_factory=lambda: ["q", "k", "v"])
+
+    def tensors(self, dtype: torch.dtype) -> dict[str, Tensor]:
+        """Leaves of the case in ``dtype``, strides kept."""
+        leaves = {"q": self.q, "k": self.k, "v": self.v}
+        if self.options["bias"] is not None:
+            leaves["bias"] = self.options["bias"]
+        return {
+            name: torch.empty_strided(x.shape, x.stride(), dtype=dtype).copy_(x).requires_grad_()
+            for name, x in leaves.items()
+        }
+
+
+@st.composite
+def attention_cases(draw, max_length: int = 200, max_batch: int = 2) -> AttentionCase:
+    """Any valid call of ``vq_attention``, in float64."""
+    torch.manual_seed(draw(st.integers(0, 2**16)))
+    batch = draw(st.integers(0, max_batch))
+    kv_heads, group = draw(st.integers(1, 2)), draw(st.integers(1, 3))
+    length = draw(st.one_of(st.sampled_from([0, 1, 2, 63, 64, 65, 129]), st.integers(0, max_length)))
+    width, value_width = draw(st.sampled_from([1, 3, 8])), draw(st.sampled_from([1, 5, 8]))
+    num_codes = draw(st.sampled_from([1, 2, 7, 32, 150]))
+    window = draw(st.one_of(st.sampled_from([0, 1, 2, 64]), st.integers(0, max_length + 10)))
+    causal = draw(st.booleans())
+    magnitude = draw(st.sampled_from([1e-3, 1.0, 1.0, 30.0]))
+
+    q = torch.randn(batch, kv_heads * group, length, width, dtype=torch.float64) * magnitude
+    k = torch.randn(batch, kv_heads, length, width, dtype=torch.float64)
+    v = torch.randn(batch, kv_heads, length, value_width, dtype=torch.float64)
+    codebook = torch.randn(kv_heads, num_codes, width, dtype=torch.float64)
+    special = draw(st.sampled_from(["none", "none", "one code", "unused codes", "equal keys", "equal codes"]))
+    if special == "one code":  # all keys next to code 0
+        codebook += 100
+        codebook[:, 0] = 0
+    elif special == "unused codes":
+        codebook[:, 1:] += 1e4
+    elif special == "equal keys":
+        k[:] = 0.5
+    elif special == "equal codes":
+        codebook[:] = codebook[:, :1]
+
+    mask = None
+    if draw(st.booleans()):
+        mask = torch.rand(batch, length) < draw(st.sampled_from([0.1, 0.6]))
+        if batch and draw(st.booleans()):
+            mask[0] = True  # a row with nothing to attend
+    bias = None
+    if window and draw(st.booleans()):
+        bias = torch.randn(kv_heads * group, window if causal else 2 * window - 1, dtype=torch.float64)
+    activation = draw(st.sampled_from(["softmax", "softmax", "laplace"]))
+    options = {
+        "causal": causal,
+        "window": window,
+        "bias": bias,
+        "key_padding_mask": mask,
+        "scale": draw(st.sampled_from([None, 0.3])) if activation == "softmax" else None,
+        "activation": activation,
+        "local_keys": draw(st.sampled_from(["quantized", "exact"])),
+        "key_grad": draw(st.sampled_from(["cluster", "window"])),
+    }
+    kind = draw(st.sampled_from(LAYOUTS))
+    return AttentionCase(layout(q, kind), layout(k, kind), layout(v, kind), codebook, options)
+
+
+@dataclass
+class ScanCase:
+    u: Tensor
+    log_decay: Tensor
+    weight: Tensor
+    skip: Tensor | None
+    initial_state: Tensor | None
+
+    def tensors(self, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
+        """Leaves of the case; ``dtype`` is that of ``u``, half types keep float32 parameters."""
+        precise = torch.promote_types(dtype, torch.float32)
+        complex_of = {torch.float32: torch.complex64, torch.float64: torch.complex128}
+        leaves = {"u": self.u.to(dtype)}
+        for name in ("log_decay", "weight", "skip", "initial_state"):
+            x = getattr(self, name)
+            if x is not None:
+                leaves[name] = x.to(complex_of[precise] if x.is_complex() else precise)
+        return {name: x.clone().requires_grad_() for name, x in leaves.items()}
+
+
+@st.composite
+def scan_cases(draw, max_length: int = 200) -> ScanCase:
+    """Any valid call of ``ssm_scan``, in float64."""
+    torch.manual_seed(draw(st.integers(0, 2**16)))
+    batch, channels, modes = draw(st.integers(0, 2)), draw(st.integers(1, 3)), draw(st.sampled_from([1, 2, 5]))
+    length = draw(st.one_of(st.sampled_from([0, 1, 2, 63, 64, 65, 129]), st.integers(0, max_length)))
+    family = draw(st.sampled_from([torch.float64, torch.complex128]))
+    # From all but lasting to gone within one step.
+    log_decay = -torch.rand(channels, modes, dtype=torch.float64) * draw(st.sampled_from([1e-8, 1e-2, 1.0, 50.0]))
+    if family.is_complex:
+        log_decay = torch.complex(log_decay, torch.randn(channels, modes, dtype=torch.float64) * 3)
+    weight = torch.randn(channels, modes, dtype=family)
+    skip = torch.randn(channels, dtype=torch.float64) if draw(st.booleans()) else None
+    state = torch.randn(batch, channels, modes, dtype=family) if draw(st.booleans()) else None
+    u = torch.randn(batch, length, channels, dtype=torch.float64)
+    return ScanCase(layout(u, draw(st.sampled_from(LAYOUTS))), log_decay, weight, skip, state)
