@@ -1,0 +1,137 @@
+"""Multi-head self-attention over quantised keys, in linear time."""
+
+import torch
+from torch import Tensor, nn
+
+from longvq_layers.layers import _inputs
+from longvq_layers.layers.codebook_attention import CodebookAttention
+
+
+class VQAttention(nn.Module):
+    """Multi-head self-attention whose keys outside a window are known only by their code: O(L·S) instead of O(L²).
+
+        q, k, v = split_heads(x W_q + b_q, x W_k + b_k, x W_v + b_v)
+        k̂_j = C_{z_j},  z_j = argmin_s ‖k_j − C_s‖²
+        out_i = Σ_j softmax_j(q_i·k̂_j / √D + b_{j−i}) v_j
+        y = dropout(concat_heads(out) W_o + b_o)
+
+    A window bias b is learned. The codebook learns while the module is in training mode; add
+    `commitment_loss(model)` to the loss.
+
+    Args:
+        embed_dim: width of input and output; a multiple of num_heads.
+        num_heads: H, query heads of width D = embed_dim / H.
+        num_kv_heads: Hkv, key-value heads (grouped-query attention), default H.
+        num_codes: S, codes per key-value head, default 256.
+        window: W, positions around a query whose keys count one by one, default 64; 0 = none.
+        causal: whether a position sees only itself and the past, default False.
+        bias: whether the four projections have a bias, default True.
+        dropout: probability of dropping an element of the output y, default 0.0. Attention weights have no dropout:
+            in linear time they never exist one by one.
+        local_keys: "quantized" (default) or "exact" keys inside the window.
+        key_grad: "cluster" (default) or "window", how keys outside the window learn, see `ops.vq_attention`.
+        activation: "softmax" (default) or "laplace".
+        commitment: β of the commitment loss, default 1e-4.
+        backend: see `ops.vq_attention`, default "auto".
+        device, dtype: of the parameters; the codebook stays in float32 or float64.
+
+    Raises:
+        ValueError, TypeError: sizes out of range or unknown options; in `forward` a wrong shape, dtype or device.
+
+    Example:
+        >>> layer = VQAttention(64, 4, num_codes=32, window=16, causal=True)
+        >>> layer(torch.randn(2, 100, 64)).shape
+        torch.Size([2, 100, 64])
+
+    Source: LongVQ (arXiv 2404.11163) section 4.2; Transformer-VQ (arXiv 2309.16354).
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        *,
+        num_kv_heads: int | None = None,
+        num_codes: int = 256,
+        window: int = 64,
+        causal: bool = False,
+        bias: bool = True,
+        dropout: float = 0.0,
+        local_keys: str = "quantized",
+        key_grad: str = "cluster",
+        activation: str = "softmax",
+        commitment: float = 1e-4,
+        backend: str = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        _inputs.positive("VQAttention", embed_dim=embed_dim, num_heads=num_heads, num_kv_heads=num_kv_heads)
+        _inputs.divides("VQAttention", "num_heads", num_heads, "embed_dim", embed_dim)
+        _inputs.divides("VQAttention", "num_kv_heads", num_kv_heads, "num_heads", num_heads)
+        _inputs.probability("VQAttention", "dropout", dropout)
+        self.embed_dim, self.num_heads, self.num_kv_heads = embed_dim, num_heads, num_kv_heads
+        self.head_dim = embed_dim // num_heads
+        kv_dim = num_kv_heads * self.head_dim
+        factory = {"device": device, "dtype": dtype}
+        self.q_proj = nn.Linear(embed_dim, embed_dim, bias, **factory)
+        self.k_proj = nn.Linear(embed_dim, kv_dim, bias, **factory)
+        self.v_proj = nn.Linear(embed_dim, kv_dim, bias, **factory)
+        self.out_proj = nn.Linear(embed_dim, embed_dim, bias, **factory)
+        self.attention = CodebookAttention(
+            num_heads,
+            num_kv_heads,
+            self.head_dim,
+            num_codes=num_codes,
+            window=window,
+            causal=causal,
+            local_keys=local_keys,
+            key_grad=key_grad,
+            activation=activation,
+            commitment=commitment,
+            backend=backend,
+            **factory,
+        )
+        self.dropout = nn.Dropout(dropout)
+
+    @property
+    def codebook(self) -> nn.Module:
+        """The `Codebook` of the keys."""
+        return self.attention.codebook
+
+    def forward(self, x: Tensor, key_padding_mask: Tensor | None = None) -> Tensor:
+        """Attend from every position to all others.
+
+        Args:
+            x: (B, L, embed_dim), dtype of the layer.
+            key_padding_mask: (B, L) bool, True = ignore.
+
+        Returns:
+            (B, L, embed_dim); exactly 0 at masked positions, also where the output projection has a bias.
+        """
+        _inputs.sequence("VQAttention", "x", x, self.embed_dim, self.q_proj.weight, key_padding_mask)
+        q, k, v = (
+            project(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, L, H·D) -> (B, H, L, D)
+            for project in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        out = self.attention(q, k, v, key_padding_mask)
+        y = self.dropout(self.out_proj(out.transpose(1, 2).flatten(2)))
+        return _inputs.zero_padding(y, key_padding_mask)
+
+    def extra_repr(self) -> str:
+        core = self.attention
+        return _inputs.call_repr(
+            (self.embed_dim, self.num_heads),
+            num_kv_heads=self.num_kv_heads,
+            num_codes=core.num_codes,
+            window=core.window,
+            causal=core.causal,
+            bias=self.q_proj.bias is not None,
+            dropout=self.dropout.p,
+            local_keys=core.local_keys,
+            key_grad=core.key_grad,
+            activation=core.activation,
+            commitment=core.commitment,
+            backend=core.backend,
+        )

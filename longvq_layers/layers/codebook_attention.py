@@ -1,0 +1,168 @@
+"""Attention over quantised keys between given queries, keys and values: what every VQ layer is built around."""
+
+import torch
+from torch import Tensor, nn
+
+from longvq_layers import ops
+from longvq_layers.layers import _inputs
+from longvq_layers.layers._kmeans import no_autocast, pick
+from longvq_layers.layers.codebook import Codebook
+from longvq_layers.ops import _checks as check
+
+
+class CodebookAttention(nn.Module):
+    """`ops.vq_attention` with a codebook that learns, a window bias that is trained, and the commitment loss.
+
+        out = vq_attention(q, k, v, C, bias=b, ...)
+        loss = β · mean_j ‖k_j − sg(C_{z_j})‖²            over unmasked keys and heads, in training
+
+    The loss is collected by `commitment_loss(model)`; a module called twice in one step keeps that of the last call.
+
+    Args:
+        num_heads: H, query heads.
+        num_kv_heads: Hkv, key-value heads; H must be a multiple. Each has its own codes.
+        head_dim: D, width of a query or key.
+        value_dim: E, width of a value, default D.
+        num_codes: S, codes per key-value head, default 256.
+        window: W, positions in which keys count one by one, default 64; 0 = none.
+        causal: whether a query sees only itself and the past, default False.
+        local_keys: "quantized" (default) or "exact" keys inside the window.
+        key_grad: "cluster" (default) or "window", see `ops.vq_attention`.
+        activation: "softmax" (default) or "laplace".
+        window_bias: whether to learn b, (H, W) causal or (H, 2W − 1), from zero; default True. None when window=0.
+        commitment: β, default 1e-4; 0 turns the loss off.
+        backend: see `ops.vq_attention`.
+        device, dtype: of the bias; the codebook is float32, or float64 with dtype=torch.float64.
+
+    Raises:
+        ValueError, TypeError: sizes out of range or unknown options; in `forward` wrong shapes or dtypes.
+
+    Example:
+        >>> attention = CodebookAttention(4, 2, 16, num_codes=32, window=8, causal=True)
+        >>> q, k, v = torch.randn(2, 4, 50, 16), torch.randn(2, 2, 50, 16), torch.randn(2, 2, 50, 16)
+        >>> attention(q, k, v).shape
+        torch.Size([2, 4, 50, 16])
+
+    Source: LongVQ (arXiv 2404.11163) section 4.2; Transformer-VQ (arXiv 2309.16354).
+    """
+
+    def __init__(
+        self,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        *,
+        value_dim: int | None = None,
+        num_codes: int = 256,
+        window: int = 64,
+        causal: bool = False,
+        local_keys: str = "quantized",
+        key_grad: str = "cluster",
+        activation: str = "softmax",
+        window_bias: bool = True,
+        commitment: float = 1e-4,
+        backend: str = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        name = "CodebookAttention"
+        value_dim = head_dim if value_dim is None else value_dim
+        _inputs.positive(name, num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim, value_dim=value_dim)
+        _inputs.positive(name, num_codes=num_codes)
+        _inputs.divides(name, "num_kv_heads", num_kv_heads, "num_heads", num_heads)
+        if isinstance(window, bool) or not isinstance(window, int):
+            raise TypeError(f"{name}: window must be an int, in positions, got {type(window).__name__}")
+        if window < 0:
+            raise ValueError(f"{name}: window must be 0 (none) or more positions, got {window}")
+        check.one_of(name, "local_keys", local_keys, ("quantized", "exact"))
+        check.one_of(name, "key_grad", key_grad, ("cluster", "window"))
+        check.one_of(name, "activation", activation, ("softmax", "laplace"))
+        check.one_of(name, "backend", backend, ("auto", "native", "torch", "reference"))
+        if not 0 <= commitment < float("inf"):
+            raise ValueError(f"{name}: commitment must be a finite number, at least 0, got {commitment}")
+        self.num_heads, self.num_kv_heads, self.head_dim, self.value_dim = num_heads, num_kv_heads, head_dim, value_dim
+        self.num_codes, self.window, self.causal = num_codes, window, bool(causal)
+        self.local_keys, self.key_grad, self.activation = local_keys, key_grad, activation
+        self.commitment, self.backend = commitment, backend
+        self.codebook = Codebook(num_kv_heads, num_codes, head_dim, backend=backend, device=device, dtype=dtype)
+        columns = window if causal else 2 * window - 1
+        if window_bias and window:
+            self.window_bias = nn.Parameter(torch.zeros(num_heads, columns, device=device, dtype=dtype))
+        else:
+            self.register_parameter("window_bias", None)
+        self.last_commitment: Tensor | None = None
+
+    def reset_parameters(self) -> None:
+        """Zero the window bias; the codebook has a `reset_parameters` of its own."""
+        if self.window_bias is not None:
+            nn.init.zeros_(self.window_bias)
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, key_padding_mask: Tensor | None = None) -> Tensor:
+        """Attend; in training also teach the codebook and store the commitment loss.
+
+        Args:
+            q: (B, H, L, D) float.
+            k: (B, Hkv, L, D), dtype of q.
+            v: (B, Hkv, L, E), dtype of q.
+            key_padding_mask: (B, L) bool, True = ignore.
+
+        Returns:
+            (B, H, L, E), dtype of q; 0 at masked positions.
+        """
+        check.tensor("CodebookAttention", "q", q, "B H L D")
+        check.size(
+            "CodebookAttention", "q", q, (q.shape[0], self.num_heads, q.shape[2], self.head_dim), "B H L D"
+        )
+        codes, table = self.codebook.quantize(k, key_padding_mask)
+        with no_autocast(q.device):
+            self._commit(k, codes, table, key_padding_mask)
+            return ops.vq_attention(
+                q,
+                k,
+                v,
+                table,
+                causal=self.causal,
+                window=self.window,
+                bias=self.window_bias,
+                key_padding_mask=key_padding_mask,
+                activation=self.activation,
+                local_keys=self.local_keys,
+                key_grad=self.key_grad,
+                codes=codes,
+                backend=self.backend,
+            )
+
+    def _commit(self, k: Tensor, codes: Tensor, table: Tensor, key_padding_mask: Tensor | None) -> None:
+        if not self.training or not self.commitment:
+            self.last_commitment = None
+            return
+        index = codes.transpose(0, 1).reshape(self.num_kv_heads, -1)
+        nearest = pick(table, index).unflatten(1, (k.shape[0], k.shape[2])).transpose(0, 1)  # (B, Hkv, L, D)
+        distance = (k.to(table.dtype) - nearest).square().sum(-1)  # (B, Hkv, L)
+        count = distance.numel()
+        if key_padding_mask is not None:
+            distance = distance.masked_fill(key_padding_mask.unsqueeze(1), 0)
+            count = ((~key_padding_mask).sum() * self.num_kv_heads).clamp(min=1)
+        loss = self.commitment * distance.sum() / (count if isinstance(count, Tensor) else max(count, 1))
+        if torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1:  # not in a recomputed forward
+            self.last_commitment = loss
+
+    def __getstate__(self) -> dict:
+        # The loss holds a graph, which can be neither copied nor pickled.
+        return {**self.__dict__, "last_commitment": None}
+
+    def extra_repr(self) -> str:
+        return _inputs.call_repr(
+            (self.num_heads, self.num_kv_heads, self.head_dim),
+            value_dim=self.value_dim,
+            num_codes=self.num_codes,
+            window=self.window,
+            causal=self.causal,
+            local_keys=self.local_keys,
+            key_grad=self.key_grad,
+            activation=self.activation,
+            window_bias=self.window_bias is not None or self.window == 0,
+            commitment=self.commitment,
+            backend=self.backend,
+        )
