@@ -1,0 +1,21 @@
+"""Modules: they hold parameters and buffers and call `longvq_layers.ops`."""
+
+from longvq_layers.layers.attention import VQAttention
+from longvq_layers.layers.codebook import Codebook
+from longvq_layers.layers.codebook_attention import CodebookAttention
+from longvq_layers.layers.commitment import commitment_loss
+from longvq_layers.layers.longvq import LongVQBlock
+from longvq_layers.layers.optim import optimizer_groups
+from longvq_layers.layers.s4d import S4DLayer
+from longvq_layers.layers.ssm import DiagonalSSM
+
+__all__ = [
+    "Codebook",
+    "CodebookAttention",
+    "DiagonalSSM",
+    "LongVQBlock",
+    "S4DLayer",
+    "VQAttention",
+    "commitment_loss",
+    "optimizer_groups",
+]

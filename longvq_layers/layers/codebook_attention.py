@@ -46,6 +46,8 @@ class CodebookAttention(nn.Module):
     Source: LongVQ (arXiv 2404.11163) section 4.2; Transformer-VQ (arXiv 2309.16354).
     """
 
+    no_decay_parameters = ("window_bias",)  # for `optimizer_groups`
+
     def __init__(
         self,
         num_heads: int,

@@ -1,0 +1,231 @@
+"""The diagonal state space model (S4D): parameters, discretisation, scan and step."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from longvq_layers import ops
+from longvq_layers.layers import _inputs
+from longvq_layers.layers._kmeans import no_autocast
+from longvq_layers.layers._precision import KeepsFloat32, storage_dtype
+from longvq_layers.ops import _checks as check
+
+_MOST_NEGATIVE = -1e4  # of Δ·Re A: exp of it is 0 anyway, and infinity would turn into NaN
+
+
+class DiagonalSSM(KeepsFloat32):
+    """One diagonal state space model per channel, with N = d_state / 2 complex modes in conjugate pairs.
+
+        x'(t) = A x(t) + B u(t),  y(t) = 2 Re(C x(t)) + D u(t),   A = −exp(log_A_real) + i A_imag,  B = 1
+        zero-order hold:  Ā = exp(ΔA),                  B̄ = (Ā − 1) / A · B,      Δ = exp(log_dt)
+        bilinear:         Ā = (1 + ΔA/2) / (1 − ΔA/2),  B̄ = ΔB / (1 − ΔA/2)
+        x_t = Ā x_{t−1} + B̄ u_t,   y_t = 2 Re(C x_t) + D u_t
+
+    The real part of A is negative for every parameter value, so the model is stable. Bidirectional: a second readout
+    C over the reversed sequence, sharing A and Δ, is added. Everything is computed in float32 (float64 for float64
+    inputs) with autocast off, and `.half()` or `.bfloat16()` leave the parameters in float32.
+
+    Args:
+        channels: H, independent channels.
+        d_state: 2N, real size of the state of a channel; even, default 64.
+        causal: only past and present, default False (bidirectional).
+        init: of A: "lin" −½ + iπn (default), "inv" −½ + i (2N/π)(2N/(2n+1) − 1), or "real" −(n+1).
+        discretization: "zoh" (default) or "bilinear".
+        dt_min, dt_max: range of Δ, drawn log-uniformly, default 1e-3 to 1e-1.
+        backend: see `ops.ssm_scan`.
+        device: where the parameters live.
+        dtype: torch.float64 for double parameters, anything else gives float32.
+
+    Parameters:
+        log_dt (H,), log_A_real (H, N), A_imag (H, N), C (H, N, 2) or, bidirectional, (2, H, N, 2), D (H,).
+
+    Raises:
+        ValueError, TypeError: sizes out of range or unknown options; in `forward` a wrong shape or dtype.
+
+    Example:
+        >>> ssm = DiagonalSSM(8, d_state=16, causal=True)
+        >>> ssm(torch.randn(2, 100, 8)).shape
+        torch.Size([2, 100, 8])
+
+    Source: Gu et al. 2022 (arXiv 2206.11893), sections 3 and 4.
+    """
+
+    # What `optimizer_groups` needs to know about this module's parameters.
+    slow_parameters = ("log_dt", "log_A_real", "A_imag")
+    no_decay_parameters = ("C", "D")
+
+    def __init__(
+        self,
+        channels: int,
+        *,
+        d_state: int = 64,
+        causal: bool = False,
+        init: str = "lin",
+        discretization: str = "zoh",
+        dt_min: float = 1e-3,
+        dt_max: float = 1e-1,
+        backend: str = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        _inputs.positive("DiagonalSSM", channels=channels, d_state=d_state)
+        if d_state % 2:
+            raise ValueError(f"DiagonalSSM: d_state must be even (conjugate pairs), got {d_state}")
+        check.one_of("DiagonalSSM", "init", init, ("lin", "inv", "real"))
+        check.one_of("DiagonalSSM", "discretization", discretization, ("zoh", "bilinear"))
+        check.one_of("DiagonalSSM", "backend", backend, ("auto", "native", "torch", "reference"))
+        if not 0 < dt_min <= dt_max < float("inf"):
+            raise ValueError(f"DiagonalSSM: dt_min and dt_max must be 0 < dt_min <= dt_max, got {dt_min}, {dt_max}")
+        self.channels, self.d_state, self.causal = channels, d_state, bool(causal)
+        self.init, self.discretization, self.backend = init, discretization, backend
+        self.dt_min, self.dt_max = dt_min, dt_max
+        real = {"device": device, "dtype": storage_dtype(dtype)}
+        shape = (channels, d_state // 2)  # (H, N)
+        self.log_dt = nn.Parameter(torch.empty(channels, **real))
+        self.log_A_real = nn.Parameter(torch.empty(shape, **real))
+        self.A_imag = nn.Parameter(torch.empty(shape, **real))
+        self.C = nn.Parameter(torch.empty((*shape, 2) if causal else (2, *shape, 2), **real))
+        self.D = nn.Parameter(torch.empty(channels, **real))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw Δ, C and D anew and set A to its initialisation."""
+        self.log_dt.uniform_(math.log(self.dt_min), math.log(self.dt_max))
+        n = torch.arange(self.d_state // 2, device=self.A_imag.device, dtype=self.A_imag.dtype)
+        if self.init == "real":
+            self.log_A_real.copy_((n + 1).log().expand_as(self.log_A_real))
+            self.A_imag.zero_()
+        else:
+            inverse = self.d_state / math.pi * (self.d_state / (2 * n + 1) - 1)
+            self.log_A_real.fill_(math.log(0.5))
+            self.A_imag.copy_((math.pi * n if self.init == "lin" else inverse).expand_as(self.A_imag))
+        self.C.normal_(std=0.5**0.5)  # complex with unit variance
+        self.D.normal_()
+
+    def discrete(self, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
+        """What `ops.ssm_scan` takes: log Ā (H, N), weight 2·C·B̄ (directions, H, N), both complex, and D (H,).
+
+        `dtype` is the precision of the arithmetic, float32 or float64.
+        """
+        with no_autocast(self.log_dt.device):
+            dt = self.log_dt.to(dtype).exp().unsqueeze(-1)
+            decay = (-self.log_A_real.to(dtype).exp() * dt).clamp(min=_MOST_NEGATIVE)
+            turn = self.A_imag.to(dtype) * dt
+            log_decay, gain = (_zoh if self.discretization == "zoh" else _bilinear)(decay, turn)
+            readout = torch.view_as_complex(self.C.to(dtype).contiguous()).reshape(-1, *turn.shape)
+            return log_decay, 2 * readout * gain * dt, self.D.to(dtype)
+
+    def forward(
+        self,
+        u: Tensor,
+        key_padding_mask: Tensor | None = None,
+        *,
+        initial_state: Tensor | None = None,
+        return_state: bool = False,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Run over whole sequences.
+
+        Args:
+            u: (B, L, H), any floating dtype.
+            key_padding_mask: (B, L) bool, True = this input counts as 0 and this output is 0. Time goes on over
+                padding: the state keeps decaying.
+            initial_state: (B, H, N) complex, as returned before; causal only. Default zero.
+            return_state: also return the state after the last position; causal only. Default False.
+
+        Returns:
+            y (B, L, H), dtype of u; with `return_state` also the state (B, H, N), complex.
+
+        Raises:
+            NotImplementedError: a state asked of a bidirectional model, whose outputs depend on the future.
+        """
+        check.tensor("DiagonalSSM", "u", u, "B L H")
+        check.real("DiagonalSSM", "u", u)
+        check.size("DiagonalSSM", "u", u, (u.shape[0], u.shape[1], self.channels), "B L H")
+        _inputs.padding("DiagonalSSM", key_padding_mask, u)
+        if initial_state is not None or return_state:
+            self._need_causal("initial_state and return_state")
+        log_decay, weight, skip = self.discrete(_arithmetic(u))
+        u = _inputs.zero_padding(u, key_padding_mask)
+        with no_autocast(u.device):
+            y, state = ops.ssm_scan(
+                u,
+                log_decay,
+                weight[0],
+                skip=skip,
+                initial_state=initial_state,
+                return_state=True,
+                backend=self.backend,
+            )
+            if not self.causal:
+                y = y + ops.ssm_scan(u.flip(1), log_decay, weight[1], backend=self.backend).flip(1)
+        y = _inputs.zero_padding(y, key_padding_mask)
+        return (y, state) if return_state else y
+
+    def initial_state(self, batch: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The zero state (batch, H, N), complex; `dtype` float64 for float64 inputs."""
+        complex_dtype = torch.complex128 if dtype == torch.float64 else torch.complex64
+        shape = (batch, self.channels, self.d_state // 2)
+        return torch.zeros(shape, dtype=complex_dtype, device=self.log_dt.device)
+
+    def step(self, u: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        """One position: u (B, H) and state (B, H, N) -> y (B, H), new state (B, H, N). The same numbers as `forward`.
+
+        Raises NotImplementedError for a bidirectional model, ValueError for wrong shapes.
+        """
+        self._need_causal("step()")
+        check.tensor("DiagonalSSM.step", "u", u, "B H")
+        check.real("DiagonalSSM.step", "u", u)
+        check.size("DiagonalSSM.step", "u", u, (u.shape[0], self.channels), "B H")
+        check.tensor("DiagonalSSM.step", "state", state, "B H N")
+        check.size("DiagonalSSM.step", "state", state, (*u.shape, self.d_state // 2), "B H N")
+        dtype = _arithmetic(u)
+        log_decay, weight, skip = self.discrete(dtype)
+        with no_autocast(u.device):
+            wide = u.to(dtype)
+            state = log_decay.exp() * state + wide.unsqueeze(-1)
+            y = (weight[0] * state).real.sum(-1) + skip * wide
+        return y.to(u.dtype), state
+
+    def _need_causal(self, what: str) -> None:
+        if not self.causal:
+            raise NotImplementedError(
+                f"DiagonalSSM: {what} needs causal=True; a bidirectional model's outputs depend on inputs to come"
+            )
+
+    def extra_repr(self) -> str:
+        return _inputs.call_repr(
+            (self.channels,),
+            d_state=self.d_state,
+            causal=self.causal,
+            init=self.init,
+            discretization=self.discretization,
+            dt_min=self.dt_min,
+            dt_max=self.dt_max,
+            backend=self.backend,
+        )
+
+
+def _arithmetic(u: Tensor) -> torch.dtype:
+    return torch.float64 if u.dtype == torch.float64 else torch.float32
+
+
+def _zoh(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    # z = ΔA = a + ib -> log Ā = z and B̄ / Δ = (exp(z) − 1) / z, without cancellation for small z
+    half = (b / 2).sin()
+    grown = torch.complex(a.expm1() * b.cos() - 2 * half * half, a.exp() * b.sin())  # exp(z) − 1
+    z = torch.complex(a, b)
+    tiny = z.abs() < 1e-12  # Δ or A underflowed: the quotient's limit is 1
+    return z, torch.where(tiny, 1.0, grown / torch.where(tiny, 1.0, z))
+
+
+def _bilinear(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    # w = ΔA/2 = x + iy -> log Ā = log(1 + w) − log(1 − w) and B̄ / Δ = 1 / (1 − w)
+    x, y = a / 2, b / 2
+    # |1+w|²/|1−w|² = 1 + 4x/((1−x)²+y²) keeps small decays exact; at w = −1, where Ā = 0, the logarithm is kept finite
+    ratio = (4 * x / ((1 - x).square() + y.square())).clamp(min=-1 + 1e-7)
+    real = torch.where(1 + x == 0, 1e-12, 1 + x)
+    angle = torch.atan2(y, real) + torch.atan2(y, 1 - x)
+    return torch.complex(ratio.log1p() / 2, angle), 1 / torch.complex(1 - x, -y)
