@@ -126,7 +126,9 @@ _ELF_MACHINES = {0x3E: "x86_64", 0xB7: "aarch64", 0x03: "i386", 0x15: "ppc64", 0
 
 def _explain(path: Path, error: Exception) -> str:
     """The loader's message, led by what it means."""
-    message = str(error)
+    if not isinstance(error, OSError):
+        return str(error)
+    message = str(error.__cause__ or error)  # torch wraps the loader's own message, which has the details
     if "undefined symbol" in message:
         return f"undefined symbol: it needs a newer torch than the one installed, or was built wrongly ({message})"
     try:
@@ -134,12 +136,11 @@ def _explain(path: Path, error: Exception) -> str:
             header = file.read(20)
     except OSError as unreadable:
         return f"it can't be read ({unreadable})"
-    if isinstance(error, OSError):
-        if len(header) < 20 or header[:4] != b"\x7fELF":
-            return f"corrupt: it is no shared library ({message})"
-        (machine,) = struct.unpack("<H" if header[5] == 1 else ">H", header[18:20])
-        built_for = _ELF_MACHINES.get(machine, f"machine {machine:#x}")
-        here = {"AMD64": "x86_64", "arm64": "aarch64"}.get(platform.machine(), platform.machine())
-        if built_for != here:
-            return f"built for another architecture, {built_for} instead of {here} ({message})"
+    if len(header) < 20 or header[:4] != b"\x7fELF":
+        return f"corrupt: it is no shared library ({message})"
+    (machine,) = struct.unpack("<H" if header[5] == 1 else ">H", header[18:20])
+    built_for = _ELF_MACHINES.get(machine, f"machine {machine:#x}")
+    here = {"AMD64": "x86_64", "arm64": "aarch64"}.get(platform.machine(), platform.machine())
+    if built_for != here:
+        return f"built for another architecture, {built_for} instead of {here} ({message})"
     return message

@@ -1,0 +1,1 @@
+"""Speed measurements against plain PyTorch: `python -m longvq_layers.benchmarks NAME`."""

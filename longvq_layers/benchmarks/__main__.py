@@ -1,0 +1,20 @@
+"""Run one benchmark: `python -m longvq_layers.benchmarks assign [--length 16384 …]`."""
+
+import argparse
+
+from longvq_layers.benchmarks import assign
+
+BENCHMARKS = {"assign": assign}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m longvq_layers.benchmarks", description=__doc__)
+    commands = parser.add_subparsers(dest="benchmark", required=True)
+    for name, module in BENCHMARKS.items():
+        module.add_arguments(commands.add_parser(name, help=(module.__doc__ or "").splitlines()[0]))
+    args = parser.parse_args()
+    BENCHMARKS[args.benchmark].run(args)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,223 @@
+"""The compiled nearest-codeword kernel against a float64 brute force, on every instruction set of this machine."""
+
+import os
+import subprocess
+import sys
+import threading
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from hypothesis import given, settings
+
+from longvq_layers import _extension, ops
+
+CAPABILITIES = ("default", "avx2", "avx512")
+
+
+def native(k: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
+    return ops.vq_assign(k, codebook, backend="native")
+
+
+def squared_distances(k: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
+    """(B, H, L, S) in float64, straight from the definition."""
+    return (k.double().unsqueeze(-2) - codebook.double()[None, :, None]).square().sum(-1)
+
+
+def assert_nearest(codes: torch.Tensor, k: torch.Tensor, codebook: torch.Tensor) -> None:
+    """The chosen code is as near as the nearest one, up to the rounding of two float32 scores.
+
+    A score k.C - |C|^2/2 is a chain of D multiply-adds on a start value: its error is at most about
+    (D + 2) eps (|k||C| + |C|^2/2). Distances differ by twice the scores, and two scores were compared.
+    """
+    assert codes.dtype == torch.int64 and codes.shape == k.shape[:3]
+    if codes.numel() == 0:
+        return
+    distances = squared_distances(k, codebook)
+    assert codes.min() >= 0 and codes.max() < codebook.shape[1]
+    chosen = distances.gather(-1, codes.unsqueeze(-1)).squeeze(-1)
+    norm_k = k.double().norm(dim=-1)
+    norm_c = codebook.double().norm(dim=-1).amax(-1)[None, :, None]
+    bound = 4 * (k.shape[-1] + 2) * torch.finfo(torch.float32).eps * (norm_k * norm_c + norm_c.square() / 2)
+    assert (chosen - distances.amin(-1) <= bound).all()
+
+
+@st.composite
+def problems(draw: st.DrawFn) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and codebooks of any small shape, in every memory layout that a view can give them."""
+    b, h, length = draw(st.integers(0, 3)), draw(st.integers(1, 3)), draw(st.integers(0, 130))
+    codes, width = draw(st.integers(1, 150)), draw(st.integers(1, 70))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    scale = draw(st.sampled_from([1.0, 1e-3, 1e3]))
+    k = _laid_out(draw, (b, h, length, width), 1.0, generator)
+    return k, _laid_out(draw, (h, codes, width), scale, generator)
+
+
+def _laid_out(draw: st.DrawFn, shape: tuple[int, ...], scale: float, generator: torch.Generator) -> torch.Tensor:
+    def randn(*size: int) -> torch.Tensor:
+        return torch.randn(size, generator=generator) * scale
+
+    layout = draw(st.sampled_from(["contiguous", "permuted", "strided", "offset", "expanded"]))
+    if layout == "permuted":
+        order = draw(st.permutations(range(len(shape))))
+        return randn(*(shape[i] for i in order)).permute([order.index(i) for i in range(len(shape))])
+    if layout == "strided":
+        return randn(*(2 * n for n in shape))[tuple(slice(1, None, 2) for _ in shape)]
+    if layout == "offset":
+        return randn(*shape[:-1], shape[-1] + 3)[..., 3:]
+    if layout == "expanded":
+        dim = draw(st.integers(0, len(shape) - 1))
+        return randn(*(1 if i == dim else n for i, n in enumerate(shape))).expand(shape)
+    return randn(*shape)
+
+
+@settings(max_examples=150, deadline=None)
+@given(problems())
+def test_finds_a_nearest_code_in_any_layout(problem):
+    k, codebook = problem
+    assert_nearest(native(k, codebook), k, codebook)
+
+
+@settings(max_examples=60, deadline=None)
+@given(problems(), st.data())
+def test_exact_ties_go_to_the_lowest_code(problem, data):
+    """Small integers make every score exact, so equal distances are equal scores."""
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 2**31)))
+    k, codebook = (x.round().clamp(-8, 8) for x in problem)
+    drawn = torch.randint(codebook.shape[1], (data.draw(st.integers(1, 200)),), generator=generator)
+    codebook = codebook[:, drawn]  # with duplicates
+    codes = native(k, codebook)
+    assert_nearest(codes, k, codebook)
+    if codes.numel():
+        distances = squared_distances(k, codebook)
+        chosen = distances.gather(-1, codes.unsqueeze(-1))
+        assert torch.equal(chosen.squeeze(-1), distances.amin(-1))
+        lower = torch.arange(distances.shape[-1]) < codes.unsqueeze(-1)
+        assert not ((distances == chosen) & lower).any()
+
+
+@pytest.mark.parametrize("codes", [1, 2, 15, 16, 17, 63, 64, 65, 130])
+def test_identical_codewords_give_the_first(codes):
+    torch.manual_seed(codes)
+    k, codebook = torch.randn(2, 3, 50, 33), torch.randn(3, 1, 33).expand(3, codes, 33)
+    assert native(k, codebook).eq(0).all()
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("codes", [1, 5, 64, 100])
+def test_a_key_that_is_not_finite_gets_code_zero_and_disturbs_no_other(bad, codes):
+    torch.manual_seed(0)
+    k, codebook = torch.randn(2, 2, 40, 19), torch.randn(2, codes, 19)
+    expected = native(k, codebook)
+    k[1, 0, 7, 3] = bad
+    k[0, 1, 39] = bad
+    expected[1, 0, 7] = expected[0, 1, 39] = 0
+    assert torch.equal(native(k, codebook), expected)
+
+
+def test_overflowing_scores_stay_in_range():
+    torch.manual_seed(0)
+    k, codebook = torch.randn(1, 1, 64, 8) * 1e30, torch.randn(1, 37, 8) * 1e30
+    codes = native(k, codebook)
+    assert codes.min() >= 0 and codes.max() < 37
+
+
+@pytest.mark.parametrize(
+    ("length", "codes", "width"), [(1, 1, 1), (129, 151, 64), (150, 512, 128), (37, 48, 257), (11, 2, 1000)]
+)
+def test_odd_sizes(length, codes, width):
+    torch.manual_seed(0)
+    k, codebook = torch.randn(1, 2, length, width), torch.randn(2, codes, width)
+    assert_nearest(native(k, codebook), k, codebook)
+
+
+def test_a_key_gets_the_same_code_alone_as_in_a_batch():
+    """Blocks, remainders and batch size don't change a single result, not even between near ties."""
+    torch.manual_seed(0)
+    k, codebook = torch.randn(2, 2, 101, 24).bfloat16().float(), torch.randn(2, 90, 24)
+    codebook[:, 45:] = codebook[:, :45] * (1 + 1e-7)
+    whole = native(k, codebook)
+    alone = torch.stack([native(k[:, :, i : i + 1], codebook).squeeze(-1) for i in range(101)], dim=-1)
+    assert torch.equal(whole, alone)
+
+
+def test_threads_change_nothing():
+    torch.manual_seed(0)
+    k, codebook = torch.randn(2, 3, 1500, 40), torch.randn(3, 200, 40)
+    before = torch.get_num_threads()
+    try:
+        results = []
+        for threads in (1, 2, 3, 7):
+            torch.set_num_threads(threads)
+            results.append(native(k, codebook))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(results[0], other) for other in results[1:])
+
+
+def test_several_python_threads_at_once():
+    torch.manual_seed(0)
+    inputs = [(torch.randn(1, 2, 700, 16), torch.randn(2, 64, 16)) for _ in range(4)]
+    expected = [native(*pair) for pair in inputs]
+    wrong: list[int] = []
+
+    def work(index: int) -> None:
+        for _ in range(10):
+            if not torch.equal(native(*inputs[index]), expected[index]):
+                wrong.append(index)
+
+    workers = [threading.Thread(target=work, args=(i,)) for i in range(len(inputs))]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert not wrong
+
+
+@pytest.mark.parametrize(
+    ("k", "codebook", "message"),
+    [
+        (torch.zeros(1, 1, 2), torch.zeros(1, 2, 3), "k must be \\(B, H, L, D\\), got 3 dimensions"),
+        (torch.zeros(1, 1, 2, 3), torch.zeros(2, 3), "codebook must be \\(H, S, D\\), got 2 dimensions"),
+        (torch.zeros(1, 1, 2, 3), torch.zeros(2, 2, 3), "codebook must be .*, got \\(2, 2, 3\\)"),
+        (torch.zeros(1, 1, 2, 3), torch.zeros(1, 2, 4), "codebook must be .*, got \\(1, 2, 4\\)"),
+        (torch.zeros(1, 1, 2, 3), torch.zeros(1, 0, 3), "at least one code"),
+        (torch.zeros(1, 1, 2, 3).double(), torch.zeros(1, 2, 3).double(), "float32"),
+    ],
+)
+def test_the_kernel_itself_refuses_what_would_read_out_of_bounds(k, codebook, message):
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.longvq.vq_assign(k, codebook)
+
+
+_DUMP = """
+import sys, torch
+import longvq_layers
+from longvq_layers import _extension, ops
+assert _extension.is_loaded(), _extension.load_error()
+problems = torch.load(sys.argv[1])
+torch.save((_extension.cpu_capability(), [ops.vq_assign(k, c, backend="native") for k, c in problems]), sys.argv[2])
+"""
+
+
+@pytest.mark.slow
+def test_every_instruction_set_finds_a_nearest_code(tmp_path):
+    """Variants may differ from each other only where both answers are nearest up to rounding."""
+    torch.manual_seed(0)
+    shapes = [(1, 1, 1, 1, 1), (2, 3, 77, 130, 33), (1, 2, 300, 512, 64), (1, 1, 9, 31, 300)]
+    problems = [(torch.randn(b, h, n, d), torch.randn(h, s, d)) for b, h, n, s, d in shapes]
+    tied = torch.randint(-2, 3, (1, 1, 200, 3)).float(), torch.randint(-1, 2, (1, 100, 3)).float()
+    torch.save([*problems, tied], tmp_path / "problems.pt")
+
+    best = CAPABILITIES.index(_extension.cpu_capability() or "default")
+    for capability in CAPABILITIES[: best + 1]:
+        subprocess.run(
+            [sys.executable, "-W", "error", "-c", _DUMP, tmp_path / "problems.pt", tmp_path / "codes.pt"],
+            env={**os.environ, "LONGVQ_CPU_CAPABILITY": capability},
+            check=True,
+        )
+        used, results = torch.load(tmp_path / "codes.pt")
+        assert used == capability
+        for codes, (k, codebook) in zip(results[:-1], problems, strict=True):
+            assert_nearest(codes, k, codebook)
+        assert torch.equal(results[-1], squared_distances(*tied).argmin(-1))
