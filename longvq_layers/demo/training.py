@@ -1,0 +1,105 @@
+"""Part 3: a byte language model of `LongVQBlock`s, trained from nothing on the source of the standard library."""
+
+import math
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from longvq_layers.demo import data
+from longvq_layers.demo.settings import TrainingPoint, TrainingResult, TrainingSettings
+from longvq_layers.layers.commitment import commitment_loss
+from longvq_layers.layers.longvq import LongVQBlock
+
+
+class ByteModel(nn.Module):
+    """Embedding, causal `LongVQBlock`s, logits through the transposed embedding."""
+
+    def __init__(self, settings: TrainingSettings) -> None:
+        super().__init__()
+        width = settings.d_model
+        self.embedding = nn.Embedding(256, width)
+        nn.init.normal_(self.embedding.weight, std=width**-0.5)
+        self.blocks = nn.ModuleList(
+            LongVQBlock(width, num_codes=settings.num_codes, window=settings.window, causal=True)
+            for _ in range(settings.blocks)
+        )
+        self.norm = nn.LayerNorm(width)
+
+    def forward(self, text: Tensor) -> Tensor:
+        """text (B, L) byte values -> logits (B, L, 256) of the next byte."""
+        x = self.embedding(text) * self.embedding.embedding_dim**0.5
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x) @ self.embedding.weight.T
+
+
+def run(
+    settings: TrainingSettings, say: Callable[[str], None], progress: Callable[[float], None] = lambda seconds: None
+) -> TrainingResult:
+    """Train for a fixed time; bits per byte of files that training never sees, every few seconds."""
+    torch.manual_seed(0)
+    train, held_out = (_as_tensor(text) for text in data.source_bytes(settings.train_bytes, settings.held_out_bytes))
+    model = ByteModel(settings)
+    optimizer = _optimizer(model, settings)
+    peak_rates = [group["lr"] for group in optimizer.param_groups]
+    points = [TrainingPoint(0.0, 0, bits_per_byte(model, held_out, settings.length))]
+    say(f"   0 s, step    0: {points[0].bits_per_byte:.3f} bits per byte on held-out files")
+
+    step, trained, evaluate_at = 0, 0.0, settings.evaluate_every  # seconds of training, evaluation left out
+    while trained < settings.seconds:
+        start = time.perf_counter()
+        rate = _schedule(trained / settings.seconds, step)
+        for group, peak in zip(optimizer.param_groups, peak_rates, strict=True):
+            group["lr"] = peak * rate
+        starts = torch.randint(train.numel() - settings.length - 1, (settings.batch_size, 1))
+        text = train[starts + torch.arange(settings.length + 1)]
+        loss = _cross_entropy(model(text[:, :-1]), text[:, 1:]) + commitment_loss(model)
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        step += 1
+        took = time.perf_counter() - start
+        trained += took
+        progress(took)
+        if trained >= evaluate_at or trained >= settings.seconds:
+            evaluate_at += settings.evaluate_every
+            points.append(TrainingPoint(trained, step, bits_per_byte(model, held_out, settings.length)))
+            say(f"{trained:4.0f} s, step {step:4}: {points[-1].bits_per_byte:.3f} bits per byte on held-out files")
+
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    name = (
+        f"{settings.blocks} LongVQBlocks, width {settings.d_model}, {settings.num_codes} codes, window "
+        f"{settings.window}, {parameters:,} parameters"
+    )
+    return TrainingResult(name, points, step * settings.batch_size * settings.length)
+
+
+@torch.no_grad()
+def bits_per_byte(model: nn.Module, text: Tensor, length: int) -> float:
+    """Mean −log2 p(next byte), every byte of `text` predicted from at most ``length`` before it."""
+    model.eval()
+    rows = (text.numel() - 1) // length
+    inputs, targets = text[: rows * length].view(rows, length), text[1 : rows * length + 1].view(rows, length)
+    loss = _cross_entropy(model(inputs), targets).item()
+    model.train()
+    return loss / math.log(2)
+
+
+def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    return nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+
+def _as_tensor(text: bytes) -> Tensor:
+    return torch.frombuffer(bytearray(text), dtype=torch.uint8).long()
+
+
+def _schedule(share: float, step: int) -> float:
+    # A short linear warm-up in steps, then a cosine down to a tenth over the time that there is.
+    return min(1.0, (step + 1) / 20) * (0.55 + 0.45 * math.cos(math.pi * min(share, 1.0)))
+
+
+def _optimizer(model: nn.Module, settings: TrainingSettings) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(model.parameters(), lr=settings.learning_rate, weight_decay=0.01)
