@@ -7,7 +7,21 @@ torch.Size([2, 1000, 64])
 """
 
 from longvq_layers import _extension, ops
+from longvq_layers.layers import Codebook, LongVQBlock, S4DLayer, VQAttention, commitment_loss, optimizer_groups
+from longvq_layers.replace import replace_attention, restore_attention
 
 _extension.load()
 
 __version__ = "0.1.0"
+
+__all__ = [
+    "Codebook",
+    "LongVQBlock",
+    "S4DLayer",
+    "VQAttention",
+    "commitment_loss",
+    "ops",
+    "optimizer_groups",
+    "replace_attention",
+    "restore_attention",
+]

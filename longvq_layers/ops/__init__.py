@@ -1,4 +1,4 @@
-"""Functional operators: :func:`vq_assign`, :func:`vq_attention`, :func:`ssm_scan`, :func:`ssm_kernel`, :func:`long_conv`."""
+"""Functional operators: vector-quantised attention, state space scan, long convolution."""
 
 from longvq_layers.ops.ssm import long_conv, ssm_kernel, ssm_scan
 from longvq_layers.ops.vq import vq_assign, vq_attention

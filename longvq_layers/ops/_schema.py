@@ -39,7 +39,6 @@ def _define_autograd(name: str, setup_context: Callable, backward: Callable) -> 
         )
 
 
-
 # ---- vq_assign ------------------------------------------------------------------------------------------------------
 
 
@@ -118,8 +117,7 @@ def _ssm_scan_grad(ops, ctx, grad_y, grad_state):
 
 _define(f"ssm_scan({_SCAN_INPUTS}) -> (Tensor, Tensor)", ssm_scan, _ssm_scan_fake)
 _define(
-    f"ssm_scan_backward(Tensor grad_y, Tensor grad_state, {_SCAN_INPUTS}) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f"ssm_scan_backward(Tensor grad_y, Tensor grad_state, {_SCAN_INPUTS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     ssm_scan_backward,
     _ssm_scan_backward_fake,
 )

@@ -145,7 +145,9 @@ def long_conv(u: Tensor, kernel: Tensor, *, backend: str = "auto") -> Tensor:
     check.real(op, "u", u)
     check.real(op, "kernel", kernel)
     if kernel.shape[0] != u.shape[2]:
-        raise ValueError(f"{op}: kernel must have shape (H, K) with the H = {u.shape[2]} of u, got {tuple(kernel.shape)}")
+        raise ValueError(
+            f"{op}: kernel must have shape (H, K) with the H = {u.shape[2]} of u, got {tuple(kernel.shape)}"
+        )
     check.same_device(op, "u", u, kernel=kernel)
     chosen = choose(op, backend, u.device, (u.dtype,))
     return (reference.long_conv if chosen == "reference" else _torch_conv)(u, kernel)

@@ -85,9 +85,7 @@ def test_causal_jacobians_are_triangular_and_reach_the_past(window, activation):
     def outputs(q, v):
         return ops.vq_attention(q, k, v, codebook, causal=True, window=window, activation=activation, codes=codes)
 
-    dq, dv = (
-        j[0, 0, :, :, 0, 0].abs().sum((1, 3)) for j in torch.autograd.functional.jacobian(outputs, (q, v))
-    )
+    dq, dv = (j[0, 0, :, :, 0, 0].abs().sum((1, 3)) for j in torch.autograd.functional.jacobian(outputs, (q, v)))
     assert torch.equal(dq, dq.diagonal().diag())  # an output depends on its own query only
     assert torch.equal(dv, dv.tril())
     assert (dv[dv.tril() != 0].numel()) == length * (length + 1) // 2

@@ -61,9 +61,7 @@ def test_scan_is_convolution_with_its_kernel(case):
     leaves.pop("initial_state", None)
     length = leaves["u"].shape[1]
     kernel = ops.ssm_kernel(leaves["log_decay"], leaves["weight"], length)
-    assert_close(
-        kernel, ops.ssm_kernel(leaves["log_decay"], leaves["weight"], length, backend="reference"), "kernel"
-    )
+    assert_close(kernel, ops.ssm_kernel(leaves["log_decay"], leaves["weight"], length, backend="reference"), "kernel")
     conv = ops.long_conv(leaves["u"], kernel)
     if "skip" in leaves:
         conv = conv + leaves["skip"] * leaves["u"]

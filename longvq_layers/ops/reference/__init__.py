@@ -1,1 +1,1 @@
-"""The dense definitions of every operator, written to be read; the oracle that all other backends are tested against."""
+"""The dense definitions of every operator, written to be read; the oracle of all tests."""

@@ -10,7 +10,7 @@ from torch import Tensor
 def ssm_scan(
     u: Tensor, log_decay: Tensor, weight: Tensor, skip: Tensor | None, initial_state: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """``x_t = exp(log_decay) ∘ x_{t−1} + u_t``, ``y_t = Re Σ_n weight_n x_{t,n} + skip · u_t``: y (B, L, H), last state."""
+    """``x_t = exp(log_decay) ∘ x_{t−1} + u_t``, ``y_t = Re Σ_n weight_n x_{t,n} + skip · u_t``: y and the last x."""
     inputs = u.to(log_decay.real.dtype)
     batch, length, channels = u.shape
     state = log_decay.new_zeros(batch, channels, log_decay.shape[1]) if initial_state is None else initial_state

@@ -18,7 +18,7 @@ def vq_assign(k: Tensor, codebook: Tensor) -> Tensor:
 
 
 def laplace(x: Tensor) -> Tensor:
-    """Mega's attention function, ``½(1 + erf((x − μ) / (σ√2)))`` with ``μ = √½``, ``σ = √(1/4π)`` (Ma et al., eq. 16)."""
+    """Mega's attention function, ``½(1 + erf((x − μ) / (σ√2)))`` with ``μ = √½``, ``σ = √(1/4π)`` (eq. 16)."""
     mu, sigma = math.sqrt(0.5), math.sqrt(0.25 / math.pi)
     return 0.5 * (1 + torch.erf((x - mu) / (sigma * math.sqrt(2))))
 

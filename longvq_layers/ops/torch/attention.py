@@ -27,7 +27,7 @@ def vq_attention(
     local_keys: str,
     key_grad: str,
 ) -> tuple[Tensor, Tensor]:
-    """Output (B, H, L, E) in the dtype of ``v`` and, for the backward, log-normalisers (B, H, L) in compute precision."""
+    """Output (B, H, L, E) in the dtype of ``v``, and log-normalisers (B, H, L) for the backward."""
     if q.numel() == 0:
         precise = torch.promote_types(q.dtype, torch.float32)
         return q.new_zeros(*q.shape[:3], v.shape[-1]), q.new_zeros(q.shape[:3], dtype=precise)

@@ -18,7 +18,7 @@ from longvq_layers.ops.torch.scores import Options, Scores, laplace, laplace_gra
 
 
 def diagonal_sums(x: Tensor) -> Tensor:
-    """(…, T, K) -> (…, T + K − 1): entry o is the sum over the pairs (row, column) with ``column − row = o − (T − 1)``."""
+    """(…, T, K) -> (…, T + K − 1): entry o is the sum over all pairs with ``column − row = o − (T − 1)``."""
     rows, columns = x.shape[-2:]
     # Append T zeros to each (flipped) row and cut the memory into rows one shorter: row r shifts right by r.
     skew = torch.nn.functional.pad(x.flip(-2), (0, rows)).flatten(-2)[..., : rows * (rows + columns - 1)]

@@ -36,11 +36,8 @@ class Blocks:
     @classmethod
     def plan(cls, length: int, num_codes: int, window: int, causal: bool) -> "Blocks":
         everything_far = window == 0 and not causal
-        if everything_far:
-            size = 512
-        else:
-            # About as many near keys as codes; the statistics then cost about twice the memory of the values.
-            size = min(max(num_codes // 2, window, 64), 512)
+        # About as many near keys as codes; the statistics then cost about twice the memory of the values.
+        size = 512 if everything_far else min(max(num_codes // 2, window, 64), 512)
         return cls(length, max(1, min(size, length)), max(window - 1, 0), causal, everything_far)
 
     @property
