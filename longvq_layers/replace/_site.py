@@ -1,0 +1,22 @@
+"""One attention module that may be replaced, and what is known about it before anything is touched."""
+
+import types
+from dataclasses import dataclass, field
+
+from torch import nn
+
+
+@dataclass(eq=False)
+class Site:
+    """An attention module of a model: where it is, what it is, and why it would be refused."""
+
+    name: str  # its name in the model
+    module: nn.Module
+    adapter: types.ModuleType  # huggingface or torch_nn
+    kind: str  # what it is now
+    new_kind: str  # what it becomes
+    causal: str  # "yes", "no" or "per call"
+    num_heads: int | None  # Hkv, key-value heads; None: only a forward pass tells
+    head_dim: int | None  # D
+    refusal: str | None = None  # why it can't be replaced
+    notes: list[str] = field(default_factory=list)

@@ -1,0 +1,274 @@
+"""Replace the attention of a model, and restore it."""
+
+import contextlib
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from longvq_layers.replace import calibration as calibrating
+from longvq_layers.replace import huggingface, torch_nn
+from longvq_layers.replace._site import Site
+from longvq_layers.replace._swapped import SwappedAttention
+from longvq_layers.replace.report import LayerReport, ReplacementReport
+
+_ADAPTERS = (huggingface, torch_nn)
+_RECORD = "_longvq_replacement"  # where a replaced model keeps what is needed to undo it
+_BACKENDS = ("auto", "native", "torch", "reference")
+
+
+def replace_attention(
+    model: nn.Module,
+    *,
+    num_codes: int = 256,
+    window: int = 64,
+    local_keys: str = "exact",
+    filter_fn: Callable[[nn.Module, str], bool] | None = None,
+    calibration: Iterable | None = None,
+    strict: bool = True,
+    dry_run: bool = False,
+    backend: str = "auto",
+) -> ReplacementReport:
+    """Swap the attention of a trained model, in place, for attention over quantised keys: linear in the length.
+
+    Works on this instance only: Hugging Face transformers 5 models that use its attention interface, and
+    `torch.nn.MultiheadAttention` wherever it sits. Projections, parameter names, dtype, device, mode and hooks stay.
+    Causality and padding come from the model. If anything raises, the model is as it was.
+
+    Args:
+        model: the model, or any part of it.
+        num_codes: S, codes per key-value head, default 256.
+        window: W, positions attended key by key, default 64; 0 = none.
+        local_keys: "exact" (default) or "quantized" keys inside the window.
+        filter_fn: `filter_fn(module, name) -> bool` chooses among the attention modules; default all.
+        calibration: model inputs (each a tensor, a tuple of positional or a dict of keyword arguments) that the
+            codebooks are fitted to; run twice, in eval mode. May be None only if the model is in training mode:
+            codebooks then start from the first training batch.
+        strict: True (default) raises if a chosen module can't be replaced; False skips it and reports why.
+        dry_run: True only reports what would be done; calibration isn't run.
+        backend: "auto" (default), "torch", "native" or "reference", see `ops.vq_attention`.
+
+    Returns:
+        A report; `print(report)` shows a table, `report.restore()` puts the original attention back.
+
+    Raises:
+        TypeError: model, calibration or an option of the wrong type.
+        ValueError: nothing to replace, already replaced, an option out of range, calibration missing or empty.
+        NotImplementedError: a module that can't be replaced (strict), each with its reason.
+
+    Example:
+        >>> import torch
+        >>> layer = torch.nn.TransformerEncoderLayer(32, 4, batch_first=True).eval()
+        >>> x = torch.randn(2, 100, 32)
+        >>> report = replace_attention(layer, num_codes=16, window=8, calibration=[x])
+        >>> layer(x).shape
+        torch.Size([2, 100, 32])
+        >>> report.restore()
+
+    Source: LongVQ (arXiv 2404.11163); query-weighted k-means and exact local keys are this library's.
+    """
+    _check_options(model, num_codes, window, local_keys, filter_fn, backend)
+    sites = [site for adapter in _ADAPTERS for site in adapter.find(model)]
+    _check_not_replaced(model, sites)
+    chosen, skipped = _choose(model, sites, filter_fn, strict)
+    if calibration is None and not dry_run:
+        _check_modes(chosen)
+    batches = None if calibration is None or dry_run else calibrating.as_batches(calibration)
+
+    options = {"num_codes": num_codes, "window": window, "local_keys": local_keys, "backend": backend}
+    errors: dict[str, tuple[float, float]] = {}
+    keys = 0
+    if dry_run:
+        for site in chosen:
+            if calibration is None and not site.module.training:
+                site.notes.append("needs calibration= (the model is in eval mode)")
+    else:
+        if batches is None:
+            seams = [_seam(site, site.num_heads, site.head_dim, options) for site in chosen]
+        else:
+            seams, errors, keys = _calibrate(model, chosen, batches, options)
+        for site, seam in zip(chosen, seams, strict=True):
+            seam.train(site.module.training)
+        with _undo_on_error() as records:
+            _install(model, chosen, seams, records, masks=True)
+            model.__dict__[_RECORD] = _Replacement(records)
+    layers = [_layer_report(site, options, errors, skipped.get(site.name)) for site in sites]
+    return ReplacementReport(layers, dry_run=dry_run, calibration_keys=keys, model=None if dry_run else model)
+
+
+def restore_attention(model: nn.Module) -> None:
+    """Put the original attention back: the same objects as before, bit-identical outputs.
+
+    Works on the model that was replaced, on a model that contains it, and on deep copies.
+
+    Args:
+        model: the model given to `replace_attention`, or one that contains it.
+
+    Raises:
+        ValueError: nothing in this model is replaced.
+
+    Example:
+        >>> import torch
+        >>> layer = torch.nn.TransformerEncoderLayer(32, 4, batch_first=True)
+        >>> _ = replace_attention(layer, num_codes=16)
+        >>> restore_attention(layer)
+        >>> type(layer.self_attn)
+        <class 'torch.nn.modules.activation.MultiheadAttention'>
+    """
+    replaced = [module for module in model.modules() if _RECORD in module.__dict__]
+    if not replaced:
+        raise ValueError(
+            "restore_attention: model: nothing is replaced here; pass the model that was given to replace_attention, "
+            "or one that contains it"
+        )
+    for module in replaced:
+        module.__dict__.pop(_RECORD).undo()
+
+
+@dataclass
+class _Replacement:
+    """What one call of `replace_attention` changed; lives in the model, so that deep copies carry their own."""
+
+    records: list = field(default_factory=list)
+
+    def undo(self) -> None:
+        for record in reversed(self.records):
+            record.undo()
+
+
+def _check_options(model, num_codes, window, local_keys, filter_fn, backend) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"replace_attention: model: got {type(model).__name__}, expected a torch.nn.Module")
+    for name, value, least in (("num_codes", num_codes, 1), ("window", window, 0)):
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise TypeError(f"replace_attention: {name}: got {type(value).__name__}, expected an int")
+        if value < least:
+            raise ValueError(f"replace_attention: {name}: got {value}, expected at least {least}")
+    if local_keys not in ("exact", "quantized"):
+        raise ValueError(f"replace_attention: local_keys: got {local_keys!r}, expected 'exact' or 'quantized'")
+    if backend not in _BACKENDS:
+        raise ValueError(f"replace_attention: backend: got {backend!r}, expected one of {_BACKENDS}")
+    if filter_fn is not None and not callable(filter_fn):
+        raise TypeError(f"replace_attention: filter_fn: got {type(filter_fn).__name__}, expected a callable or None")
+
+
+def _check_not_replaced(model: nn.Module, sites: list[Site]) -> None:
+    names = [site.name or "(the model itself)" for site in sites if site.adapter.is_replaced(site.module)]
+    if names or _RECORD in model.__dict__:
+        raise ValueError(
+            f"replace_attention: model: already replaced ({_shorten(names)}); call restore_attention(model) first"
+        )
+
+
+def _choose(model: nn.Module, sites: list[Site], filter_fn, strict: bool) -> tuple[list[Site], dict[str, str]]:
+    # The sites to replace, and why each other one is skipped.
+    if not sites:
+        raise ValueError(
+            f"replace_attention: model: nothing to replace in {type(model).__name__}: found no nn.MultiheadAttention "
+            "and no transformers module that uses its attention interface"
+        )
+    wanted = [site for site in sites if filter_fn is None or filter_fn(site.module, site.name)]
+    skipped = {site.name: "filter_fn returned False" for site in sites if site not in wanted}
+    refused = {site.name: site.refusal for site in wanted if site.refusal is not None}
+    if refused and strict:
+        raise NotImplementedError(
+            "replace_attention: model: these modules can't be replaced; leave them out with filter_fn= or pass "
+            "strict=False to skip them:\n" + "\n".join(f"  {name}: {why}" for name, why in refused.items())
+        )
+    chosen = [site for site in wanted if site.refusal is None]
+    if not chosen:
+        reasons = "".join(f"\n  {name}: {why}" for name, why in {**skipped, **refused}.items())
+        raise ValueError(f"replace_attention: model: nothing to replace in {type(model).__name__}:{reasons}")
+    return chosen, {**skipped, **refused}
+
+
+def _check_modes(chosen: list[Site]) -> None:
+    evaluating = [site.name for site in chosen if not site.module.training]
+    if evaluating:
+        raise ValueError(
+            f"replace_attention: calibration: got None, but {_shorten(evaluating)} would run in eval mode with "
+            "codebooks that hold nothing; pass calibration=[batch, ...], or call model.train() first to let them learn "
+            "from the first training batch"
+        )
+    unknown = [site.name for site in chosen if site.num_heads is None or site.head_dim is None]
+    if unknown:
+        raise ValueError(
+            f"replace_attention: calibration: got None, but the number of heads or their width can't be read from "
+            f"{_shorten(unknown)}; pass calibration=[batch, ...]"
+        )
+
+
+def _seam(site: Site, num_heads: int, head_dim: int, options: dict) -> SwappedAttention:
+    parameter = next(site.module.parameters(), None)
+    device, dtype = (None, None) if parameter is None else (parameter.device, parameter.dtype)
+    num_codes, rest = options["num_codes"], {key: value for key, value in options.items() if key != "num_codes"}
+    with torch.random.fork_rng(devices=[]):  # a new codebook draws random codes; the caller's generator stays as it is
+        return SwappedAttention(num_heads, head_dim, num_codes, dtype=dtype, **rest).to(device)
+
+
+def _calibrate(model: nn.Module, sites: list[Site], batches: list, options: dict):
+    # The original attention drives the model in both passes; the first collects, the second measures.
+    recorders = [calibrating.Recorder(site.adapter.original_function(site.module)) for site in sites]
+    records: list = []
+    try:
+        _install(model, sites, recorders, records, masks=False)
+        calibrating.run(model, batches)
+        seen = [recorder.keys is not None and recorder.keys.shape[1] > 0 for recorder in recorders]
+        if not all(seen):
+            names = [site.name for site, ok in zip(sites, seen, strict=True) if not ok]
+            raise ValueError(
+                f"replace_attention: calibration: no key reached {_shorten(names)}; pass inputs with real tokens that "
+                "use these modules, or leave them out with filter_fn="
+            )
+        keys = min(recorder.keys.shape[1] for recorder in recorders)
+        seams = [
+            _seam(site, recorder.keys.shape[0], recorder.keys.shape[2], options)
+            for site, recorder in zip(sites, recorders, strict=True)
+        ]
+        for recorder, seam in zip(recorders, seams, strict=True):
+            calibrating.fit(recorder, seam)
+        calibrating.run(model, batches)
+    finally:
+        for record in reversed(records):
+            record.undo()
+    return seams, {site.name: rec.errors() for site, rec in zip(sites, recorders, strict=True)}, keys
+
+
+def _install(model: nn.Module, sites: list[Site], seams: list, records: list, *, masks: bool) -> None:
+    for adapter in _ADAPTERS:
+        pairs = [(site, seam) for site, seam in zip(sites, seams, strict=True) if site.adapter is adapter]
+        if pairs:
+            records.append(adapter.Installed())  # known before it changes anything, so that an error can be undone
+            records[-1].install(model, [site for site, _ in pairs], [seam for _, seam in pairs], masks=masks)
+
+
+@contextlib.contextmanager
+def _undo_on_error():
+    records: list = []
+    try:
+        yield records
+    except BaseException:
+        for record in reversed(records):
+            record.undo()
+        raise
+
+
+def _layer_report(site: Site, options: dict, errors: dict, skipped: str | None) -> LayerReport:
+    used = {key: None for key in options} if skipped else options
+    key_error, output_error = errors.get(site.name, (None, None))
+    return LayerReport(
+        name=site.name or "(model)",
+        kind=site.kind,
+        new_kind=None if skipped else site.new_kind,
+        causal=site.causal,
+        key_error=key_error,
+        output_error=output_error,
+        skipped=skipped,
+        notes=() if skipped else tuple(site.notes),
+        **used,
+    )
+
+
+def _shorten(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -1,0 +1,160 @@
+"""Fit the codebooks to the keys that a model really makes, and measure what quantising them costs."""
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from longvq_layers.replace._swapped import SwappedAttention
+
+KEYS_PER_HEAD = 20_480  # kept per layer and head for k-means; more keys only cost time and memory
+SEED = 0x10C6  # calibration draws from generators of its own and leaves the global ones alone
+
+
+class Recorder(nn.Module):
+    """Stands where a swapped attention will stand, while the model still uses its original attention.
+
+    It first collects keys and the second moment of the queries, then (once `candidate` is set) measures how far the
+    candidate's output is from the original one, on the same inputs.
+
+    Args:
+        original: the attention function that a transformers module would call by itself; None for
+            nn.MultiheadAttention.
+        keys_per_head: keys kept, a uniform sample of all that were seen.
+    """
+
+    def __init__(self, original: Callable | None = None, *, keys_per_head: int = KEYS_PER_HEAD) -> None:
+        super().__init__()
+        self.original = original
+        self.candidate: list[SwappedAttention] = []  # in a list: not a submodule
+        self._limit = keys_per_head
+        self._generator = torch.Generator().manual_seed(SEED)
+        self._rank = torch.empty(0)  # (N,) random rank of each kept token; the lowest stay: a uniform sample
+        self.keys: Tensor | None = None  # (Hkv, N, D)
+        self.moment: Tensor | None = None  # (Hkv, D, D) float64, sum of q qᵀ
+        self.queries = 0  # per key-value head
+        self._sums = {"output": 0.0, "output_error": 0.0, "key_error": 0.0, "keys": 0}
+        self._key_square = self._key_sum = 0.0
+
+    @torch.no_grad()
+    def observe(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        output: Tensor,
+        *,
+        causal: bool,
+        key_padding_mask: Tensor | None,
+        scale: float | None,
+    ) -> None:
+        """q (B, H, L, D), k (B, Hkv, L, D), v (B, Hkv, L, E), output (B, H, L, E) of the original attention."""
+        if q.shape[2] != k.shape[2]:
+            raise NotImplementedError(
+                f"replace_attention: calibration: got {q.shape[2]} queries for {k.shape[2]} keys; expected whole "
+                "sequences without a cache from earlier calls"
+            )
+        real = torch.ones(k.shape[0], k.shape[2], dtype=torch.bool, device=k.device)
+        if key_padding_mask is not None:
+            real = ~key_padding_mask
+        if self.candidate:
+            self._measure(q, k, v, output, real, causal=causal, scale=scale)
+        else:
+            self._collect(q, k, real)
+
+    def errors(self) -> tuple[float, float]:
+        """Share of the keys' variance that the codes miss, and relative error of the attention output."""
+        sums = self._sums
+        count = max(sums["keys"], 1)
+        variance = (self._key_square - self._key_sum.square() / count).sum().item() if sums["keys"] else 0.0
+        key_error = sums["key_error"] / variance if variance > 0 else 0.0
+        output_error = (sums["output_error"] / sums["output"]) ** 0.5 if sums["output"] > 0 else 0.0
+        return key_error, output_error
+
+    def _collect(self, q: Tensor, k: Tensor, real: Tensor) -> None:
+        keys = k.transpose(0, 1)[:, real].to(torch.promote_types(k.dtype, torch.float32))  # (Hkv, N, D)
+        group = q.shape[1] // k.shape[1]
+        queries = q.unflatten(1, (k.shape[1], group)).permute(1, 0, 3, 2, 4)[:, real].flatten(1, 2).double()
+        moment = queries.transpose(1, 2) @ queries
+        self.moment = moment if self.moment is None else self.moment + moment
+        self.queries += queries.shape[1]
+        rank = torch.rand(keys.shape[1], generator=self._generator)
+        if self.keys is not None:
+            keys, rank = torch.cat([self.keys, keys], dim=1), torch.cat([self._rank, rank])
+        if rank.numel() > self._limit:
+            rank, kept = rank.topk(self._limit, largest=False)
+            keys = keys[:, kept.to(keys.device)]
+        self.keys, self._rank = keys, rank
+
+    def _measure(self, q, k, v, output, real: Tensor, *, causal: bool, scale: float | None) -> None:
+        candidate = self.candidate[0]
+        swapped = candidate(q, k, v, causal=causal, key_padding_mask=~real, scale=scale)
+        rows = real[:, None, :, None]
+        self._sums["output_error"] += ((swapped - output) * rows).double().square().sum().item()
+        self._sums["output"] += (output * rows).double().square().sum().item()
+        keys = candidate.in_metric(k)  # (B, Hkv, L, D)
+        codes = candidate.codebook(keys, ~real)
+        index = codes.transpose(0, 1).flatten(1).unsqueeze(-1).expand(-1, -1, keys.shape[-1])
+        coded = candidate.codebook.embedding.gather(1, index)  # (Hkv, B·L, D)
+        keys, mask = keys.transpose(0, 1).flatten(1, 2).double(), real.flatten()[None, :, None]
+        self._sums["key_error"] += ((keys - coded) * mask).square().sum().item()
+        self._sums["keys"] += int(real.sum())
+        self._key_square = self._key_square + (keys * mask).square().sum(1)
+        self._key_sum = self._key_sum + (keys * mask).sum(1)
+
+
+def as_batches(calibration: Iterable) -> list:
+    """The calibration inputs as a list, checked.
+
+    Raises:
+        TypeError: not an iterable of tensors, tuples or dicts. ValueError: empty.
+    """
+    if isinstance(calibration, (Tensor, Mapping, str)) or not isinstance(calibration, Iterable):
+        raise TypeError(
+            f"replace_attention: calibration: got {type(calibration).__name__}, expected an iterable of model inputs; "
+            "wrap one input in a list: calibration=[batch]"
+        )
+    batches = list(calibration)
+    if not batches:
+        raise ValueError(
+            "replace_attention: calibration: got no input, expected at least one; is it a used-up iterator?"
+        )
+    for batch in batches:
+        if not isinstance(batch, (Tensor, tuple, list, Mapping)):
+            raise TypeError(
+                f"replace_attention: calibration: got an input of type {type(batch).__name__}, expected a tensor, a "
+                "tuple of positional arguments or a dict of keyword arguments"
+            )
+    return batches
+
+
+def run(model: nn.Module, batches: list) -> None:
+    """Every batch through the model, in eval mode and without gradients; the modes are put back."""
+    with _evaluating(model), torch.no_grad():
+        for batch in batches:
+            if isinstance(batch, Mapping):
+                model(**batch)
+            elif isinstance(batch, (tuple, list)):
+                model(*batch)
+            else:
+                model(batch)
+
+
+def fit(recorder: Recorder, seam: SwappedAttention) -> None:
+    """Fit `seam` to what the recorder collected, and let the recorder measure it from now on."""
+    generator = torch.Generator(device=recorder.keys.device).manual_seed(SEED)
+    seam.fit_(recorder.keys, recorder.moment / max(recorder.queries, 1), generator=generator)
+    recorder.keys = None
+    recorder.candidate = [seam.eval()]
+
+
+@contextlib.contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        model.eval()
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode

@@ -1,0 +1,216 @@
+"""Transformers models: which modules can be swapped, and the attention function that they call afterwards.
+
+Nothing existing is changed. The name "longvq" is added to transformers' two public registries; a replaced module gets
+a copy of its config with `_attn_implementation="longvq"` and a submodule `longvq` that holds the codebook. If every
+attention module that shares a config object is replaced, all modules of this model that share it get the copy, so the
+masks are created by `longvq_mask` in O(B·L); otherwise the model keeps making its dense masks, which are verified.
+"""
+
+import copy
+import inspect
+import sys
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from longvq_layers.replace import huggingface_refusals as refusals
+from longvq_layers.replace._site import Site
+from longvq_layers.replace.calibration import Recorder
+from longvq_layers.replace.huggingface_masks import longvq_mask, read_mask
+
+NAME = "longvq"
+
+
+def find(model: nn.Module) -> list[Site]:
+    """Every module whose forward looks its attention up in transformers' attention interface."""
+    return [_site(name, module) for name, module in model.named_modules() if _takes_part(module)]
+
+
+def is_replaced(module: nn.Module) -> bool:
+    """Whether this module's attention is ours already."""
+    return _takes_part(module) and NAME in module._modules
+
+
+@dataclass
+class Installed:
+    """Swaps modules and remembers what it changed, by object, so that a deep copy of the model can undo it too."""
+
+    configs: list[tuple[nn.Module, object]] = field(default_factory=list)
+    attached: list[nn.Module] = field(default_factory=list)
+    hooked: list[nn.Module] = field(default_factory=list)
+
+    def install(self, model: nn.Module, sites: list[Site], seams: list[nn.Module], *, masks: bool) -> None:
+        """Attach one seam per site and let the attention interface find it.
+
+        Args:
+            masks: also let our mask function make the masks, where every attention module of a config is replaced.
+        """
+        _register()
+        copies: dict[int, object] = {}
+        for site, seam in zip(sites, seams, strict=True):
+            config = site.module.config
+            if id(config) not in copies:
+                copies[id(config)] = ours = copy.copy(config)
+                # The dict form: the setter would otherwise write into sub-configs, which other models may share.
+                ours._attn_implementation = {"": NAME}
+            self.configs.append((site.module, config))
+            site.module.config = copies[id(config)]
+            self.attached.append(site.module)
+            site.module.longvq = seam
+        if not masks:
+            return
+        for module, config in _sharing(model, sites, self.configs):
+            self.configs.append((module, config))
+            module.config = copies[id(config)]
+        for module in model.modules():
+            if _is_pretrained(module) and any(is_replaced(child) for child in module.modules()):
+                self.hooked.append(module)
+                module.register_forward_pre_hook(refuse_attention_weights, with_kwargs=True)
+
+    def undo(self) -> None:
+        """Put everything back."""
+        for module, config in self.configs:
+            module.config = config
+        for module in self.attached:
+            module._modules.pop(NAME, None)
+        for module in self.hooked:
+            ours = [key for key, hook in module._forward_pre_hooks.items() if hook is refuse_attention_weights]
+            for key in ours:
+                del module._forward_pre_hooks[key]
+                module._forward_pre_hooks_with_kwargs.pop(key, None)
+
+
+def longvq_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    is_causal: bool | None = None,
+    **kwargs,
+) -> tuple[Tensor, Tensor | None]:
+    """The attention function that transformers calls: query (B, H, q, D), key and value (B, Hkv, k, D).
+
+    `dropout` isn't applied to the probabilities; the report says so for every layer that has one.
+
+    Returns:
+        output (B, q, H, E), and None for the attention weights.
+    """
+    refusals.check_call(kwargs)
+    seam = module._modules.get(NAME)
+    if seam is None:
+        raise ValueError(
+            f"longvq attention: {type(module).__name__} has no codebook; don't set attn_implementation='longvq' by "
+            "hand, call longvq_layers.replace_attention(model)"
+        )
+    q_len, k_len = query.shape[2], key.shape[2]
+    says = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    causal, padding = read_mask(attention_mask, causal=bool(says), q_len=q_len, k_len=k_len)
+    if padding is not None and padding.shape[0] != query.shape[0]:
+        padding = padding.expand(query.shape[0], -1)
+    if q_len > k_len or (q_len < k_len and not causal):
+        raise NotImplementedError(
+            f"longvq attention: got {q_len} queries for {k_len} keys in {'causal' if causal else 'bidirectional'} "
+            "attention; expected as many keys as queries (with a cache: more keys, causal). Cross-attention and "
+            "prefixes can't be replaced; leave them out with filter_fn="
+        )
+    if isinstance(seam, Recorder):
+        output, weights = seam.original(
+            module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, is_causal=is_causal, **kwargs
+        )
+        seam.observe(query, key, value, output.transpose(1, 2), causal=causal, key_padding_mask=padding, scale=scaling)
+        return output, weights
+    if q_len < k_len:  # the queries are the last positions; the earlier rows are computed and dropped
+        query = torch.cat([query.new_zeros(*query.shape[:2], k_len - q_len, query.shape[3]), query], dim=2)
+    output = seam(query, key, value, causal=causal, key_padding_mask=padding, scale=scaling)
+    return output[:, :, k_len - q_len :].transpose(1, 2).contiguous(), None
+
+
+def refuse_attention_weights(module: nn.Module, args: tuple, kwargs: dict) -> None:
+    """Forward pre-hook of a replaced model: attention weights don't exist, so asking for them is an error."""
+    if kwargs.get("output_attentions"):
+        raise NotImplementedError(
+            "longvq attention: output_attentions: got True, but attention weights are never formed (they would be "
+            "L x L); pass output_attentions=False or restore_attention(model)"
+        )
+
+
+def original_function(module: nn.Module):
+    """The attention function that this module calls by itself."""
+    scope = inspect.unwrap(type(module).forward).__globals__
+    default = scope.get("eager_attention_forward")
+    return scope["ALL_ATTENTION_FUNCTIONS"].get_interface(module.config._attn_implementation, default)
+
+
+def _takes_part(module: nn.Module) -> bool:
+    code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
+    looks_it_up = code is not None and "ALL_ATTENTION_FUNCTIONS" in code.co_names
+    return looks_it_up and hasattr(getattr(module, "config", None), "_attn_implementation")
+
+
+def _is_pretrained(module: nn.Module) -> bool:
+    modeling = sys.modules.get("transformers.modeling_utils")
+    return modeling is not None and isinstance(module, modeling.PreTrainedModel)
+
+
+def _register() -> None:
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    AttentionInterface.register(NAME, longvq_attention)
+    AttentionMaskInterface.register(NAME, longvq_mask)
+
+
+def _site(name: str, module: nn.Module) -> Site:
+    num_heads, head_dim = _geometry(module)
+    kind, implementation = type(module).__name__, module.config._attn_implementation
+    site = Site(
+        name=name,
+        module=module,
+        adapter=sys.modules[__name__],
+        kind=f"{kind}[{implementation}]",
+        new_kind=f"{kind}[{NAME}]",
+        causal="yes" if getattr(module, "is_causal", True) else "no",
+        num_heads=num_heads,
+        head_dim=head_dim,
+        refusal=refusals.refusal(name, module),
+        notes=refusals.notes(module),
+    )
+    return site
+
+
+def _geometry(module: nn.Module) -> tuple[int | None, int | None]:
+    # Hkv and D as the usual attribute names tell them; None where they don't (then calibration keys do).
+    config = module.config
+    query_heads = _first((module, config), ("num_heads", "num_attention_heads", "n_heads", "n_head"))
+    heads = _first((module, config), ("num_key_value_heads", "num_kv_heads")) or query_heads
+    dim = _first((module, config), ("head_dim", "attention_head_size", "head_size", "dim_head"))
+    width = _first((module, config), ("embed_dim", "hidden_size", "d_model"))
+    if dim is None and width is not None and query_heads:
+        dim = width // query_heads
+    return heads, dim
+
+
+def _first(owners: tuple, names: tuple[str, ...]) -> int | None:
+    values = (getattr(owner, name, None) for owner in owners for name in names)
+    return next((value for value in values if isinstance(value, int) and not isinstance(value, bool)), None)
+
+
+def _sharing(model: nn.Module, sites: list[Site], configs: list[tuple[nn.Module, object]]):
+    # The other modules that share a config whose attention modules are all replaced: nobody else sees our masks.
+    replaced = {id(site.module) for site in sites}
+    result = []
+    for config in {id(config): config for _, config in configs}.values():
+        others = [module for module in model.modules() if module.__dict__.get("config") is config]
+        if not any(_uses_masks(module, replaced) for module in others):
+            result += [(module, config) for module in others]
+    return result
+
+
+def _uses_masks(module: nn.Module, replaced: set[int]) -> bool:
+    if _takes_part(module):
+        return True
+    looks_like_attention = "atten" in type(module).__name__.lower() and not _is_pretrained(module)
+    return looks_like_attention and not any(id(child) in replaced for child in module.modules())

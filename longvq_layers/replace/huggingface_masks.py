@@ -1,0 +1,138 @@
+"""Masks of transformers models: the linear-size mask we ask for, and reading the dense one we may be given."""
+
+import torch
+from torch import Tensor
+
+
+def longvq_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | Tensor = 0,
+    kv_offset: int | Tensor = 0,
+    mask_function=None,
+    attention_mask: Tensor | None = None,
+    config=None,
+    device: torch.device | None = None,
+    **kwargs,
+) -> Tensor:
+    """The mask of a replaced model: only the padding, O(B·L) instead of O(B·L²); its rank says causal or not.
+
+    Called by transformers (`AttentionMaskInterface`) once per forward pass.
+
+    Returns:
+        bool, True = attend: (B, kv) for a causal mask, (B, 1, 1, kv) for a bidirectional one. Without padding it is
+        one element expanded, which `read_mask` recognises by its strides.
+
+    Raises:
+        NotImplementedError: packed sequences, sliding windows, chunks, extra masks, prefixes, static caches.
+    """
+    from transformers.masking_utils import bidirectional_mask_function, causal_mask_function
+
+    if mask_function is not causal_mask_function and mask_function is not bidirectional_mask_function:
+        name = getattr(mask_function, "__name__", str(mask_function))
+        raise NotImplementedError(
+            f"longvq attention: mask: got transformers' mask function {name!r}, expected its plain causal or "
+            "bidirectional one. Packed sequences, sliding or chunked windows and overlays would be lost; pass one "
+            "sequence per row with attention_mask= (under torch.compile always pass attention_mask=), or "
+            "restore_attention(model)."
+        )
+    if isinstance(q_offset, Tensor) or isinstance(kv_offset, Tensor) or kv_offset != 0:
+        raise NotImplementedError(
+            "longvq attention: past_key_values: a static or sliding cache is not supported; use the default "
+            "DynamicCache (cache_implementation=None)."
+        )
+    if kv_length != q_offset + q_length:
+        raise NotImplementedError(
+            f"longvq attention: got {kv_length} keys for queries at positions {q_offset} to "
+            f"{q_offset + q_length - 1}; expected one key per position. Static caches and prefixes are not supported; "
+            "use the default DynamicCache."
+        )
+    if attention_mask is not None and tuple(attention_mask.shape) != (batch_size, kv_length):
+        raise ValueError(
+            f"longvq attention: attention_mask: got shape {tuple(attention_mask.shape)}, expected "
+            f"{(batch_size, kv_length)} (batch, cached and new tokens)"
+        )
+    if attention_mask is None:
+        padding = torch.ones((), dtype=torch.bool, device=device).expand(batch_size, kv_length)
+    else:
+        padding = attention_mask.to(device=device, dtype=torch.bool)
+    return padding if mask_function is causal_mask_function else padding[:, None, None, :]
+
+
+def read_mask(mask: Tensor | None, *, causal: bool, q_len: int, k_len: int) -> tuple[bool, Tensor | None]:
+    """Causal or not, and the padding, from whatever mask reached an attention module.
+
+    Args:
+        mask: None, what `longvq_mask` made, or a dense (B or 1, 1, q, k) mask, bool (True = attend) or additive.
+        causal: what the module says of itself; decides where the mask doesn't.
+        q_len, k_len: number of queries and keys; the queries are the last q_len positions.
+
+    Returns:
+        causal, and key_padding_mask (B, k) bool with True = ignore, or None.
+
+    Raises:
+        NotImplementedError: a mask that is more than causal and padding.
+    """
+    if mask is None:
+        return causal, None
+    if not isinstance(mask, Tensor) or mask.dim() not in (2, 4) or mask.shape[-1] != k_len:
+        got = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+        raise NotImplementedError(
+            f"longvq attention: attention_mask: got {got}, expected None, (batch, {k_len}) or "
+            f"(batch, 1, {q_len}, {k_len})"
+        )
+    if mask.dim() == 2:
+        return True, _padding(mask)
+    if mask.shape[1] != 1:
+        raise NotImplementedError(
+            f"longvq attention: attention_mask: got one mask per head {tuple(mask.shape)}, expected one for all heads"
+        )
+    allowed = _allowed(mask)[:, 0]  # (B, q or 1, k)
+    if allowed.shape[1] == 1 and (q_len > 1 or not causal):
+        return False, _padding(allowed[:, 0])
+    return causal, _padding_of_dense(allowed, causal, q_len, k_len)
+
+
+def _padding(attend: Tensor) -> Tensor | None:
+    # An element expanded over all keys is longvq_mask's way to say "no padding": no pass over the data needed.
+    if attend.dtype != torch.bool:
+        attend = attend != 0
+    return None if attend.stride(0) == 0 and attend.stride(-1) == 0 else ~attend
+
+
+def _allowed(mask: Tensor) -> Tensor:
+    # bool or additive -> bool; any other additive value would be a bias that quantised keys can't carry.
+    if mask.dtype == torch.bool:
+        return mask
+    if not mask.is_floating_point():
+        raise NotImplementedError(f"longvq attention: attention_mask: got dtype {mask.dtype}, expected bool or float")
+    masked = mask <= torch.finfo(mask.dtype).min / 2
+    if not ((mask == 0) | masked).all():
+        raise NotImplementedError(
+            "longvq attention: attention_mask: an additive position bias was found in the mask (values other than 0 "
+            "and -inf); it has no linear-time form and can't be carried over"
+        )
+    return ~masked
+
+
+def _padding_of_dense(allowed: Tensor, causal: bool, q_len: int, k_len: int) -> Tensor:
+    # allowed (B, q, k) must be exactly `keys not padded` (∧ causal); rows without any key may be all False or all True.
+    everything = allowed.flatten(1).all(-1)  # (B,)
+    real = allowed[:, -1]  # (B, k): the last query sees every real key, causal or not
+    expected = real[:, None].expand_as(allowed)
+    if causal:
+        position = torch.arange(k_len, device=allowed.device)
+        past = position[None, :] <= position[k_len - q_len :, None]  # (q, k)
+        if q_len > 1:  # a causal mask that lets everything through: every key of this row is padding
+            real = real & ~everything[:, None]
+        expected = real[:, None] & past
+    nothing = ~expected.any(-1, keepdim=True)  # (B, q, 1)
+    row_is_free = nothing & (allowed.all(-1, keepdim=True) | ~allowed.any(-1, keepdim=True))
+    if not ((allowed == expected) | row_is_free).all():
+        kind = "causal" if causal else "bidirectional"
+        raise NotImplementedError(
+            f"longvq attention: attention_mask: the dense mask is not exactly {kind} with padding (packed sequences, a "
+            "sliding window or a prefix?); it has no linear-time form here"
+        )
+    return ~real
