@@ -113,9 +113,7 @@ class CodebookAttention(nn.Module):
             (B, H, L, E), dtype of q; 0 at masked positions.
         """
         check.tensor("CodebookAttention", "q", q, "B H L D")
-        check.size(
-            "CodebookAttention", "q", q, (q.shape[0], self.num_heads, q.shape[2], self.head_dim), "B H L D"
-        )
+        check.size("CodebookAttention", "q", q, (q.shape[0], self.num_heads, q.shape[2], self.head_dim), "B H L D")
         codes, table = self.codebook.quantize(k, key_padding_mask)
         with no_autocast(q.device):
             self._commit(k, codes, table, key_padding_mask)

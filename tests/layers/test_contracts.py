@@ -232,7 +232,7 @@ def test_wrong_inputs_are_named(name):
         layer([1.0])
     with pytest.raises(ValueError, match=r"key_padding_mask must have shape \(B, L\) = \(2, 6\), got \(2, 5\)"):
         layer(x, key_padding_mask=torch.zeros(2, 5, dtype=torch.bool))
-    with pytest.raises(TypeError, match="key_padding_mask must be bool with True = ignore, got torch.float32"):
+    with pytest.raises(TypeError, match=r"key_padding_mask must be bool with True = ignore, got torch\.float32"):
         layer(x, key_padding_mask=torch.zeros(2, 6))
     if name != "ssm":  # which computes in float32 whatever comes
         with pytest.raises(TypeError, match=r"x must have the dtype of the layer, torch.float32, got torch.float64"):
