@@ -5,6 +5,9 @@ from torch import Tensor
 
 from longvq_layers import ops
 
+_START_KEYS_PER_CODE = 16  # the start draws from that many keys per code; it is sequential in the codes, so keys cost
+_START_KEYS_AT_LEAST = 4096  # time, and Lloyd then sees them all
+
 
 def kmeans(
     keys: Tensor,
@@ -59,7 +62,8 @@ def kmeans(
             keys = keys.masked_fill(~valid.unsqueeze(-1), 0)  # a masked key may hold anything, even NaN
         if count == 0:
             return keys.new_zeros(heads, num_codes, keys.shape[-1])
-        codebook = _plus_plus(keys, valid, num_codes, generator)
+        start = _sample(keys, valid, max(_START_KEYS_AT_LEAST, _START_KEYS_PER_CODE * num_codes), generator)
+        codebook = _plus_plus(*start, num_codes, generator)
         for _ in range(iterations):
             codebook = _lloyd(keys, valid, codebook)
         return codebook
@@ -96,6 +100,15 @@ def code_sums(keys: Tensor, codes: Tensor, valid: Tensor, num_codes: int) -> tup
 def pick(table: Tensor, index: Tensor) -> Tensor:
     """Rows of table (H, S, D) at index (H, N) -> (H, N, D)."""
     return table.gather(1, index.unsqueeze(-1).expand(-1, -1, table.shape[-1]))
+
+
+def _sample(keys: Tensor, valid: Tensor, amount: int, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
+    # At most `amount` keys per head, valid ones first, drawn without replacement: keys (H, N, D), valid (H, N).
+    if keys.shape[1] <= amount:
+        return keys, valid
+    rank = torch.rand(valid.shape, device=valid.device, generator=generator).masked_fill(~valid, -1)
+    kept = rank.topk(amount, dim=-1).indices
+    return pick(keys, kept), valid.gather(1, kept)
 
 
 def _plus_plus(keys: Tensor, valid: Tensor, num_codes: int, generator: torch.Generator | None) -> Tensor:

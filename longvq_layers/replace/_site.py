@@ -16,7 +16,6 @@ class Site:
     kind: str  # what it is now
     new_kind: str  # what it becomes
     causal: str  # "yes", "no" or "per call"
-    num_heads: int | None  # Hkv, key-value heads; None: only a forward pass tells
-    head_dim: int | None  # D
+    sizes: tuple[int, int, int] | None  # H, Hkv, D; None: only a forward pass tells
     refusal: str | None = None  # why it can't be replaced
     notes: list[str] = field(default_factory=list)

@@ -85,7 +85,7 @@ def replace_attention(
                 site.notes.append("needs calibration= (the model is in eval mode)")
     else:
         if batches is None:
-            seams = [_seam(site, site.num_heads, site.head_dim, options) for site in chosen]
+            seams = [_seam(site, site.sizes, options) for site in chosen]
         else:
             seams, errors, keys = _calibrate(model, chosen, batches, options)
         for site, seam in zip(chosen, seams, strict=True):
@@ -191,7 +191,7 @@ def _check_modes(chosen: list[Site]) -> None:
             "codebooks that hold nothing; pass calibration=[batch, ...], or call model.train() first to let them learn "
             "from the first training batch"
         )
-    unknown = [site.name for site in chosen if site.num_heads is None or site.head_dim is None]
+    unknown = [site.name for site in chosen if site.sizes is None]
     if unknown:
         raise ValueError(
             f"replace_attention: calibration: got None, but the number of heads or their width can't be read from "
@@ -199,12 +199,11 @@ def _check_modes(chosen: list[Site]) -> None:
         )
 
 
-def _seam(site: Site, num_heads: int, head_dim: int, options: dict) -> SwappedAttention:
+def _seam(site: Site, sizes: tuple[int, int, int], options: dict) -> SwappedAttention:
     parameter = next(site.module.parameters(), None)
     device, dtype = (None, None) if parameter is None else (parameter.device, parameter.dtype)
-    num_codes, rest = options["num_codes"], {key: value for key, value in options.items() if key != "num_codes"}
     with torch.random.fork_rng(devices=[]):  # a new codebook draws random codes; the caller's generator stays as it is
-        return SwappedAttention(num_heads, head_dim, num_codes, dtype=dtype, **rest).to(device)
+        return SwappedAttention(*sizes, dtype=dtype, **options).to(device)
 
 
 def _calibrate(model: nn.Module, sites: list[Site], batches: list, options: dict):
@@ -222,10 +221,7 @@ def _calibrate(model: nn.Module, sites: list[Site], batches: list, options: dict
                 "use these modules, or leave them out with filter_fn="
             )
         keys = min(recorder.keys.shape[1] for recorder in recorders)
-        seams = [
-            _seam(site, recorder.keys.shape[0], recorder.keys.shape[2], options)
-            for site, recorder in zip(sites, recorders, strict=True)
-        ]
+        seams = [_seam(site, recorder.sizes, options) for site, recorder in zip(sites, recorders, strict=True)]
         for recorder, seam in zip(recorders, seams, strict=True):
             calibrating.fit(recorder, seam)
         calibrating.run(model, batches)

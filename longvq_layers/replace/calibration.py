@@ -31,6 +31,7 @@ class Recorder(nn.Module):
         self._limit = keys_per_head
         self._generator = torch.Generator().manual_seed(SEED)
         self._rank = torch.empty(0)  # (N,) random rank of each kept token; the lowest stay: a uniform sample
+        self.sizes: tuple[int, int, int] | None = None  # H, Hkv, D
         self.keys: Tensor | None = None  # (Hkv, N, D)
         self.moment: Tensor | None = None  # (Hkv, D, D) float64, sum of q qᵀ
         self.queries = 0  # per key-value head
@@ -61,6 +62,7 @@ class Recorder(nn.Module):
         if self.candidate:
             self._measure(q, k, v, output, real, causal=causal, scale=scale)
         else:
+            self.sizes = (q.shape[1], k.shape[1], k.shape[3])
             self._collect(q, k, real)
 
     def errors(self) -> tuple[float, float]:
@@ -89,7 +91,7 @@ class Recorder(nn.Module):
 
     def _measure(self, q, k, v, output, real: Tensor, *, causal: bool, scale: float | None) -> None:
         candidate = self.candidate[0]
-        swapped = candidate(q, k, v, causal=causal, key_padding_mask=~real, scale=scale)
+        swapped = candidate(q, k, v, ~real, causal=causal, scale=scale)
         rows = real[:, None, :, None]
         self._sums["output_error"] += ((swapped - output) * rows).double().square().sum().item()
         self._sums["output"] += (output * rows).double().square().sum().item()

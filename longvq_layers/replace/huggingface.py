@@ -125,7 +125,7 @@ def longvq_attention(
         return output, weights
     if q_len < k_len:  # the queries are the last positions; the earlier rows are computed and dropped
         query = torch.cat([query.new_zeros(*query.shape[:2], k_len - q_len, query.shape[3]), query], dim=2)
-    output = seam(query, key, value, causal=causal, key_padding_mask=padding, scale=scaling)
+    output = seam(query, key, value, padding, causal=causal, scale=scaling)
     return output[:, :, k_len - q_len :].transpose(1, 2).contiguous(), None
 
 
@@ -164,25 +164,22 @@ def _register() -> None:
 
 
 def _site(name: str, module: nn.Module) -> Site:
-    num_heads, head_dim = _geometry(module)
     kind, implementation = type(module).__name__, module.config._attn_implementation
-    site = Site(
+    return Site(
         name=name,
         module=module,
         adapter=sys.modules[__name__],
         kind=f"{kind}[{implementation}]",
         new_kind=f"{kind}[{NAME}]",
         causal="yes" if getattr(module, "is_causal", True) else "no",
-        num_heads=num_heads,
-        head_dim=head_dim,
+        sizes=_sizes(module),
         refusal=refusals.refusal(name, module),
         notes=refusals.notes(module),
     )
-    return site
 
 
-def _geometry(module: nn.Module) -> tuple[int | None, int | None]:
-    # Hkv and D as the usual attribute names tell them; None where they don't (then calibration keys do).
+def _sizes(module: nn.Module) -> tuple[int, int, int] | None:
+    # H, Hkv and D as the usual attribute names tell them; None where they don't (then calibration does).
     config = module.config
     query_heads = _first((module, config), ("num_heads", "num_attention_heads", "n_heads", "n_head"))
     heads = _first((module, config), ("num_key_value_heads", "num_kv_heads")) or query_heads
@@ -190,7 +187,7 @@ def _geometry(module: nn.Module) -> tuple[int | None, int | None]:
     width = _first((module, config), ("embed_dim", "hidden_size", "d_model"))
     if dim is None and width is not None and query_heads:
         dim = width // query_heads
-    return heads, dim
+    return None if query_heads is None or dim is None else (query_heads, heads, dim)
 
 
 def _first(owners: tuple, names: tuple[str, ...]) -> int | None:

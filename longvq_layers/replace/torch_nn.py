@@ -109,7 +109,7 @@ class VQMultiheadAttention(nn.MultiheadAttention):
             output = _dense(q, k, v, causal, padding)
             seam.observe(q, k, v, output, causal=causal, key_padding_mask=padding, scale=None)
         else:
-            output = seam(q, k, v, causal=causal, key_padding_mask=padding, scale=None)
+            output = seam(q, k, v, padding, causal=causal)
         output = F.linear(output.transpose(1, 2).flatten(2), self.out_proj.weight, self.out_proj.bias)
         if not batched:
             return output.squeeze(0), None
@@ -166,8 +166,7 @@ def _site(name: str, module: nn.MultiheadAttention, parent: nn.Module | None) ->
         kind=type(module).__name__,
         new_kind=VQMultiheadAttention.__name__,
         causal="per call",
-        num_heads=module.num_heads,
-        head_dim=module.head_dim,
+        sizes=(module.num_heads, module.num_heads, module.head_dim),
         refusal=_refusal(module, parent),
         notes=notes,
     )
