@@ -8,7 +8,7 @@ matplotlib.use("Agg")  # no display needed
 
 from matplotlib import pyplot
 from matplotlib.axes import Axes
-from matplotlib.ticker import FuncFormatter, NullLocator, PercentFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator, PercentFormatter
 
 from longvq_layers.demo.settings import QualityResult, SpeedResult, TrainingResult
 from longvq_layers.demo.speed import faster_from
@@ -20,7 +20,7 @@ _STYLE = {
     "axes.spines.right": False,
     "axes.spines.top": False,
     "axes.titlelocation": "left",
-    "axes.titlesize": 12,
+    "axes.titlesize": 11.5,
     "axes.titleweight": "bold",
     "axes.axisbelow": True,
     "axes.grid": True,
@@ -76,8 +76,8 @@ def _quality(axes: Axes, result: QualityResult) -> None:
     axes.set_ylim(max(0.0, int(lowest * 10 - 1) / 10), 1.0)
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     axes.set_ylabel("agreement with the original model")
-    axes.set_title(f"A pretrained model keeps its meaning\n{result.model}", pad=26)
-    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 0.99), ncols=2, fontsize=9)
+    axes.set_title(f"Attention swapped, no training: {result.model.partition(' ')[0]}", pad=26)
+    axes.legend(loc="lower left", bbox_to_anchor=(-0.01, 0.99), ncols=2, fontsize=9, borderaxespad=0.2)
 
 
 def _time(axes: Axes, result: SpeedResult) -> None:
@@ -86,15 +86,16 @@ def _time(axes: Axes, result: SpeedResult) -> None:
     axes.set_ylabel("time of one forward (ms)")
     crossing = faster_from(result.rows)
     last = result.rows[-1]
-    remark = "slower at the longest" if crossing is None else f"faster from {crossing:,} tokens"
-    axes.set_title(f"Time: {last.speed_up:.1f} times as fast at {last.length:,} tokens, {remark}")
+    remark = "" if crossing is None else f", faster from {crossing:,}"
+    axes.set_title(f"Time: {last.speed_up:.1f} times as fast at {last.length:,}{remark}")
 
 
 def _memory(axes: Axes, result: SpeedResult) -> None:
     own, ours = [row.own_bytes / 2**20 for row in result.rows], [row.our_bytes / 2**20 for row in result.rows]
     _two_lines(axes, result, own, ours)
     axes.set_ylabel("peak extra memory of one forward (MiB)")
-    axes.set_title("Memory of the same forward")
+    last = result.rows[-1]
+    axes.set_title(f"Memory: {last.our_bytes / max(last.own_bytes, 1):.0%} of the original at {last.length:,}")
 
 
 def _two_lines(axes: Axes, result: SpeedResult, own: list[float], ours: list[float]) -> None:
@@ -105,7 +106,9 @@ def _two_lines(axes: Axes, result: SpeedResult, own: list[float], ours: list[flo
     axes.set_yscale("log")
     axes.set_xticks(lengths, [f"{length:,}" for length in lengths])
     axes.xaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if max(own + ours) < 100 * min(own + ours) else (1,)))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
+    axes.yaxis.set_minor_locator(NullLocator())
     axes.set_xlabel("length (tokens)")
     axes.legend(loc="upper left", fontsize=9)
 

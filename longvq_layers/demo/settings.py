@@ -24,7 +24,7 @@ class QualitySettings:
         }
     )
     calibration_documents: int = 32
-    held_out_documents: int = 96
+    held_out_documents: int = 64
     max_tokens: int = 512
     batch_size: int = 8
 
@@ -54,9 +54,10 @@ class TrainingSettings:
     blocks: int = 2
     num_codes: int = 64
     window: int = 32
+    d_state: int = 16
     length: int = 512
     batch_size: int = 4
-    learning_rate: float = 3e-3
+    learning_rate: float = 6e-3
     train_bytes: int = 6_000_000
     held_out_bytes: int = 16_384
 

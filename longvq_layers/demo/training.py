@@ -9,8 +9,7 @@ from torch import Tensor, nn
 
 from longvq_layers.demo import data
 from longvq_layers.demo.settings import TrainingPoint, TrainingResult, TrainingSettings
-from longvq_layers.layers.commitment import commitment_loss
-from longvq_layers.layers.longvq import LongVQBlock
+from longvq_layers.layers import LongVQBlock, commitment_loss, optimizer_groups
 
 
 class ByteModel(nn.Module):
@@ -22,7 +21,13 @@ class ByteModel(nn.Module):
         self.embedding = nn.Embedding(256, width)
         nn.init.normal_(self.embedding.weight, std=width**-0.5)
         self.blocks = nn.ModuleList(
-            LongVQBlock(width, num_codes=settings.num_codes, window=settings.window, causal=True)
+            LongVQBlock(
+                width,
+                num_codes=settings.num_codes,
+                window=settings.window,
+                d_state=settings.d_state,
+                causal=True,
+            )
             for _ in range(settings.blocks)
         )
         self.norm = nn.LayerNorm(width)
@@ -42,7 +47,7 @@ def run(
     torch.manual_seed(0)
     train, held_out = (_as_tensor(text) for text in data.source_bytes(settings.train_bytes, settings.held_out_bytes))
     model = ByteModel(settings)
-    optimizer = _optimizer(model, settings)
+    optimizer = torch.optim.AdamW(optimizer_groups(model, lr=settings.learning_rate, weight_decay=0.01))
     peak_rates = [group["lr"] for group in optimizer.param_groups]
     points = [TrainingPoint(0.0, 0, bits_per_byte(model, held_out, settings.length))]
     say(f"   0 s, step    0: {points[0].bits_per_byte:.3f} bits per byte on held-out files")
@@ -99,7 +104,3 @@ def _as_tensor(text: bytes) -> Tensor:
 def _schedule(share: float, step: int) -> float:
     # A short linear warm-up in steps, then a cosine down to a tenth over the time that there is.
     return min(1.0, (step + 1) / 20) * (0.55 + 0.45 * math.cos(math.pi * min(share, 1.0)))
-
-
-def _optimizer(model: nn.Module, settings: TrainingSettings) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(model.parameters(), lr=settings.learning_rate, weight_decay=0.01)
