@@ -1,0 +1,36 @@
+"""The README is true: its Python runs, its commands are those that the Makefile and CI know."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
+
+
+def test_python_blocks_run(tmp_path):
+    program = tmp_path / "readme.py"
+    program.write_text("\n".join(blocks("python")))
+    done = subprocess.run([sys.executable, str(program)], capture_output=True, text=True, cwd=ROOT, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "256" in done.stdout  # the report's table
+
+
+def test_every_command_is_run_somewhere():
+    """Each shell line stands in CI or is a step of the Makefile; the installation itself is tested in test_packaging."""
+    ci = (ROOT / ".ci" / "run").read_text()
+    lines = [line.split("#")[0].strip() for block in blocks("bash") for line in block.splitlines() if line.strip()]
+    assert lines
+    for line in lines:
+        known = line == "pip install ." or line in ci or line.removeprefix("python ") in ci
+        assert known, f"README shows a command that nothing runs: {line}"
+
+
+def test_linked_files_exist():
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", README):
+        assert (ROOT / target).exists(), target
