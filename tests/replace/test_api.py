@@ -1,0 +1,228 @@
+"""replace_attention itself: options, refusals, reports, and leaving a model exactly as it was."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from longvq_layers.replace import replace_attention, restore_attention
+from tests.replace.models import FAMILIES, bert, encoder, gpt2, llama, output, tokens
+
+COARSE = {"num_codes": 8, "window": 5}
+
+
+def snapshot(model: nn.Module) -> list:
+    """Everything a failed replacement could leave behind."""
+
+    def state(module: nn.Module) -> list:
+        inside = [sorted(module.__dict__), sorted(module._modules), sorted(module._buffers)]
+        hooks = [list(module._forward_hooks), list(module._forward_pre_hooks)]
+        return [id(module), type(module), module.training, id(module.__dict__.get("config")), *inside, *hooks]
+
+    return [*(state(module) for module in model.modules()), torch.get_rng_state().tolist()]
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, "encoder"])
+@pytest.mark.parametrize("way", ["report", "function", "container"])
+def test_restore_puts_back_the_same_objects(family, way):
+    model = encoder() if family == "encoder" else FAMILIES[family]()
+    x = torch.randn(2, 31, 32) if family == "encoder" else tokens()
+    model.requires_grad_(False)
+    run = model if family == "encoder" else (lambda x: output(model, x))
+    expected, before = run(x), snapshot(model)
+    report = replace_attention(model, **COARSE, calibration=[x])
+    assert (run(x) - expected).abs().max() > 1e-3
+    if way == "report":
+        report.restore()
+    elif way == "function":
+        restore_attention(model)
+    else:
+        restore_attention(nn.ModuleList([model]))
+    assert snapshot(model) == before
+    assert torch.equal(run(x), expected)
+    with pytest.raises(ValueError, match="nothing is replaced"):
+        report.restore()
+    again = replace_attention(model, **COARSE, calibration=[x])  # and it can be replaced again
+    again.restore()
+
+
+def test_dry_run_leaves_the_model_alone():
+    model = bert()
+    before = snapshot(model)
+    report = replace_attention(model, **COARSE, dry_run=True)
+    assert snapshot(model) == before
+    assert "would replace 2 of 2" in str(report) and "needs calibration=" in str(report)
+    assert [layer.new_kind for layer in report.layers] == ["BertSelfAttention[longvq]"] * 2
+    with pytest.raises(ValueError, match="dry run"):
+        report.restore()
+
+
+def test_the_report_is_a_table():
+    report = replace_attention(llama(), **COARSE, calibration=[tokens()], filter_fn=lambda module, name: ".1." in name)
+    text = str(report)
+    lines = text.splitlines()
+    assert lines[0].startswith("replaced 1 of 2 attention modules, codebooks fitted to 74 keys per head")
+    for word in ("module", "was", "is", "causal", "codes", "window", "local keys", "backend", "key err", "out err"):
+        assert word in lines[1]
+    assert len({len(line) for line in lines[1:3]}) == 1
+    assert "(skipped)" in lines[3] and "LlamaAttention[longvq]" in lines[4]
+    assert "skipped model.layers.0.self_attn: filter_fn returned False" in text
+    assert "rotary positions: keys are quantised as they arrive" in text
+    layer = report.replaced[0]
+    assert (layer.num_codes, layer.window, layer.local_keys, layer.causal) == (8, 5, "exact", "yes")
+    assert 0 < layer.key_error < 1 and 0 < layer.output_error < 1
+
+
+def test_the_report_tells_of_dropout():
+    assert "attention dropout is not applied" in str(replace_attention(bert(), **COARSE, calibration=[tokens()]))
+    quiet = bert(attention_probs_dropout_prob=0.0)
+    assert "dropout" not in str(replace_attention(quiet, **COARSE, calibration=[tokens()]))
+
+
+def test_errors_fall_with_more_codes():
+    model, errors = bert(), []
+    for num_codes in (4, 16, 64):
+        report = replace_attention(model, num_codes=num_codes, window=0, calibration=[tokens(4, 64)])
+        errors.append([(layer.key_error, layer.output_error) for layer in report.layers])
+        report.restore()
+    for layer in range(2):
+        keys, outputs = zip(*[error[layer] for error in errors], strict=True)
+        assert keys[0] > keys[1] > keys[2] and outputs[0] > outputs[1] > outputs[2]
+
+
+def test_the_query_metric_beats_plain_distance():
+    # Queries look along one direction only: codes that spread over the others waste themselves.
+    from longvq_layers import ops
+    from longvq_layers.replace._swapped import SwappedAttention
+
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = torch.randn(3, 1, 2, 400, 16, generator=generator).unbind(0)
+    q = q * torch.tensor([4.0] + [0.1] * 15)
+    exact = nn.functional.scaled_dot_product_attention(q, k, v)
+    errors = {}
+    for name, moment in (("metric", q[0].transpose(1, 2) @ q[0] / 400), ("plain", torch.eye(16).repeat(2, 1, 1))):
+        seam = SwappedAttention(2, 2, 16, num_codes=16, window=0, local_keys="exact")
+        seam.fit_(k[0], moment, generator=generator)
+        out = seam.eval()(q, k, v)
+        errors[name] = (out - exact).norm() / exact.norm()
+        dense = ops.vq_attention(
+            q, k, v, seam.codebook.embedding @ seam.from_metric, codes=seam.codebook(k @ seam.to_metric)
+        )
+        torch.testing.assert_close(out, dense)
+    assert errors["metric"] < 0.5 * errors["plain"]
+
+
+def test_calibration_takes_any_kind_of_input_and_ignores_padding():
+    ids, mask = tokens(), torch.ones(2, 37, dtype=torch.long)
+    reports = [
+        replace_attention(bert(), **COARSE, calibration=calibration)
+        for calibration in ([ids], [(ids, mask)], iter([{"input_ids": ids, "attention_mask": mask}]), [[ids]])
+    ]
+    assert len({report.calibration_keys for report in reports}) == 1
+    mask[1, 20:] = 0
+    report = replace_attention(bert(), **COARSE, calibration=[(ids, mask)])
+    assert report.calibration_keys == 37 + 20
+
+
+def test_calibration_samples_when_there_are_many_keys(monkeypatch):
+    from longvq_layers.replace.calibration import Recorder
+
+    recorder = Recorder(keys_per_head=50)
+    for step in range(20):
+        k = torch.full((2, 1, 10, 3), float(step))
+        recorder.observe(k, k, k, k, causal=False, key_padding_mask=None, scale=None)
+    assert recorder.keys.shape == (1, 50, 3) and recorder.queries == 400
+    assert len(recorder.keys[0, :, 0].unique()) > 12  # from all over the data, not the first or last ones
+    torch.testing.assert_close(recorder.moment / 400, torch.full((1, 3, 3), sum(i**2 for i in range(20)) / 20).double())
+
+
+def test_modes_stay():
+    model = gpt2()
+    model.transformer.h[0].train()
+    before = [module.training for module in model.modules() if "longvq" not in type(module).__name__]
+    report = replace_attention(model, **COARSE, calibration=[tokens()])
+    assert model.transformer.h[0].attn.longvq.training and not model.transformer.h[1].attn.longvq.training
+    report.restore()
+    assert [module.training for module in model.modules()] == before
+
+
+class Broken(nn.Module):
+    """Fails in the second of two calibration inputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder, self.calls = encoder(), 0
+
+    def forward(self, x):
+        self.calls += 1
+        if x.shape[1] == 13:
+            raise RuntimeError("no luck")
+        return self.encoder(x)
+
+
+def test_a_failure_on_the_way_leaves_the_model_as_it_was():
+    model = Broken().train()
+    model.encoder.layers[0].eval()
+    before = snapshot(model)
+    with pytest.raises(RuntimeError, match="no luck"):
+        replace_attention(model, **COARSE, calibration=[torch.randn(2, 9, 32), torch.randn(2, 13, 32)])
+    after = snapshot(model)
+    assert after[:-1] == before[:-1]  # the inputs above drew random numbers
+    gpt = gpt2()
+    before = snapshot(gpt)
+    nothing = {"input_ids": tokens(), "attention_mask": torch.zeros(2, 37, dtype=torch.long)}
+    with pytest.raises(ValueError, match="no key reached"):
+        replace_attention(gpt, **COARSE, calibration=[nothing])
+    assert snapshot(gpt) == before
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "options"),
+    [
+        (TypeError, "num_codes: got float, expected an int", {"num_codes": 8.0}),
+        (ValueError, "num_codes: got 0, expected at least 1", {"num_codes": 0}),
+        (ValueError, "window: got -1, expected at least 0", {"window": -1}),
+        (TypeError, "window: got bool, expected an int", {"window": True}),
+        (ValueError, "local_keys: got 'precise', expected 'exact' or 'quantized'", {"local_keys": "precise"}),
+        (ValueError, "backend: got 'cuda', expected one of", {"backend": "cuda"}),
+        (NotImplementedError, "native", {"backend": "native"}),
+        (TypeError, "filter_fn: got str, expected a callable", {"filter_fn": "layer"}),
+        (TypeError, "unexpected keyword argument 'codes'", {"codes": 8}),
+        (ValueError, "nothing to replace in BertModel:\n.*filter_fn returned False", {"filter_fn": lambda m, n: False}),
+        (ValueError, "calibration: got None, but encoder.layer.0.attention.self, .* eval mode", {"calibration": None}),
+        (ValueError, "calibration: got no input", {"calibration": []}),
+        (ValueError, "calibration: got no input", {"calibration": iter(())}),
+        (TypeError, "calibration: got Tensor, .*wrap one input in a list", {"calibration": tokens()}),
+        (TypeError, "calibration: got dict, .*wrap one input in a list", {"calibration": {"input_ids": tokens()}}),
+        (TypeError, "calibration: got an input of type int", {"calibration": [3]}),
+    ],
+)
+def test_bad_options_raise_and_touch_nothing(error, message, options):
+    model = bert()
+    before = snapshot(model)
+    with pytest.raises(error, match=message):
+        replace_attention(model, **{"num_codes": 8, "calibration": [tokens()], **options})
+    assert snapshot(model) == before
+
+
+def test_models_that_have_nothing_or_are_replaced():
+    with pytest.raises(TypeError, match="model: got str, expected a torch"):
+        replace_attention("bert")
+    with pytest.raises(ValueError, match="nothing to replace in Linear"):
+        replace_attention(nn.Linear(3, 3))
+    for model, x in ((bert(), tokens()), (encoder(), torch.randn(2, 9, 32))):
+        replace_attention(model, **COARSE, calibration=[x])
+        swapped = copy.deepcopy(model)
+        for again in (model, swapped, nn.ModuleList([model]), next(iter(model.children()))):
+            if again is next(iter(model.children())) and isinstance(model, type(bert())):
+                continue  # its first child holds the embeddings
+            with pytest.raises(ValueError, match="already replaced"):
+                replace_attention(again, **COARSE, calibration=[x])
+
+
+def test_a_model_that_never_learned_says_so():
+    model = bert().train()
+    replace_attention(model, **COARSE)
+    with pytest.raises(RuntimeError, match="the codebook has no codes yet"):
+        output(model.eval(), tokens())

@@ -1,0 +1,128 @@
+"""Transformers modules that can't be replaced, and calls that can't be served: each says why."""
+
+import pytest
+import torch
+from transformers import (
+    BartConfig,
+    BartModel,
+    BertModel,
+    MistralConfig,
+    MistralModel,
+    Qwen2Config,
+    Qwen2Model,
+    StaticCache,
+    T5Config,
+    T5EncoderModel,
+)
+
+from longvq_layers.replace import replace_attention
+from tests.replace.models import TOKENS, VOCABULARY, bert, bert_config, gpt2, llama, output, tokens
+
+COARSE = {"num_codes": 8, "window": 5}
+SIZES = {"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 48}
+SIZES |= {"num_hidden_layers": 2, "vocab_size": VOCABULARY, **TOKENS}
+
+
+def bart():
+    sizes = {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 4}
+    sizes |= {"decoder_attention_heads": 4, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "vocab_size": VOCABULARY}
+    return BartModel(BartConfig(**sizes, max_position_embeddings=64, init_std=0.3, **TOKENS)).eval()
+
+
+def t5():
+    sizes = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 1, "num_heads": 4, "vocab_size": VOCABULARY}
+    return T5EncoderModel(T5Config(**sizes)).eval()
+
+
+def mistral():
+    return MistralModel(MistralConfig(**SIZES, sliding_window=8)).eval()
+
+
+def cross_bert():
+    return BertModel(bert_config(is_decoder=True, add_cross_attention=True)).eval()
+
+
+@pytest.mark.parametrize(
+    ("build", "reason"),
+    [
+        (bart, "encoder_attn: cross-attention"),
+        (cross_bert, "crossattention.self: cross-attention"),
+        (lambda: gpt2(add_cross_attention=True), "crossattention: cross-attention"),
+        (t5, "additive position bias"),
+        (mistral, r"sliding-window attention \(8\)"),
+        (lambda: bert(attn_implementation="eager", output_attentions=True), "config.output_attentions is True"),
+    ],
+)
+def test_refused_before_anything_is_touched(build, reason):
+    model = build()
+    names = list(model.state_dict())
+    with pytest.raises(NotImplementedError, match=reason):
+        replace_attention(model, **COARSE, calibration=[tokens()])
+    assert list(model.state_dict()) == names and model.config._attn_implementation != "longvq"
+
+
+def test_not_strict_skips_and_reports():
+    model, ids = bart(), tokens()
+    expected = output(model, ids)
+    report = replace_attention(model, num_codes=96, window=64, calibration=[ids], strict=False)
+    assert [layer.name for layer in report.skipped] == ["decoder.layers.0.encoder_attn"]
+    assert len(report.replaced) == 2 and "cross-attention" in str(report)
+    torch.testing.assert_close(output(model, ids), expected, atol=2e-5, rtol=1e-4)
+    with pytest.raises(ValueError, match=r"nothing to replace in T5EncoderModel:\n.*additive position bias"):
+        replace_attention(t5(), **COARSE, calibration=[ids], strict=False)
+
+
+def test_layers_with_a_sliding_window_are_told_from_the_others():
+    layer_types = ["sliding_attention", "full_attention"]
+    config = Qwen2Config(**SIZES, use_sliding_window=True, sliding_window=8, layer_types=layer_types)
+    model, ids = Qwen2Model(config).eval(), tokens()
+    expected = output(model, ids)
+    report = replace_attention(model, num_codes=96, window=64, calibration=[ids], strict=False)
+    assert [layer.name for layer in report.replaced] == ["layers.1.self_attn"]
+    torch.testing.assert_close(output(model, ids), expected, atol=2e-5, rtol=1e-4)
+
+
+def replaced(model):
+    replace_attention(model, **COARSE, calibration=[tokens()])
+    return model
+
+
+@pytest.mark.parametrize("build", [bert, gpt2, llama])
+def test_attention_weights_are_refused_at_the_call(build):
+    model = replaced(build())
+    with pytest.raises(NotImplementedError, match="output_attentions: got True"):
+        output(model, tokens(), output_attentions=True)
+    assert output(model, tokens(), output_attentions=False).isfinite().all()
+
+
+def test_packed_sequences_are_refused():
+    model = replaced(llama())
+    positions = torch.cat([torch.arange(20), torch.arange(17)]).expand(2, -1)
+    with pytest.raises(NotImplementedError, match="Packed sequences"):
+        output(model, tokens(), position_ids=positions, use_cache=False)
+
+
+def test_static_caches_are_refused():
+    model = replaced(llama())
+    cache = StaticCache(config=model.config, max_cache_len=64)
+    with pytest.raises(NotImplementedError, match="Static caches"):
+        output(model, tokens(), past_key_values=cache)
+
+
+@pytest.mark.parametrize("name", ["softcap", "s_aux", "position_bias", "head_mask", "sliding_window", "cu_seq_lens_q"])
+def test_arguments_that_change_scores_are_refused_by_name(name):
+    model = replaced(bert())
+    with pytest.raises(NotImplementedError, match=f"longvq attention: {name}: got Tensor"):
+        output(model, tokens(), **{name: torch.ones(3)})
+
+
+def test_masks_of_wrong_shape_are_refused():
+    model = replaced(gpt2())
+    with pytest.raises((ValueError, NotImplementedError), match="attention"):
+        output(model, tokens(), attention_mask=torch.ones(2, 30, dtype=torch.long))
+
+
+def test_the_name_alone_is_not_enough():
+    replaced(bert())  # registers the name
+    with pytest.raises(ValueError, match="has no codebook"):
+        output(bert(attn_implementation="longvq"), tokens())

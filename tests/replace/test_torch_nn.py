@@ -1,0 +1,230 @@
+"""torch.nn.MultiheadAttention, alone and inside torch's own Transformer layers."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from longvq_layers import commitment_loss
+from longvq_layers.replace import replace_attention, restore_attention
+from longvq_layers.replace.torch_nn import VQMultiheadAttention
+from tests.replace.models import encoder
+from tests.tolerances import assert_close
+
+pytestmark = pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")  # of the original encoder
+
+COARSE = {"num_codes": 8, "window": 5}
+FINE = {"num_codes": 96, "window": 64}
+
+
+def causal_mask(length: int) -> torch.Tensor:
+    return nn.Transformer.generate_square_subsequent_mask(length)
+
+
+class SelfAttention(nn.Module):
+    """nn.MultiheadAttention as users call it, so that a calibration input is one tensor."""
+
+    def __init__(self, width: int = 32, **options) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(width, 4, **options)
+
+    def forward(self, x, **options):
+        return self.attention(x, x, x, need_weights=False, **options)[0]
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("masked", ["no", "bool", "float", "causal", "both"])
+def test_one_code_per_key_is_the_original_module(batch_first, bias, masked):
+    model = SelfAttention(bias=bias, batch_first=batch_first).eval()
+    x = torch.randn(2, 31, 32)
+    padding = torch.zeros(2, 31, dtype=torch.bool)
+    padding[1, 20:] = True
+    options = {}
+    if masked in ("bool", "both"):
+        options["key_padding_mask"] = padding
+    if masked == "float":
+        options["key_padding_mask"] = torch.zeros(2, 31).masked_fill(padding, -torch.inf)
+    if masked in ("causal", "both"):
+        options["attn_mask"] = causal_mask(31) == -torch.inf if masked == "both" else causal_mask(31)
+    arranged = x if batch_first else x.transpose(0, 1)
+    expected = model(arranged, **options)
+    report = replace_attention(model, **FINE, calibration=[arranged])
+    real = ~padding if batch_first else ~padding.T
+    assert_close(model(arranged, **options)[real], expected[real], masked)
+    assert report.layers[0].causal == "per call" and report.layers[0].output_error < 1e-4
+
+
+def test_unbatched_input_and_other_value_width():
+    model = SelfAttention().eval()
+    x = torch.randn(31, 32)
+    expected = model(x)
+    replace_attention(model, **FINE, calibration=[x])
+    assert_close(model(x), expected, "unbatched")
+    assert_close(model(x, key_padding_mask=torch.zeros(31, dtype=torch.bool)), expected, "unbatched with padding mask")
+
+    class OtherValues(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attention = nn.MultiheadAttention(32, 4, vdim=20, batch_first=True)
+
+        def forward(self, x, values):
+            return self.attention(x, x, values, need_weights=False)[0]
+
+    model, inputs = OtherValues().eval(), (torch.randn(2, 31, 32), torch.randn(2, 31, 20))
+    expected = model(*inputs)
+    replace_attention(model, **FINE, calibration=[inputs])
+    assert_close(model(*inputs), expected, "vdim")
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("padded", [True, False])
+def test_an_encoder_is_never_bypassed(training, padded):
+    model = encoder()
+    x = torch.randn(2, 31, 32)
+    padding = torch.zeros(2, 31, dtype=torch.bool)
+    padding[1, 20:] = True
+    mask = {"src_key_padding_mask": padding} if padded else {}
+    with torch.no_grad():  # the conditions under which torch takes its fast path and nested tensors
+        original = model(x, **mask)
+        dense = copy.deepcopy(model)
+        replace_attention(model, **COARSE, calibration=[x])
+        replace_attention(dense, **COARSE, calibration=[x], backend="reference")
+        for module in (*model.modules(), *dense.modules()):
+            if type(module).__name__ == "Codebook":
+                module.freeze()
+        model.train(training)
+        dense.train(training)
+        swapped, expected = model(x, **mask), dense(x, **mask)
+    assert (swapped - original)[~padding].abs().max() > 1e-3  # the fast path would give the original output
+    assert_close(swapped, expected, "encoder")
+
+
+def test_an_encoder_reproduces_the_original_and_ignores_padding():
+    model = encoder()
+    x = torch.randn(2, 31, 32)
+    padding = torch.zeros(2, 31, dtype=torch.bool)
+    padding[1, 20:] = True
+    expected = model(x, src_key_padding_mask=padding)
+    replace_attention(model, **FINE, calibration=[(x, None, padding)])
+    before = model(x, src_key_padding_mask=padding)
+    assert_close(before[~padding], expected[~padding], "encoder")
+    x[padding] = 7.0
+    assert torch.equal(model(x, src_key_padding_mask=padding)[~padding], before[~padding])
+
+
+def test_causality_is_per_call():
+    model = encoder()
+    x = torch.randn(2, 31, 32)
+    replace_attention(model, **COARSE, calibration=[x])
+    by_mask = model(x, mask=causal_mask(31))
+    assert_close(model(x, mask=causal_mask(31), is_causal=True), by_mask, "mask and hint")
+    assert_close(model(x, is_causal=True), by_mask, "hint alone, no L x L mask")
+    assert (model(x) - by_mask).abs().max() > 1e-3
+    changed = x.clone()
+    changed[:, 20:] = 3.0
+    assert torch.equal(model(changed, is_causal=True)[:, :20], model(x, is_causal=True)[:, :20])
+
+
+def test_decoder_layers_keep_their_cross_attention():
+    model = nn.TransformerDecoderLayer(32, 4, dim_feedforward=48, batch_first=True).eval()
+    target, memory = torch.randn(2, 20, 32), torch.randn(2, 9, 32)
+    mask = causal_mask(20)
+    expected = model(target, memory, tgt_mask=mask)
+    with pytest.raises(NotImplementedError, match="multihead_attn: cross-attention"):
+        replace_attention(model, **FINE, calibration=[(target, memory, mask)])
+    report = replace_attention(model, **FINE, calibration=[(target, memory, mask)], strict=False)
+    assert [layer.name for layer in report.replaced] == ["self_attn"]
+    assert [layer.name for layer in report.skipped] == ["multihead_attn"]
+    assert_close(model(target, memory, tgt_mask=mask, tgt_is_causal=True), expected, "decoder layer")
+
+
+def test_training_learns_and_differentiates():
+    model = encoder().train()
+    x = torch.randn(2, 31, 32)
+    replace_attention(model, **COARSE)
+    (model(x).square().mean() + commitment_loss(model)).backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+    model.eval()
+    assert model(x).isfinite().all()
+
+
+def test_names_hooks_and_objects_survive():
+    model = encoder()
+    x = torch.randn(2, 31, 32)
+    names = list(model.state_dict())
+    calls = []
+    model.layers[0].self_attn.register_forward_hook(lambda *_: calls.append(1))
+    parameters = {id(p) for p in model.parameters()}
+    modules = [(id(module), type(module)) for module in model.modules()]
+    expected = model(x)
+    calls.clear()
+    replace_attention(model, **COARSE, calibration=[x])
+    assert type(model.layers[0].self_attn) is VQMultiheadAttention
+    assert [name for name in model.state_dict() if "longvq" not in name] == names
+    calls.clear()
+    model(x)
+    assert calls == [1]
+    restore_attention(model)
+    assert [(id(module), type(module)) for module in model.modules()] == modules
+    assert {id(p) for p in model.parameters()} == parameters and list(model.state_dict()) == names
+    assert model.use_nested_tensor is True and model.layers[0].self_attn._qkv_same_embed_dim is True
+    assert torch.equal(model(x), expected)
+
+
+def test_compiles_into_one_graph_with_equal_values():
+    model = SelfAttention(batch_first=True).eval()
+    x = torch.randn(2, 31, 32)
+    replace_attention(model, **COARSE, calibration=[x])
+    padding = torch.zeros(2, 31, dtype=torch.bool)
+    padding[1, 20:] = True
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    assert_close(compiled(x, key_padding_mask=padding), model(x, key_padding_mask=padding), "compiled")
+    torch._dynamo.reset()
+
+
+def test_what_a_call_refuses():
+    model = nn.MultiheadAttention(32, 4, batch_first=True)
+    x = torch.randn(2, 31, 32)
+    replace_attention(model.train(), **COARSE)
+    cases = [
+        (NotImplementedError, "pass need_weights=False", (x, x, x), {"need_weights": True}),
+        (NotImplementedError, "key: got another tensor", (x, x.clone(), x), {}),
+        (NotImplementedError, "not exactly causal", (x, x, x), {"attn_mask": torch.zeros(31, 31)}),
+        (NotImplementedError, "values other than 0 and -inf", (x, x, x), {"attn_mask": torch.randn(31, 31)}),
+        (ValueError, r"attn_mask: got shape \(30, 30\)", (x, x, x), {"attn_mask": causal_mask(30)}),
+        (NotImplementedError, "key_padding_mask: got values", (x, x, x), {"key_padding_mask": torch.randn(2, 31)}),
+        (ValueError, r"key_padding_mask: got shape \(3, 31\)", (x, x, x), {"key_padding_mask": torch.zeros(3, 31)}),
+        (
+            TypeError,
+            "key_padding_mask: got dtype torch.int64",
+            (x, x, x),
+            {"key_padding_mask": torch.zeros(2, 31).long()},
+        ),
+    ]
+    for error, message, args, options in cases:
+        with pytest.raises(error, match=message):
+            model(*args, **{"need_weights": False, **options})
+    y = x[..., :30]
+    with pytest.raises(ValueError, match=r"query: got shape \(2, 31, 30\)"):
+        model(y, y, y, need_weights=False)
+    nested = torch.nested.nested_tensor([x[0], x[1, :20]])
+    with pytest.raises(NotImplementedError, match="nested tensor"):
+        model(nested, nested, nested, need_weights=False)
+
+
+def test_what_a_replacement_refuses():
+    for options, reason in (
+        ({"add_bias_kv": True}, "add_bias_kv=True"),
+        ({"add_zero_attn": True}, "add_zero_attn=True"),
+        ({"kdim": 20}, "kdim 20 differs from embed_dim 32"),
+    ):
+        with pytest.raises(NotImplementedError, match=reason):
+            replace_attention(nn.MultiheadAttention(32, 4, **options), num_codes=8)
+
+    class Own(nn.MultiheadAttention):
+        pass
+
+    with pytest.raises(NotImplementedError, match="Own is a subclass"):
+        replace_attention(nn.Sequential(Own(32, 4)), num_codes=8)
