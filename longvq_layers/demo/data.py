@@ -1,6 +1,7 @@
 """Text without a download: docstrings and source of the Python standard library of the running interpreter."""
 
 import ast
+import os
 import random
 import sysconfig
 import warnings
@@ -8,7 +9,7 @@ import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
-_SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__", "encodings", "turtledemo"}
+_SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__", "encodings"}
 _CHARACTERS_PER_TOKEN = 4.8  # more than docstrings have, so that a long enough document fills its tokens
 _DOCUMENTS_PER_MODULE = 3
 
@@ -62,10 +63,11 @@ def library_files() -> list[tuple[Path, str]]:
     """Source files of the standard library with their module names, tests left out, in a fixed shuffled order."""
     root = Path(sysconfig.get_paths()["stdlib"])
     files = []
-    for path in root.rglob("*.py"):
-        parts = path.relative_to(root).parts
-        if not _SKIPPED.intersection(parts) and not parts[0].startswith(("lib-", "config-")):
-            files.append((path, ".".join(parts).removesuffix(".py").removesuffix(".__init__")))
+    for folder, subfolders, names in os.walk(root):
+        subfolders[:] = [name for name in subfolders if name not in _SKIPPED]  # in place: os.walk leaves them out
+        for path in (Path(folder, name) for name in names if name.endswith(".py")):
+            module = ".".join(path.relative_to(root).parts).removesuffix(".py").removesuffix(".__init__")
+            files.append((path, module))
     files.sort(key=lambda file: file[1])
     random.Random(0).shuffle(files)
     return files

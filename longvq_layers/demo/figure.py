@@ -86,7 +86,7 @@ def _time(axes: Axes, result: SpeedResult) -> None:
     axes.set_ylabel("time of one forward (ms)")
     crossing = faster_from(result.rows)
     last = result.rows[-1]
-    remark = "" if crossing is None else f", faster from {crossing:,}"
+    remark = "" if crossing is None else f", faster from {crossing:,} tokens"
     axes.set_title(f"Time: {last.speed_up:.1f} times as fast at {last.length:,}{remark}")
 
 
@@ -95,7 +95,7 @@ def _memory(axes: Axes, result: SpeedResult) -> None:
     _two_lines(axes, result, own, ours)
     axes.set_ylabel("peak extra memory of one forward (MiB)")
     last = result.rows[-1]
-    axes.set_title(f"Memory: {last.our_bytes / max(last.own_bytes, 1):.0%} of the original at {last.length:,}")
+    axes.set_title(f"Memory: {last.our_bytes / max(last.own_bytes, 1):.0%} of the original at {last.length:,} tokens")
 
 
 def _two_lines(axes: Axes, result: SpeedResult, own: list[float], ours: list[float]) -> None:

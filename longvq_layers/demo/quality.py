@@ -19,6 +19,9 @@ from longvq_layers.replace import replace_attention
 
 Batch = dict[str, Tensor]
 
+# Without any of these transformers makes up a tokenizer with an empty vocabulary, and says nothing.
+_TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "*.model", "*.tiktoken", "tekken.json")
+
 
 def run(settings: QualitySettings, model_folder: Path | None, say: Callable[[str], None]) -> QualityResult:
     """Embed the held-out documents with the original attention, then with ours at every setting."""
@@ -68,13 +71,15 @@ def load(folder: Path) -> tuple[nn.Module, PreTrainedTokenizerBase]:
     """Model and tokenizer of a local Hugging Face folder, in float32 and eval mode."""
     if not (folder / "config.json").is_file():
         raise DemoError(f"--model: {folder} has no config.json, expected a folder written by save_pretrained()")
+    if not any(path for pattern in _TOKENIZER_FILES for path in folder.glob(pattern)):
+        raise DemoError(
+            f"--model: {folder} has no tokenizer (none of {', '.join(_TOKENIZER_FILES)}); save it next to the model with "
+            "tokenizer.save_pretrained(folder)"
+        )
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # transformers raises many types here
-        raise DemoError(
-            f"--model: {folder} has no tokenizer that transformers can load; save it next to the model with "
-            f"tokenizer.save_pretrained(folder). Cause: {_first_line(error)}"
-        ) from error
+        raise DemoError(f"--model: transformers can't load the tokenizer in {folder}: {_first_line(error)}") from error
     try:
         model = AutoModel.from_pretrained(folder, local_files_only=True, dtype=torch.float32)
     except Exception as error:

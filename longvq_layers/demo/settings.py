@@ -55,9 +55,9 @@ class TrainingSettings:
     num_codes: int = 64
     window: int = 32
     d_state: int = 16
-    length: int = 512
+    length: int = 256
     batch_size: int = 4
-    learning_rate: float = 6e-3
+    learning_rate: float = 1e-2
     train_bytes: int = 6_000_000
     held_out_bytes: int = 16_384
 

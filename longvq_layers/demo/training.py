@@ -1,8 +1,8 @@
 """Part 3: a byte language model of `LongVQBlock`s, trained from nothing on the source of the standard library."""
 
 import math
-import time
 from collections.abc import Callable
+from time import perf_counter
 
 import torch
 from torch import Tensor, nn
@@ -54,7 +54,7 @@ def run(
 
     step, trained, evaluate_at = 0, 0.0, settings.evaluate_every  # seconds of training, evaluation left out
     while trained < settings.seconds:
-        start = time.perf_counter()
+        start = perf_counter()
         rate = _schedule(trained / settings.seconds, step)
         for group, peak in zip(optimizer.param_groups, peak_rates, strict=True):
             group["lr"] = peak * rate
@@ -66,7 +66,7 @@ def run(
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         step += 1
-        took = time.perf_counter() - start
+        took = perf_counter() - start
         trained += took
         progress(took)
         if trained >= evaluate_at or trained >= settings.seconds:
