@@ -73,8 +73,8 @@ def load(folder: Path) -> tuple[nn.Module, PreTrainedTokenizerBase]:
         raise DemoError(f"--model: {folder} has no config.json, expected a folder written by save_pretrained()")
     if not any(path for pattern in _TOKENIZER_FILES for path in folder.glob(pattern)):
         raise DemoError(
-            f"--model: {folder} has no tokenizer (none of {', '.join(_TOKENIZER_FILES)}); save it next to the model with "
-            "tokenizer.save_pretrained(folder)"
+            f"--model: {folder} has no tokenizer (none of {', '.join(_TOKENIZER_FILES)}); save it next to the model "
+            "with tokenizer.save_pretrained(folder)"
         )
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
