@@ -117,7 +117,6 @@ def _plus_plus(keys: Tensor, valid: Tensor, num_codes: int, generator: torch.Gen
     mean = keys.sum(1) / any_valid.sum(1, keepdim=True).clamp(min=1)  # (H, D); keys are zero where not valid
     centred = keys - mean.unsqueeze(1)  # distances by |a|² + |b|² − 2ab lose less when the keys are near zero
     square = centred.square().sum(-1)  # (H, N)
-    noise = 8 * torch.finfo(keys.dtype).eps  # below this share of the terms a distance is rounding: the same key
     distance = torch.full_like(square, torch.inf)
     chosen = torch.empty(keys.shape[0], num_codes, dtype=torch.int64, device=keys.device)
     for code in range(num_codes):
@@ -128,8 +127,7 @@ def _plus_plus(keys: Tensor, valid: Tensor, num_codes: int, generator: torch.Gen
         centre = pick(centred, index)  # (H, 1, D)
         own = square.gather(1, index)
         new = square + own - 2 * torch.bmm(centred, centre.transpose(1, 2)).squeeze(-1)
-        new = torch.where(new <= noise * (square + own), 0, new)
-        distance = torch.minimum(distance, new)
+        distance = torch.minimum(distance, new.clamp(min=0))
     return pick(keys, chosen)
 
 

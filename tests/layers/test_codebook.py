@@ -175,8 +175,8 @@ def test_eval_and_frozen_never_learn():
 def test_initialize_():
     source = Source()
     keys = source(1, 2000)[0]
-    book = Codebook(2, 12, 6).initialize_(keys, generator=torch.Generator().manual_seed(0))
-    again = Codebook(2, 12, 6).initialize_(keys, generator=torch.Generator().manual_seed(0))
+    book = Codebook(2, 24, 6).initialize_(keys, generator=torch.Generator().manual_seed(0))
+    again = Codebook(2, 24, 6).initialize_(keys, generator=torch.Generator().manual_seed(0))
     assert book.initialized and torch.equal(book.embedding, again.embedding)
     assert (book.quantization_error() < 0.01).all()
     old = book.embedding.clone()
@@ -187,7 +187,7 @@ def test_initialize_():
     mask[1000:] = True
     poisoned = keys.clone()
     poisoned[:, 1000:] = torch.nan
-    masked = Codebook(2, 12, 6).initialize_(poisoned, mask=mask)
+    masked = Codebook(2, 24, 6).initialize_(poisoned, mask=mask)
     assert (masked.quantization_error() < 0.01).all()
     with pytest.raises(ValueError, match="keys must hold at least one finite, unmasked key per head, got none"):
         book.initialize_(keys, mask=torch.ones(2000, dtype=torch.bool))

@@ -33,11 +33,15 @@ def rank_main(rank, folder):
     store = f"file://{os.path.join(folder, 'store')}"
     dist.init_process_group("gloo", store, rank=rank, world_size=2, timeout=timedelta(seconds=60))
     torch.manual_seed(rank)
-    book = Codebook(2, 6, 4, revive_after=3)
+    book, one_sided = Codebook(2, 6, 4, revive_after=3), Codebook(2, 6, 4, revive_after=3)
     history = []
     for step in range(STEPS):
         book(*batch(rank, step))
         history.append({name: value.clone() for name, value in book.state_dict().items()})
+    for step in range(STEPS):
+        k, mask = batch(0, step + 1)
+        one_sided(k, mask if rank == 0 else torch.ones_like(mask))  # rank 1 never has a key
+    history.append({name: value.clone() for name, value in one_sided.state_dict().items()})
     alone = dist.new_group([0]), dist.new_group([1])
     private = Codebook(2, 6, 4, process_group=alone[rank])
     assert copy.deepcopy(private)._group.group is alone[rank]
@@ -66,7 +70,11 @@ def test_two_ranks_learn_one_codebook(tmp_path):
     assert bool(first[0]["initialized"])  # although rank 0 had no keys then
     assert not torch.equal(first[5]["ema_sum"], first[4]["ema_sum"])
     assert torch.equal(first[6]["ema_sum"], first[5]["ema_sum"])  # nobody had keys
-    assert (first[-2]["embedding"].mean(-1) > 20).all()  # dead codes were revived, on both ranks to the same keys
+    # Dead codes were revived, on both ranks to the same keys; also when one rank has none to offer.
+    for state in first[STEPS - 1 : STEPS + 1]:
+        assert ((state["embedding"].mean(-1) - 32).abs() < 6).all()
+    for state in first[:STEPS]:
+        assert (state["ema_sum"] / state["ema_count"].unsqueeze(-1)).abs().max() < 45
 
     # One process that sees both ranks' keys takes the same averages.
     book = Codebook(2, 6, 4, revive_after=None)

@@ -79,11 +79,14 @@ def test_any_number_of_keys_and_duplicates(heads, count, num_codes, distinct, sc
     codebook = kmeans(keys, num_codes, mask=ignore, generator=seeded())
     assert codebook.shape == (heads, num_codes, 3)
     assert codebook.isfinite().all()
+    start = kmeans(keys, num_codes, mask=ignore, iterations=0, generator=seeded())
     for head in range(heads):
         real = keys[head][valid[head]]
         if not len(real):
             assert (codebook[head] == 0).all()
-        elif len(real.unique(dim=0)) <= num_codes:  # enough codes: every key is met, however small the differences
+            continue
+        assert (start[head][:, None] == real).all(-1).any(-1).all()  # every code starts as a key that counts
+        if len(real.unique(dim=0)) <= num_codes:  # enough codes: every key is met, however small the differences
             assert error(real.double()[None], codebook[head].double()[None]) <= (1e-5 * scale) ** 2
 
 
