@@ -252,3 +252,19 @@ def test_bad_input_is_refused_by_name(name):
     arguments = {x: torch.zeros(1, 2, 5, 8) for x in "qkv"} | {"codebook": torch.zeros(2, 4, 8)} | changes
     with pytest.raises(error, match=message):
         ops.vq_attention(**arguments)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_autocast_changes_neither_values_nor_gradients(causal):
+    q, k, v = (torch.randn(1, 2, 100, 8, requires_grad=True) for _ in range(3))
+    codebook = torch.randn(2, 16, 8)
+
+    def call():
+        out = ops.vq_attention(q, k, v, codebook, causal=causal, window=5)
+        return out, *torch.autograd.grad(out.square().sum(), (q, k, v))
+
+    plain = call()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = call()
+    for name, a, b in zip(("out", "q", "k", "v"), inside, plain, strict=True):
+        assert torch.equal(a, b), name

@@ -191,3 +191,21 @@ def test_other_operators_refuse_bad_input_by_name():
         ops.ssm_kernel(LOG, WEIGHT, 3.0)
     with pytest.raises(ValueError, match="kernel must have shape"):
         ops.long_conv(U, torch.ones(2, 4))
+
+
+def test_autocast_changes_neither_values_nor_gradients():
+    u = torch.randn(2, 100, 3, requires_grad=True)
+    log_decay = torch.complex(-torch.rand(3, 4), torch.randn(3, 4)).requires_grad_()
+    weight = torch.randn(3, 4, dtype=torch.complex64, requires_grad=True)
+    kernel = torch.randn(3, 20, requires_grad=True)
+
+    def call():
+        y = ops.ssm_scan(u, log_decay, weight) + ops.long_conv(u, kernel)
+        gradients = torch.autograd.grad(y.square().sum(), (u, log_decay, weight, kernel))
+        return y, *gradients, ops.ssm_kernel(log_decay, weight, 50)
+
+    plain = call()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = call()
+    for a, b in zip(inside, plain, strict=True):
+        assert torch.equal(a, b)
