@@ -75,7 +75,7 @@ def machine_section(command: str, threads: int, seconds: float) -> str:
     versions = ", ".join(f"{name} {_version(name)}" for name in names)
     return (
         "## Machine\n\n"
-        f"{_processor()}, {threads} threads; {platform.system()} {platform.machine()}; Python "
+        f"{_processor()}, threads: {threads}; {platform.system()} {platform.machine()}; Python "
         f"{platform.python_version()}; {versions}; {torch.backends.cpu.get_cpu_capability()}. "
         f"Total {seconds:.0f} s.\n\n    {command}"
     )
