@@ -17,5 +17,6 @@ class Site:
     new_kind: str  # what it becomes
     causal: str  # "yes", "no" or "per call"
     sizes: tuple[int, int, int] | None  # H, Hkv, D; None: only a forward pass tells
+    backend: str | None = None  # which one serves it, once that is known
     refusal: str | None = None  # why it can't be replaced
     notes: list[str] = field(default_factory=list)

@@ -1,12 +1,15 @@
 """The module that a swapped attention carries: its codebook, the metric it was fitted in, and how to attend."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from longvq_layers import ops
-from longvq_layers.layers._kmeans import no_autocast
+from longvq_layers.layers._kmeans import code_sums, no_autocast, pick
 from longvq_layers.layers._precision import KeepsFloat32, storage_dtype
 from longvq_layers.layers.codebook_attention import CodebookAttention
+
+_FEW = 1e-6  # keys; below it a code has no spread yet
 
 
 class SwappedAttention(KeepsFloat32, CodebookAttention):
@@ -17,14 +20,20 @@ class SwappedAttention(KeepsFloat32, CodebookAttention):
     ‖k' − C'‖² is the expected square of a score's error, so codes go where queries look. The scores use q, k and C
     as they are; M^½ only decides which code a key gets. Without calibration M is the identity.
 
+    With `variance_correction` a code also stands for the spread of its keys, σ_s² = E‖k' − C'_s‖²: the mean of exp over
+    unequal keys exceeds exp of their mean, to second order by the factor exp(½ scale² σ_s² ‖q'‖² / D), q' = q M^-½.
+    That is one more dimension of q (½ scale ‖q'‖² / D) and of C (σ_s²), which exact local keys have as 0.
+
     Args:
         num_heads: H, query heads.
         num_kv_heads: Hkv, key-value heads.
         head_dim: D, width of a key.
         num_codes, window, local_keys, backend, device, dtype: see `CodebookAttention`.
+        variance_correction: whether a code accounts for the spread of its keys.
 
     Buffers:
-        to_metric (Hkv, D, D) = M^½, from_metric (Hkv, D, D) = M^-½, and those of `codebook`, at least float32.
+        to_metric (Hkv, D, D) = M^½, from_metric (Hkv, D, D) = M^-½, spread (Hkv, S) = σ_s² with its moving sums
+        spread_sum and spread_count (Hkv, S), and those of `codebook`; all at least float32.
     """
 
     def __init__(
@@ -36,6 +45,7 @@ class SwappedAttention(KeepsFloat32, CodebookAttention):
         num_codes: int,
         window: int,
         local_keys: str,
+        variance_correction: bool = True,
         backend: str = "auto",
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
@@ -52,9 +62,12 @@ class SwappedAttention(KeepsFloat32, CodebookAttention):
             device=device,
             dtype=dtype,
         )
+        self.variance_correction = variance_correction
         identity = torch.eye(head_dim, device=device, dtype=storage_dtype(dtype)).repeat(num_kv_heads, 1, 1)
         self.register_buffer("to_metric", identity)
         self.register_buffer("from_metric", identity.clone())
+        for name in ("spread", "spread_sum", "spread_count"):
+            self.register_buffer(name, identity.new_zeros(num_kv_heads, num_codes))
 
     def forward(
         self,
@@ -79,11 +92,18 @@ class SwappedAttention(KeepsFloat32, CodebookAttention):
             keys = self.in_metric(k)
             codes, table = self.codebook.quantize(keys, key_padding_mask)
             self._commit(keys, codes, table, key_padding_mask)
+            scale = self.head_dim**-0.5 if scale is None else scale
+            learning = self.training and not self.codebook.frozen and not _recomputing()
+            if learning:
+                self.spread.copy_(self.spread_sum / self.spread_count.clamp(min=_FEW))
+            q, k, codebook = self._corrected(q, k, table @ self.from_metric, scale)
+            if learning:
+                self._learn_spread(keys, codes, table, key_padding_mask)
             return ops.vq_attention(
                 q.to(v.dtype),  # under autocast rotary positions leave q and k in float32
                 k.to(v.dtype),
                 v,
-                table @ self.from_metric,
+                codebook,
                 causal=causal,
                 window=self.window,
                 key_padding_mask=key_padding_mask,
@@ -103,12 +123,44 @@ class SwappedAttention(KeepsFloat32, CodebookAttention):
         to_metric, from_metric = _roots(second_moment)
         self.to_metric.copy_(to_metric)
         self.from_metric.copy_(from_metric)
-        self.codebook.initialize_(self.in_metric(keys), generator=generator)
+        keys = self.in_metric(keys)
+        self.codebook.initialize_(keys, generator=generator)
+        codes, table = self.codebook.eval().quantize(keys.unsqueeze(0))
+        self._learn_spread(keys.unsqueeze(0), codes, table, None)
+        self.spread.copy_(self.spread_sum / self.spread_count.clamp(min=_FEW))
+
+    def _corrected(self, q: Tensor, k: Tensor, codebook: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+        # One more dimension each for q (B, H, L, D), k (B, Hkv, L, D) and codebook (Hkv, S, D).
+        if not self.variance_correction:
+            return q, k, codebook
+        group = q.shape[1] // k.shape[1]
+        from_metric = self.from_metric.repeat_interleave(group, dim=0) if group > 1 else self.from_metric
+        square = (q.to(from_metric.dtype) @ from_metric).square().sum(-1, keepdim=True)  # ‖q'‖², (B, H, L, 1)
+        q = torch.cat([q, (0.5 * scale / self.head_dim * square).to(q.dtype)], dim=-1)
+        return q, F.pad(k, (0, 1)), torch.cat([codebook, self.spread.unsqueeze(-1)], dim=-1)
+
+    @torch.no_grad()
+    def _learn_spread(self, keys: Tensor, codes: Tensor, table: Tensor, key_padding_mask: Tensor | None) -> None:
+        # Moving sums of ‖k' − C'‖² per code; keys (B, Hkv, L, D) in the metric, codes (B, Hkv, L), table (Hkv, S, D).
+        valid = keys.isfinite().all(-1)
+        if key_padding_mask is not None:
+            valid = valid & ~key_padding_mask[:, None, :]
+        keys, codes, valid = (x.transpose(0, 1).flatten(1, 2) for x in (keys, codes, valid))
+        error = (keys - pick(table, codes)).square().sum(-1, keepdim=True)
+        sums, counts = code_sums(torch.where(valid.unsqueeze(-1), error, 0), codes, valid, self.num_codes)
+        sums, counts = self.codebook._group.sum(sums.squeeze(-1), counts)
+        self.spread_sum.lerp_(sums, 1 - self.codebook.decay)
+        self.spread_count.lerp_(counts, 1 - self.codebook.decay)
 
     def extra_repr(self) -> str:
         parts = [f"{self.num_heads}, {self.num_kv_heads}, {self.head_dim}", f"num_codes={self.num_codes}"]
         parts += [f"window={self.window}", f"local_keys={self.local_keys!r}", f"backend={self.backend!r}"]
         return ", ".join(parts)
+
+
+def _recomputing() -> bool:
+    # Inside backward, activation checkpointing runs the forward again; nothing may be learned twice.
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
 def _roots(second_moment: Tensor, ridge: float = 1e-3) -> tuple[Tensor, Tensor]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
+from longvq_layers.ops._dispatch import BACKENDS, choose
 from longvq_layers.replace import calibration as calibrating
 from longvq_layers.replace import huggingface, torch_nn
 from longvq_layers.replace._site import Site
@@ -15,7 +16,6 @@ from longvq_layers.replace.report import LayerReport, ReplacementReport
 
 _ADAPTERS = (huggingface, torch_nn)
 _RECORD = "_longvq_replacement"  # where a replaced model keeps what is needed to undo it
-_BACKENDS = ("auto", "native", "torch", "reference")
 
 
 def replace_attention(
@@ -29,6 +29,7 @@ def replace_attention(
     strict: bool = True,
     dry_run: bool = False,
     backend: str = "auto",
+    variance_correction: bool = True,
 ) -> ReplacementReport:
     """Swap the attention of a trained model, in place, for attention over quantised keys: linear in the length.
 
@@ -48,6 +49,8 @@ def replace_attention(
         strict: True (default) raises if a chosen module can't be replaced; False skips it and reports why.
         dry_run: True only reports what would be done; calibration isn't run.
         backend: "auto" (default), "torch", "native" or "reference", see `ops.vq_attention`.
+        variance_correction: True (default) lets a code account for the spread of the keys it stands for; closer to the
+            original at the price of one more key dimension.
 
     Returns:
         A report; `print(report)` shows a table, `report.restore()` puts the original attention back.
@@ -68,7 +71,8 @@ def replace_attention(
 
     Source: LongVQ (arXiv 2404.11163); query-weighted k-means and exact local keys are this library's.
     """
-    _check_options(model, num_codes, window, local_keys, filter_fn, backend)
+    flags = {"strict": strict, "dry_run": dry_run, "variance_correction": variance_correction}
+    _check_options(model, num_codes, window, local_keys, filter_fn, backend, flags)
     sites = [site for adapter in _ADAPTERS for site in adapter.find(model)]
     _check_not_replaced(model, sites)
     chosen, skipped = _choose(model, sites, filter_fn, strict)
@@ -77,6 +81,8 @@ def replace_attention(
     batches = None if calibration is None or dry_run else calibrating.as_batches(calibration)
 
     options = {"num_codes": num_codes, "window": window, "local_keys": local_keys, "backend": backend}
+    _check_backend(chosen, backend)
+    correction = {"variance_correction": variance_correction}
     errors: dict[str, tuple[float, float]] = {}
     keys = 0
     if dry_run:
@@ -85,9 +91,9 @@ def replace_attention(
                 site.notes.append("needs calibration= (the model is in eval mode)")
     else:
         if batches is None:
-            seams = [_seam(site, site.sizes, options) for site in chosen]
+            seams = [_seam(site, site.sizes, {**options, **correction}) for site in chosen]
         else:
-            seams, errors, keys = _calibrate(model, chosen, batches, options)
+            seams, errors, keys = _calibrate(model, chosen, batches, {**options, **correction})
         for site, seam in zip(chosen, seams, strict=True):
             seam.train(site.module.training)
         with _undo_on_error() as records:
@@ -137,7 +143,7 @@ class _Replacement:
             record.undo()
 
 
-def _check_options(model, num_codes, window, local_keys, filter_fn, backend) -> None:
+def _check_options(model, num_codes, window, local_keys, filter_fn, backend, flags: dict[str, bool]) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"replace_attention: model: got {type(model).__name__}, expected a torch.nn.Module")
     for name, value, least in (("num_codes", num_codes, 1), ("window", window, 0)):
@@ -147,8 +153,11 @@ def _check_options(model, num_codes, window, local_keys, filter_fn, backend) -> 
             raise ValueError(f"replace_attention: {name}: got {value}, expected at least {least}")
     if local_keys not in ("exact", "quantized"):
         raise ValueError(f"replace_attention: local_keys: got {local_keys!r}, expected 'exact' or 'quantized'")
-    if backend not in _BACKENDS:
-        raise ValueError(f"replace_attention: backend: got {backend!r}, expected one of {_BACKENDS}")
+    if backend not in BACKENDS:
+        raise ValueError(f"replace_attention: backend: got {backend!r}, expected one of {BACKENDS}")
+    for name, value in flags.items():
+        if not isinstance(value, bool):
+            raise TypeError(f"replace_attention: {name}: got {type(value).__name__}, expected True or False")
     if filter_fn is not None and not callable(filter_fn):
         raise TypeError(f"replace_attention: filter_fn: got {type(filter_fn).__name__}, expected a callable or None")
 
@@ -183,6 +192,18 @@ def _choose(model: nn.Module, sites: list[Site], filter_fn, strict: bool) -> tup
     return chosen, {**skipped, **refused}
 
 
+def _check_backend(chosen: list[Site], backend: str) -> None:
+    # A named backend that can't serve is an error before anything is touched; ops says why.
+    for site in chosen:
+        device, dtype = _device_and_dtype(site)
+        site.backend = choose("vq_attention", backend, device, (dtype,))
+
+
+def _device_and_dtype(site: Site) -> tuple[torch.device, torch.dtype]:
+    parameter = next(site.module.parameters(), torch.empty(0))
+    return parameter.device, parameter.dtype
+
+
 def _check_modes(chosen: list[Site]) -> None:
     evaluating = [site.name for site in chosen if not site.module.training]
     if evaluating:
@@ -200,8 +221,7 @@ def _check_modes(chosen: list[Site]) -> None:
 
 
 def _seam(site: Site, sizes: tuple[int, int, int], options: dict) -> SwappedAttention:
-    parameter = next(site.module.parameters(), None)
-    device, dtype = (None, None) if parameter is None else (parameter.device, parameter.dtype)
+    device, dtype = _device_and_dtype(site)
     with torch.random.fork_rng(devices=[]):  # a new codebook draws random codes; the caller's generator stays as it is
         return SwappedAttention(*sizes, dtype=dtype, **options).to(device)
 
@@ -251,7 +271,7 @@ def _undo_on_error():
 
 
 def _layer_report(site: Site, options: dict, errors: dict, skipped: str | None) -> LayerReport:
-    used = {key: None for key in options} if skipped else options
+    used = {key: None for key in options} if skipped else {**options, "backend": site.backend}
     key_error, output_error = errors.get(site.name, (None, None))
     return LayerReport(
         name=site.name or "(model)",

@@ -8,6 +8,7 @@ from torch import nn
 
 from longvq_layers.replace import replace_attention, restore_attention
 from tests.replace.models import FAMILIES, bert, encoder, gpt2, llama, output, tokens
+from tests.tolerances import assert_close
 
 COARSE = {"num_codes": 8, "window": 5}
 
@@ -71,6 +72,7 @@ def test_the_report_is_a_table():
     assert "rotary positions: keys are quantised as they arrive" in text
     layer = report.replaced[0]
     assert (layer.num_codes, layer.window, layer.local_keys, layer.causal) == (8, 5, "exact", "yes")
+    assert layer.backend in ("torch", "native")  # the one that serves, not "auto"
     assert 0 < layer.key_error < 1 and 0 < layer.output_error < 1
 
 
@@ -102,7 +104,7 @@ def test_the_query_metric_beats_plain_distance():
     exact = nn.functional.scaled_dot_product_attention(q, k, v)
     errors = {}
     for name, moment in (("metric", q[0].transpose(1, 2) @ q[0] / 400), ("plain", torch.eye(16).repeat(2, 1, 1))):
-        seam = SwappedAttention(2, 2, 16, num_codes=16, window=0, local_keys="exact")
+        seam = SwappedAttention(2, 2, 16, num_codes=16, window=0, local_keys="exact", variance_correction=False)
         seam.fit_(k[0], moment, generator=generator)
         out = seam.eval()(q, k, v)
         errors[name] = (out - exact).norm() / exact.norm()
@@ -111,6 +113,39 @@ def test_the_query_metric_beats_plain_distance():
         )
         torch.testing.assert_close(out, dense)
     assert errors["metric"] < 0.5 * errors["plain"]
+
+
+def test_a_code_accounts_for_the_spread_of_its_keys():
+    from longvq_layers.replace._swapped import SwappedAttention
+
+    q, k, v = torch.randn(2, 4, 200, 16), torch.randn(2, 2, 200, 16), torch.randn(2, 2, 200, 16)
+    exact = nn.functional.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+    errors = []
+    for corrected in (True, False):
+        seam = SwappedAttention(4, 2, 16, num_codes=8, window=0, local_keys="exact", variance_correction=corrected)
+        seam.fit_(k.transpose(0, 1).flatten(1, 2), torch.diag(torch.linspace(0.2, 2, 16)).expand(2, 16, 16))
+        out = seam.eval()(q, k, v, scale=0.4)
+        # By hand, for every pair: score of the code, plus half the variance of the score over the keys of the code.
+        metric_keys = seam.in_metric(k)
+        codes = seam.codebook(metric_keys).repeat_interleave(2, dim=1)
+        books = seam.codebook.embedding.repeat_interleave(2, dim=0)
+        coded = books.gather(1, codes.transpose(0, 1).flatten(1)[..., None].expand(-1, -1, 16))
+        coded = coded.unflatten(1, (2, 200)).transpose(0, 1)  # (B, H, L, D)
+        error = (metric_keys.repeat_interleave(2, dim=1) - coded).square().sum(-1)
+        spread = torch.zeros_like(error)
+        for code in range(8):
+            of_code = (codes == code).float()
+            mean = (error * of_code).sum((0, 2)) / of_code.sum((0, 2)).clamp(min=1)
+            mean = mean.unflatten(0, (2, 2)).mean(1).repeat_interleave(2)  # the same for both queries of a key head
+            spread += of_code * mean[None, :, None]
+        metric_q = q @ seam.from_metric.repeat_interleave(2, dim=0)
+        scores = 0.4 * metric_q @ coded.transpose(-1, -2)
+        if corrected:
+            scores = scores + 0.5 * 0.4**2 / 16 * metric_q.square().sum(-1)[..., None] * spread[:, :, None, :]
+        expected = scores.softmax(-1) @ v.repeat_interleave(2, dim=1)
+        assert_close(out, expected, "corrected" if corrected else "plain")
+        errors.append((out - exact).norm() / exact.norm())
+    assert errors[0] < errors[1]
 
 
 def test_calibration_takes_any_kind_of_input_and_ignores_padding():
@@ -188,6 +223,8 @@ def test_a_failure_on_the_way_leaves_the_model_as_it_was():
         (ValueError, "backend: got 'cuda', expected one of", {"backend": "cuda"}),
         (NotImplementedError, "native", {"backend": "native"}),
         (TypeError, "filter_fn: got str, expected a callable", {"filter_fn": "layer"}),
+        (TypeError, "strict: got int, expected True or False", {"strict": 1}),
+        (TypeError, "variance_correction: got str", {"variance_correction": "yes"}),
         (TypeError, "unexpected keyword argument 'codes'", {"codes": 8}),
         (ValueError, "nothing to replace in BertModel:\n.*filter_fn returned False", {"filter_fn": lambda m, n: False}),
         (ValueError, "calibration: got None, but encoder.layer.0.attention.self, .* eval mode", {"calibration": None}),
