@@ -81,6 +81,16 @@ def test_extreme_parameters_stay_stable(rule):
 
 
 @each_rule
+def test_a_pole_at_zero_sums(rule):
+    ssm = DiagonalSSM(2, d_state=2, causal=True, discretization=rule)
+    torch.nn.init.constant_(ssm.log_A_real, -90)
+    torch.nn.init.zeros_(ssm.A_imag)
+    u = torch.randn(1, 50, 2)
+    expected = 2 * ssm.C[:, 0, 0] * ssm.log_dt.exp() * u.cumsum(1) + ssm.D * u
+    assert_close(ssm(u), expected, "sum")
+
+
+@each_rule
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_steps_and_pieces_equal_the_whole(rule, dtype):
     layer = S4DLayer(6, d_state=8, causal=True, discretization=rule, dtype=dtype).eval()
