@@ -13,7 +13,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 EXTRAS := test,demo,hf
 
 # What the installation depends on: with these unchanged nothing is built again.
-SOURCES := setup.py pyproject.toml $(wildcard build_support/*.py) $(shell find csrc -type f)
+SOURCES := setup.py pyproject.toml $(shell find csrc -type f -not -path "*/__pycache__/*")
 
 .PHONY: demo test lint clean install
 .DELETE_ON_ERROR:

@@ -16,10 +16,11 @@ from pathlib import Path
 from setuptools import Command, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build import build
+from setuptools.command.sdist import sdist
 
 ROOT = Path(__file__).resolve().parent
 PACKAGE = "longvq_layers"
-sys.path.insert(0, str(ROOT / "build_support"))
+sys.path.insert(0, str(ROOT / "csrc" / "build_support"))
 
 import native_library  # noqa: E402
 
@@ -85,7 +86,7 @@ class build_native(Command):
         return {}
 
     def get_source_files(self) -> list[str]:
-        return sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*") if p.is_file())
+        return sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*.[ch]*") if p.is_file())
 
 
 class build_with_native(build):
@@ -109,10 +110,23 @@ class bdist_wheel_with_native(bdist_wheel):
         return ("py3", "none", super().get_tag()[2])
 
 
+class sdist_with_sources(sdist):
+    """All that a checkout has and that builds, tests or documents the package."""
+
+    def add_defaults(self) -> None:
+        super().add_defaults()
+        for folder in ("csrc", "tests", "docs"):
+            self.filelist.graft(folder)
+        self.filelist.extend(["CHANGELOG.md", "Makefile"])
+        for pattern in ("*.so", "*.o", "*.py[cod]", native_library.BUILD_INFO):
+            self.filelist.global_exclude(pattern)
+
+
 setup(
     cmdclass={
         "build": build_with_native,
         "build_native": build_native,
         "bdist_wheel": bdist_wheel_with_native,
+        "sdist": sdist_with_sources,
     }
 )

@@ -189,7 +189,7 @@ def test_unknown_capability_is_refused():
 @pytest.mark.slow
 def test_a_capability_that_the_build_lacks_is_refused(package):
     """The same refusal as on a CPU that lacks it, from a library compiled without AVX2 and AVX-512."""
-    sys.path.insert(0, str(PACKAGE.parent / "build_support"))
+    sys.path.insert(0, str(PACKAGE.parent / "csrc" / "build_support"))
     try:
         import native_library
     finally:

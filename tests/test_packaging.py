@@ -179,7 +179,7 @@ def test_a_pure_wheel_serves_every_platform(sources, tmp_path):
 
 
 def test_the_build_is_reproducible_and_only_compiles_what_changed(sources, tmp_path):
-    script = "import sys; sys.path.insert(0, 'build_support'); import native_library as n; print(n.build()[0])"
+    script = "import sys; sys.path.insert(0, 'csrc/build_support'); import native_library as n; print(n.build()[0])"
     first = run(sys.executable, "-c", script, cwd=sources).splitlines()
     assert len(first) > 5
     library = Path(first[-1])
@@ -196,14 +196,14 @@ def test_the_build_is_reproducible_and_only_compiles_what_changed(sources, tmp_p
 
 
 def test_the_sdist_can_be_built_from(user, sources, tmp_path):
-    script = "import sys; sys.path.insert(0, 'build_support'); import backend; backend.build_sdist(sys.argv[1])"
+    script = "import sys; sys.path.insert(0, 'csrc/build_support'); import backend; backend.build_sdist(sys.argv[1])"
     run(sys.executable, "-c", script, tmp_path, cwd=sources)
     (sdist,) = tmp_path.glob("*.tar.gz")
     with tarfile.open(sdist) as archive:
         names = {member.split("/", 1)[1] for member in archive.getnames() if "/" in member}
-    shipped = {str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*") if p.is_file()}
+    shipped = {str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*.[chp]*") if p.suffix != ".pyc"}
     assert shipped and shipped <= names
-    assert {"LICENSE", "setup.py", "pyproject.toml", "build_support/backend.py"} <= names
+    assert {"LICENSE", "setup.py", "pyproject.toml", "csrc/build_support/backend.py"} <= names
     assert not [n for n in names if n.endswith(".so") or n.endswith("_build_info.json")]
 
     run(user, "-m", "pip", "install", "--no-build-isolation", sdist, cwd=tmp_path)

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from find_torch import MINIMUM, Torch, find_torch
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 CACHE = Path("build", "native")  # relative to ROOT, where the compiler runs: no absolute path enters the library
 
 LIBRARY = "lib/liblongvq.so"  # inside the package
