@@ -16,7 +16,6 @@ from pathlib import Path
 from setuptools import Command, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build import build
-from setuptools.command.sdist import sdist
 
 ROOT = Path(__file__).resolve().parent
 PACKAGE = "longvq_layers"
@@ -86,7 +85,11 @@ class build_native(Command):
         return {}
 
     def get_source_files(self) -> list[str]:
-        return sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*.[ch]*") if p.is_file())
+        """What the sdist ships beside the Python package: all that builds, tests and documents it."""
+        files = [ROOT / "CHANGELOG.md", ROOT / "Makefile"]
+        for folder in ("csrc", "tests", "docs"):
+            files += [p for p in (ROOT / folder).rglob("*") if p.is_file() and "__pycache__" not in p.parts]
+        return sorted(str(p.relative_to(ROOT)) for p in files)
 
 
 class build_with_native(build):
@@ -110,23 +113,10 @@ class bdist_wheel_with_native(bdist_wheel):
         return ("py3", "none", super().get_tag()[2])
 
 
-class sdist_with_sources(sdist):
-    """All that a checkout has and that builds, tests or documents the package."""
-
-    def add_defaults(self) -> None:
-        super().add_defaults()
-        for folder in ("csrc", "tests", "docs"):
-            self.filelist.graft(folder)
-        self.filelist.extend(["CHANGELOG.md", "Makefile"])
-        for pattern in ("*.so", "*.o", "*.py[cod]", native_library.BUILD_INFO):
-            self.filelist.global_exclude(pattern)
-
-
 setup(
     cmdclass={
         "build": build_with_native,
         "build_native": build_native,
         "bdist_wheel": bdist_wheel_with_native,
-        "sdist": sdist_with_sources,
     }
 )
