@@ -291,3 +291,24 @@ def test_scaling_of_the_module_is_used():
     replace_attention(model, **FINE, calibration=[ids])
     assert math.isclose(model.transformer.h[1].attn.scaling, 12**-0.5 / 2)
     assert_close(output(model, ids), expected, "scaled by layer")
+
+
+def test_the_spread_of_codes_is_learned_too_and_checkpointing_learns_once():
+    spreads = []
+    for checkpointing in (False, True):
+        torch.manual_seed(0)
+        model = bert(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0).train()
+        replace_attention(model, **COARSE, calibration=[tokens()])
+        if checkpointing:
+            enable = getattr(model, "activation_checkpointing_enable", None)  # its name in newer transformers
+            (enable or model.gradient_checkpointing_enable)()
+        seam = model.encoder.layer[0].attention.self.longvq
+        start = seam.spread.clone()
+        for seed in (3, 4, 5):
+            model(tokens(seed=seed))[0].square().mean().backward()
+        assert not torch.equal(seam.spread, start) and seam.spread.isfinite().all()
+        spreads.append(
+            (seam.spread_sum.clone(), seam.codebook.ema_count.clone(), model.get_input_embeddings().weight.grad)
+        )
+    for plain, checkpointed in zip(*spreads, strict=True):
+        assert_close(checkpointed, plain, "checkpointing")

@@ -1,5 +1,8 @@
 """Transformers modules that can't be replaced, and calls that can't be served: each says why."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from transformers import (
@@ -126,3 +129,17 @@ def test_the_name_alone_is_not_enough():
     replaced(bert())  # registers the name
     with pytest.raises(ValueError, match="has no codebook"):
         output(bert(attn_implementation="longvq"), tokens())
+
+
+def test_transformers_is_only_imported_for_its_models():
+    code = """
+import sys
+sys.modules["transformers"] = None  # as if it were not installed
+import torch, longvq_layers
+model = torch.nn.TransformerEncoderLayer(32, 4, batch_first=True).eval()
+report = longvq_layers.replace_attention(model, num_codes=4, calibration=[torch.randn(2, 9, 32)])
+model(torch.randn(2, 9, 32))
+report.restore()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
