@@ -1,4 +1,4 @@
-"""Settings of the whole suite: reproducible, quiet, on two threads."""
+"""Settings of the whole suite: reproducible, offline, one thread (tensors are small; threads have tests of their own)."""
 
 import os
 
@@ -17,6 +17,7 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
 settings.load_profile("longvq")
+torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)

@@ -22,7 +22,7 @@ def test_python_blocks_run(tmp_path):
 
 
 def test_every_command_is_run_somewhere():
-    """Each shell line stands in CI or is a step of the Makefile; the installation itself is tested in test_packaging."""
+    """Each shell line stands in CI; the installation itself is tested in test_packaging."""
     ci = (ROOT / ".ci" / "run").read_text()
     lines = [line.split("#")[0].strip() for block in blocks("bash") for line in block.splitlines() if line.strip()]
     assert lines

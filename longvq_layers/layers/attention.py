@@ -1,6 +1,7 @@
 """Multi-head self-attention over quantised keys, in linear time."""
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 
 from longvq_layers.layers import _inputs
@@ -112,11 +113,11 @@ class VQAttention(nn.Module):
         """
         _inputs.sequence("VQAttention", "x", x, self.embed_dim, self.q_proj.weight, key_padding_mask)
         q, k, v = (
-            project(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, L, H·D) -> (B, H, L, D)
+            rearrange(project(x), "b l (h d) -> b h l d", d=self.head_dim)
             for project in (self.q_proj, self.k_proj, self.v_proj)
         )
         out = self.attention(q, k, v, key_padding_mask)
-        y = self.dropout(self.out_proj(out.transpose(1, 2).flatten(2)))
+        y = self.dropout(self.out_proj(rearrange(out, "b h l d -> b l (h d)")))
         return _inputs.zero_padding(y, key_padding_mask)
 
     def extra_repr(self) -> str:

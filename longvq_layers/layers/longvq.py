@@ -1,6 +1,7 @@
 """The LongVQ block: structured memory from a state space model guides attention over quantised keys."""
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 
 from longvq_layers.layers import _inputs
@@ -157,10 +158,9 @@ class LongVQBlock(nn.Module):
         z = self.dropout(silu(self.ssm(normed, key_padding_mask)))
         v = silu(self.v_proj(normed))
         q, k, v = (
-            wide.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (B, L, H·D) -> (B, H, L, D)
-            for wide in (self.q_proj(z), self.k_proj(z), v)
+            rearrange(wide, "b l (h d) -> b h l d", h=self.num_heads) for wide in (self.q_proj(z), self.k_proj(z), v)
         )
-        out = self.attention(q, k, v, key_padding_mask).transpose(1, 2).flatten(2)
+        out = rearrange(self.attention(q, k, v, key_padding_mask), "b h l d -> b l (h d)")
         gated = silu(self.attention_gate(z)) * out
         u = self.dropout(silu(self.candidate_x(normed) + self.candidate_o(gated)))
         gate = torch.sigmoid(self.output_gate(z))

@@ -124,13 +124,13 @@ def test_compiles_without_graph_breaks_and_gives_the_same_values():
 
 @pytest.mark.parametrize("rate", [-1e-8, -1e-3, -50.0])
 def test_long_sequences_keep_their_tail(rate):
-    """At every decay, 100,000 steps in float32 stay within 1e-4 of the double recurrence."""
+    """At every decay, 100,000 steps in float32 stay as close to the double recurrence as 64 do."""
     length = 100_000
     u = torch.randn(1, length, 1)
     log_decay, weight = torch.tensor([[complex(rate, 0.3)]]), torch.ones(1, 1, dtype=torch.complex64)
     y = ops.ssm_scan(u, log_decay, weight)
     exact = ops.ssm_scan(u.double(), log_decay.to(torch.complex128), weight.to(torch.complex128))
-    assert ((y - exact).abs().max() / exact.abs().max()) < 1e-4
+    assert ((y - exact).abs().max() / exact.abs().max()) < 1e-6
     direct = ops.ssm_scan(u.double()[:, :300], log_decay.cdouble(), weight.cdouble(), backend="reference")
     assert_close(exact[:, :300], direct, "double precision")
 
