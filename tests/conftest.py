@@ -1,4 +1,4 @@
-"""Settings of the whole suite: reproducible, offline, one thread (tensors are small; threads have tests of their own)."""
+"""Settings of the whole suite: reproducible, offline, one thread (tensors are small; threads have their own tests)."""
 
 import os
 
