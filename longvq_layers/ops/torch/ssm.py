@@ -63,9 +63,9 @@ class Tables:
 
 
 def to_chunks(u: Tensor, steps: int) -> Tensor:
-    """(B, C·T, H) -> (H, B·C, T)."""
+    """(B, C·T, H) -> (H, B·C, T), contiguous: else a batched matmul copies each matrix by itself."""
     batch, length, channels = u.shape
-    return u.reshape(batch * (length // steps), steps, channels).permute(2, 0, 1)
+    return u.reshape(batch * (length // steps), steps, channels).permute(2, 0, 1).contiguous()
 
 
 def from_chunks(chunks: Tensor, batch: int) -> Tensor:
