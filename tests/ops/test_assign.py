@@ -59,6 +59,11 @@ def test_hostile_keys_give_a_valid_code(value, backend):
     assert ((codes >= 0) & (codes < 6)).all()
 
 
+def test_huge_finite_codewords_are_no_error():
+    codebook = torch.full((1, 6, 4), 3e38)  # their sum overflows
+    assert (ops.vq_assign(torch.zeros(1, 1, 3, 4), codebook) < 6).all()
+
+
 def test_no_gradient_and_not_affected_by_autocast():
     k, codebook = torch.randn(1, 2, 200, 16, requires_grad=True), torch.randn(2, 64, 16)
     plain = ops.vq_assign(k, codebook, backend="torch")
