@@ -38,7 +38,19 @@ def positive(layer: str, **sizes: int) -> None:
             raise ValueError(f"{layer}: {name} must be at least 1, got {value}")
 
 
+def floating(layer: str, dtype: object) -> None:
+    """`dtype` is None or a floating dtype."""
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise TypeError(f"{layer}: dtype must be a floating torch dtype, got {dtype!r}")
+
+
+def number(layer: str, name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{layer}: {name} must be a number, got {value!r}")
+
+
 def probability(layer: str, name: str, value: float) -> None:
+    number(layer, name, value)
     if not 0 <= value < 1:
         raise ValueError(f"{layer}: {name} must be at least 0 and below 1, got {value}")
 

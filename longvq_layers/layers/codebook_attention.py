@@ -81,6 +81,8 @@ class CodebookAttention(nn.Module):
         check.one_of(name, "key_grad", key_grad, ("cluster", "window"))
         check.one_of(name, "activation", activation, ("softmax", "laplace"))
         check.one_of(name, "backend", backend, ("auto", "native", "torch", "reference"))
+        _inputs.number(name, "commitment", commitment)
+        _inputs.floating(name, dtype)
         if not 0 <= commitment < float("inf"):
             raise ValueError(f"{name}: commitment must be a finite number, at least 0, got {commitment}")
         self.num_heads, self.num_kv_heads, self.head_dim, self.value_dim = num_heads, num_kv_heads, head_dim, value_dim

@@ -18,6 +18,9 @@ def commitment_loss(model: nn.Module) -> Tensor:
         Scalar tensor, float32 (float64 for double codebooks), on the device of the model; 0 without VQ layers, in
         eval mode, or before the first forward.
 
+    Raises:
+        TypeError: `model` is no module.
+
     Example:
         >>> import longvq_layers
         >>> layer = longvq_layers.VQAttention(32, 2, num_codes=16)
@@ -26,6 +29,8 @@ def commitment_loss(model: nn.Module) -> Tensor:
 
     Source: van den Oord et al. 2017, eq. 3, third term.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"commitment_loss: model must be a torch.nn.Module, got {type(model).__name__}")
     losses = [
         module.last_commitment
         for module in model.modules()

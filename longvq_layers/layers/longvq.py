@@ -90,6 +90,7 @@ class LongVQBlock(nn.Module):
         _inputs.positive(name, d_attn=d_attn, d_value=d_value, d_ff=d_ff)
         _inputs.divides(name, "num_heads", num_heads, "d_attn", d_attn)
         _inputs.divides(name, "num_heads", num_heads, "d_value", d_value)
+        _inputs.floating(name, dtype)
         _inputs.probability(name, "dropout", dropout)
         check.one_of(name, "norm", norm, ("pre", "post"))
         self.d_model, self.num_heads, self.norm = d_model, num_heads, norm

@@ -61,6 +61,7 @@ class S4DLayer(nn.Module):
     ) -> None:
         super().__init__()
         _inputs.positive("S4DLayer", d_model=d_model)
+        _inputs.floating("S4DLayer", dtype)
         _inputs.probability("S4DLayer", "dropout", dropout)
         check.one_of("S4DLayer", "activation", activation, tuple(_ACTIVATIONS))
         self.d_model, self.activation, self.glu = d_model, activation, bool(glu)

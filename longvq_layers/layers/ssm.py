@@ -71,6 +71,7 @@ class DiagonalSSM(KeepsFloat32):
     ) -> None:
         super().__init__()
         _inputs.positive("DiagonalSSM", channels=channels, d_state=d_state)
+        _inputs.floating("DiagonalSSM", dtype)
         if d_state % 2:
             raise ValueError(f"DiagonalSSM: d_state must be even (conjugate pairs), got {d_state}")
         check.one_of("DiagonalSSM", "init", init, ("lin", "inv", "real"))

@@ -193,12 +193,16 @@ def _check_options(op, q, window, causal, bias, scale, activation, local_keys, k
     check.one_of(op, "activation", activation, ("softmax", "laplace"))
     check.one_of(op, "local_keys", local_keys, ("quantized", "exact"))
     check.one_of(op, "key_grad", key_grad, ("cluster", "window"))
+    if not isinstance(causal, bool):
+        raise TypeError(f"{op}: causal must be a bool, got {causal!r}")
     if scale is not None and activation == "laplace":
         raise ValueError(
             f'{op}: scale has no effect with activation="laplace", which divides scores by the number of allowed keys; '
             f"got scale={scale!r}, leave it None"
         )
-    if scale is not None and not (isinstance(scale, int | float) and math.isfinite(scale)):
+    if scale is not None and not (
+        isinstance(scale, int | float) and not isinstance(scale, bool) and math.isfinite(scale)
+    ):
         raise ValueError(f"{op}: scale must be a finite number, got {scale!r}")
     if bias is not None:
         if window == 0:

@@ -207,3 +207,19 @@ def test_wrong_arguments_are_named():
         attention(torch.randn(1, 3, 5, 4), k, k)
     with pytest.raises(TypeError, match="k must have the dtype of q"):
         attention(q, k.double(), k)
+
+
+@pytest.mark.parametrize("layer", [VQAttention, LongVQBlock, S4DLayer])
+def test_arguments_of_the_wrong_type_are_named(layer):
+    arguments = (16, 4) if layer is VQAttention else (16,)
+    with pytest.raises(TypeError, match="dtype must be a floating torch dtype, got torch.int32"):
+        layer(*arguments, dtype=torch.int32)
+    with pytest.raises(TypeError, match="dropout must be a number, got '0.1'"):
+        layer(*arguments, dropout="0.1")
+
+
+def test_commitment_of_the_wrong_type_is_named():
+    with pytest.raises(TypeError, match="commitment must be a number, got 'a'"):
+        VQAttention(16, 4, commitment="a")
+    with pytest.raises(TypeError, match=r"commitment_loss: model must be a torch.nn.Module, got int"):
+        commitment_loss(1)

@@ -238,6 +238,8 @@ BAD = {
     "local keys": (dict(local_keys="both"), ValueError, "local_keys must be one of"),
     "key grad": (dict(key_grad="none"), ValueError, "key_grad must be one of"),
     "scale with laplace": (dict(activation="laplace", scale=1.0), ValueError, "scale has no effect"),
+    "causal": (dict(causal="no"), TypeError, "causal must be a bool"),
+    "scale type": (dict(scale=True), ValueError, "scale must be a finite number"),
     "scale": (dict(scale=float("nan")), ValueError, "scale must be a finite number"),
     "codes dtype": (dict(codes=torch.zeros(1, 2, 5)), TypeError, "codes must be int64"),
     "codes range": (dict(codes=torch.full((1, 2, 5), 4)), ValueError, "codes must lie in"),
