@@ -212,9 +212,9 @@ def test_wrong_arguments_are_named():
 @pytest.mark.parametrize("layer", [VQAttention, LongVQBlock, S4DLayer])
 def test_arguments_of_the_wrong_type_are_named(layer):
     arguments = (16, 4) if layer is VQAttention else (16,)
-    with pytest.raises(TypeError, match="dtype must be a floating torch dtype, got torch.int32"):
+    with pytest.raises(TypeError, match=r"dtype must be a floating torch dtype, got torch\.int32"):
         layer(*arguments, dtype=torch.int32)
-    with pytest.raises(TypeError, match="dropout must be a number, got '0.1'"):
+    with pytest.raises(TypeError, match=r"dropout must be a number, got '0\.1'"):
         layer(*arguments, dropout="0.1")
 
 
