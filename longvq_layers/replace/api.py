@@ -57,7 +57,7 @@ def replace_attention(
 
     Raises:
         TypeError: model, calibration or an option of the wrong type.
-        ValueError: nothing to replace, already replaced, an option out of range, calibration missing or empty.
+        ValueError: nothing to replace, already replaced, an option out of range, calibration missing, empty or NaN.
         NotImplementedError: a module that can't be replaced (strict), each with its reason.
 
     Example:
@@ -228,11 +228,11 @@ def _seam(site: Site, sizes: tuple[int, int, int], options: dict) -> SwappedAtte
 
 def _calibrate(model: nn.Module, sites: list[Site], batches: list, options: dict):
     # The original attention drives the model in both passes; the first collects, the second measures.
-    recorders = [calibrating.Recorder(site.adapter.original_function(site.module)) for site in sites]
+    recorders = [calibrating.Recorder(site.adapter.original_function(site.module), site.name) for site in sites]
     records: list = []
     try:
         _install(model, sites, recorders, records, masks=False)
-        calibrating.run(model, batches)
+        calibrating.run(model, batches, recorders)
         seen = [recorder.keys is not None and recorder.keys.shape[1] > 0 for recorder in recorders]
         if not all(seen):
             names = [site.name for site, ok in zip(sites, seen, strict=True) if not ok]
@@ -244,7 +244,7 @@ def _calibrate(model: nn.Module, sites: list[Site], batches: list, options: dict
         seams = [_seam(site, recorder.sizes, options) for site, recorder in zip(sites, recorders, strict=True)]
         for recorder, seam in zip(recorders, seams, strict=True):
             calibrating.fit(recorder, seam)
-        calibrating.run(model, batches)
+        calibrating.run(model, batches, recorders)
     finally:
         for record in reversed(records):
             record.undo()

@@ -21,12 +21,15 @@ class Recorder(nn.Module):
     Args:
         original: the attention function that a transformers module would call by itself; None for
             nn.MultiheadAttention.
+        name: of the module in the model, for errors.
         keys_per_head: keys kept, a uniform sample of all that were seen.
     """
 
-    def __init__(self, original: Callable | None = None, *, keys_per_head: int = KEYS_PER_HEAD) -> None:
+    def __init__(self, original: Callable | None = None, name: str = "", *, keys_per_head: int = KEYS_PER_HEAD) -> None:
         super().__init__()
         self.original = original
+        self.name = name
+        self.batch = 0  # the calibration input that is being run, for errors
         self.candidate: list[SwappedAttention] = []  # in a list: not a submodule
         self._limit = keys_per_head
         self._generator = torch.Generator().manual_seed(SEED)
@@ -50,7 +53,11 @@ class Recorder(nn.Module):
         key_padding_mask: Tensor | None,
         scale: float | None,
     ) -> None:
-        """q (B, H, L, D), k (B, Hkv, L, D), v (B, Hkv, L, E), output (B, H, L, E) of the original attention."""
+        """q (B, H, L, D), k (B, Hkv, L, D), v (B, Hkv, L, E), output (B, H, L, E) of the original attention.
+
+        Raises:
+            NotImplementedError: not one key per query. ValueError: NaN or infinity in a token that isn't padding.
+        """
         if q.shape[2] != k.shape[2]:
             raise NotImplementedError(
                 f"replace_attention: calibration: got {q.shape[2]} queries for {k.shape[2]} keys; expected whole "
@@ -59,6 +66,7 @@ class Recorder(nn.Module):
         real = torch.ones(k.shape[0], k.shape[2], dtype=torch.bool, device=k.device)
         if key_padding_mask is not None:
             real = ~key_padding_mask
+        self._check_finite(real, queries=q, keys=k, values=v)
         if self.candidate:
             self._measure(q, k, v, output, real, causal=causal, scale=scale)
         else:
@@ -70,9 +78,17 @@ class Recorder(nn.Module):
         sums = self._sums
         count = max(sums["keys"], 1)
         variance = (self._key_square - self._key_sum.square() / count).sum().item() if sums["keys"] else 0.0
-        key_error = sums["key_error"] / variance if variance > 0 else 0.0
-        output_error = (sums["output_error"] / sums["output"]) ** 0.5 if sums["output"] > 0 else 0.0
+        key_error = 0.0 if variance <= 0 else sums["key_error"] / variance  # NaN stays NaN
+        output_error = 0.0 if sums["output"] == 0 else (sums["output_error"] / sums["output"]) ** 0.5
         return key_error, output_error
+
+    def _check_finite(self, real: Tensor, **tensors: Tensor) -> None:
+        for what, x in tensors.items():
+            if not (x.isfinite().all(-1) | ~real[:, None]).all():
+                raise ValueError(
+                    f"replace_attention: calibration: batch {self.batch} gave non-finite {what} (NaN or infinity) in "
+                    f"{self.name or 'the model itself'}; check this input and the weights"
+                )
 
     def _collect(self, q: Tensor, k: Tensor, real: Tensor) -> None:
         keys = k.transpose(0, 1)[:, real].to(torch.promote_types(k.dtype, torch.float32))  # (Hkv, N, D)
@@ -131,10 +147,12 @@ def as_batches(calibration: Iterable) -> list:
     return batches
 
 
-def run(model: nn.Module, batches: list) -> None:
+def run(model: nn.Module, batches: list, recorders: Iterable[Recorder] = ()) -> None:
     """Every batch through the model, in eval mode and without gradients; the modes are put back."""
     with _evaluating(model), torch.no_grad():
-        for batch in batches:
+        for number, batch in enumerate(batches):
+            for recorder in recorders:
+                recorder.batch = number
             if isinstance(batch, Mapping):
                 model(**batch)
             elif isinstance(batch, (tuple, list)):

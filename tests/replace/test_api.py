@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from longvq_layers.replace import replace_attention, restore_attention
+from longvq_layers.replace.calibration import Recorder
 from tests.replace.models import FAMILIES, bert, encoder, gpt2, llama, output, tokens
 from tests.tolerances import assert_close
 
@@ -161,8 +162,6 @@ def test_calibration_takes_any_kind_of_input_and_ignores_padding():
 
 
 def test_calibration_samples_when_there_are_many_keys(monkeypatch):
-    from longvq_layers.replace.calibration import Recorder
-
     recorder = Recorder(keys_per_head=50)
     for step in range(20):
         k = torch.full((2, 1, 10, 3), float(step))
@@ -210,6 +209,37 @@ def test_a_failure_on_the_way_leaves_the_model_as_it_was():
     with pytest.raises(ValueError, match="no key reached"):
         replace_attention(gpt, **COARSE, calibration=[nothing])
     assert snapshot(gpt) == before
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_calibration_that_is_not_finite_is_refused_and_padding_may_be(value):
+    good, bad = torch.randn(2, 9, 32), torch.randn(2, 9, 32)
+    bad[1, 4] = value
+    padding = torch.zeros(2, 9, dtype=torch.bool)
+    model = encoder()
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=r"calibration: batch 1 gave non-finite \w+ .* in layers.0.self_attn"):
+        replace_attention(model, **COARSE, calibration=[good, bad])
+    assert snapshot(model) == before
+    padding[1, 4] = True
+    module = Attention().eval()
+    recorder = Recorder()
+    recorder.observe(*[bad[:, None]] * 4, causal=False, key_padding_mask=padding, scale=None)
+    assert recorder.moment.isfinite().all() and recorder.keys.shape[1] == 17
+    module.attention.in_proj_weight.data[0] = value
+    with pytest.raises(ValueError, match="non-finite queries"):
+        replace_attention(module, **COARSE, calibration=[good])
+
+
+class Attention(nn.Module):
+    """One nn.MultiheadAttention, with padding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(32, 4, batch_first=True)
+
+    def forward(self, x, padding=None):
+        return self.attention(x, x, x, key_padding_mask=padding, need_weights=False)[0]
 
 
 @pytest.mark.parametrize(
