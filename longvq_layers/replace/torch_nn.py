@@ -223,12 +223,30 @@ def _blocked(name: str, mask: Tensor) -> Tensor:
         return mask
     if not mask.is_floating_point():
         raise TypeError(f"VQMultiheadAttention: {name}: got dtype {mask.dtype}, expected bool or float")
+    if torch.compiler.is_compiling():
+        return _blocked_when_run(mask.detach(), name)
+    return _blocked_by_float(mask, name)
+
+
+def _blocked_by_float(mask: Tensor, name: str) -> Tensor:
     blocked = mask == -torch.inf
-    if not torch.compiler.is_compiling() and not (blocked | (mask == 0)).all():
+    if not (blocked | (mask == 0)).all():
         raise NotImplementedError(
             f"VQMultiheadAttention: {name}: got values other than 0 and -inf; an additive bias has no linear-time form"
         )
     return blocked
+
+
+# One opaque step of a compiled graph: it looks at the values when it runs and raises what eager raises. CUDA graphs
+# can't hold it, because the answer is read on the host.
+_blocked_when_run = torch.library.custom_op(
+    "longvq_layers::blocked_by_float", _blocked_by_float, mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,)
+)
+
+
+@_blocked_when_run.register_fake
+def _(mask: Tensor, name: str) -> Tensor:
+    return torch.empty_like(mask, dtype=torch.bool)
 
 
 def _dense(q: Tensor, k: Tensor, v: Tensor, causal: bool, padding: Tensor | None) -> Tensor:

@@ -184,6 +184,19 @@ def test_compiles_into_one_graph_with_equal_values():
     torch._dynamo.reset()
 
 
+def test_a_compiled_float_mask_is_checked_when_it_runs():
+    model = SelfAttention(batch_first=True).eval()
+    x = torch.randn(2, 31, 32)
+    replace_attention(model, **COARSE, calibration=[x])
+    padding = torch.zeros(2, 31)
+    padding[1, 20:] = -torch.inf
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    assert_close(compiled(x, key_padding_mask=padding), model(x, key_padding_mask=padding), "compiled")
+    with pytest.raises(NotImplementedError, match="key_padding_mask: got values other than 0 and -inf"):
+        compiled(x, key_padding_mask=torch.where(padding == 0, 0.5, padding))
+    torch._dynamo.reset()
+
+
 def test_what_a_call_refuses():
     model = nn.MultiheadAttention(32, 4, batch_first=True)
     x = torch.randn(2, 31, 32)
