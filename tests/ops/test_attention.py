@@ -3,6 +3,7 @@
 import pytest
 import torch
 from hypothesis import given, settings
+from largest import LargestTensor
 from strategies import attention_cases
 from tolerances import assert_close
 from torch.nn.functional import scaled_dot_product_attention
@@ -188,29 +189,18 @@ def test_compiles_without_graph_breaks_and_gives_the_same_values():
         assert_close(a, b, "gradient")
 
 
-def test_memory_is_linear_in_the_length(monkeypatch):
+def test_memory_is_linear_in_the_length():
     """No tensor of either pass has more elements than a fixed multiple of L."""
-    from torch.utils._python_dispatch import TorchDispatchMode
-
-    class Largest(TorchDispatchMode):
-        size = 0
-
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            result = func(*args, **(kwargs or {}))
-            for x in result if isinstance(result, tuple | list) else (result,):
-                if isinstance(x, torch.Tensor):
-                    self.size = max(self.size, x.untyped_storage().size())
-            return result
 
     def largest(length, causal):
         q, k, v = (torch.randn(1, 1, length, 8) for _ in range(3))
         codebook, codes = torch.randn(1, 64, 8), torch.randint(64, (1, 1, length))
         bias = torch.zeros(1, 16 if causal else 31)
         arguments = (q, k, v, codebook, codes, bias, None, 0.3, causal, 16, "softmax", "exact", "cluster")
-        with Largest() as mode:
+        with LargestTensor() as mode:
             out, lse = ops.torch.attention.vq_attention(*arguments)
             ops.torch.attention_backward.vq_attention_backward(torch.ones_like(out), out, lse, *arguments)
-        return mode.size
+        return mode.bytes
 
     for causal in (False, True):
         assert largest(8192, causal) <= 4.5 * largest(2048, causal)
