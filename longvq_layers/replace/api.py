@@ -16,6 +16,7 @@ from longvq_layers.replace.report import LayerReport, ReplacementReport
 
 _ADAPTERS = (huggingface, torch_nn)
 _RECORD = "_longvq_replacement"  # where a replaced model keeps what is needed to undo it
+_DENSE_MASKS = "the model keeps making its dense L x L masks, which every call verifies: their memory is quadratic"
 
 
 def replace_attention(
@@ -96,9 +97,7 @@ def replace_attention(
             seams, errors, keys = _calibrate(model, chosen, batches, {**options, **correction})
         for site, seam in zip(chosen, seams, strict=True):
             seam.train(site.module.training)
-        with _undo_on_error() as records:
-            _install(model, chosen, seams, records, masks=True)
-            model.__dict__[_RECORD] = _Replacement(records)
+        model.__dict__[_RECORD] = _Replacement(_settle(model, chosen, seams, batches))
     layers = [_layer_report(site, options, errors, skipped.get(site.name)) for site in sites]
     return ReplacementReport(layers, dry_run=dry_run, calibration_keys=keys, model=None if dry_run else model)
 
@@ -139,8 +138,7 @@ class _Replacement:
     records: list = field(default_factory=list)
 
     def undo(self) -> None:
-        for record in reversed(self.records):
-            record.undo()
+        _undo(self.records)
 
 
 def _check_options(model, num_codes, window, local_keys, filter_fn, backend, flags: dict[str, bool]) -> None:
@@ -246,9 +244,28 @@ def _calibrate(model: nn.Module, sites: list[Site], batches: list, options: dict
             calibrating.fit(recorder, seam)
         calibrating.run(model, batches, recorders)
     finally:
-        for record in reversed(records):
-            record.undo()
+        _undo(records)
     return seams, {site.name: rec.errors() for site, rec in zip(sites, recorders, strict=True)}, keys
+
+
+def _settle(model: nn.Module, sites: list[Site], seams: list, batches: list | None) -> list:
+    # Install for good, and with calibration try it: on an error nothing stays. Where transformers' mask is more than
+    # causal and padding, ours can't be used; the model then keeps making its dense masks, and each call verifies them.
+    for masks in (True, False):
+        with _undo_on_error() as records:
+            _install(model, sites, seams, records, masks=masks)
+            try:
+                calibrating.run(model, (batches or [])[:1])
+                break
+            except NotImplementedError:
+                if not masks:
+                    raise
+                _undo(records)
+    if not masks:
+        for site in sites:
+            if site.adapter is huggingface:
+                site.notes.append(_DENSE_MASKS)
+    return records
 
 
 def _install(model: nn.Module, sites: list[Site], seams: list, records: list, *, masks: bool) -> None:
@@ -259,14 +276,18 @@ def _install(model: nn.Module, sites: list[Site], seams: list, records: list, *,
             records[-1].install(model, [site for site, _ in pairs], [seam for _, seam in pairs], masks=masks)
 
 
+def _undo(records: list) -> None:
+    for record in reversed(records):
+        record.undo()
+
+
 @contextlib.contextmanager
 def _undo_on_error():
     records: list = []
     try:
         yield records
     except BaseException:
-        for record in reversed(records):
-            record.undo()
+        _undo(records)
         raise
 
 

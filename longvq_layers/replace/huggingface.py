@@ -58,9 +58,7 @@ class Installed:
             site.module.config = copies[id(config)]
             self.attached.append(site.module)
             site.module.longvq = seam
-        if not masks:
-            return
-        for module, config in _sharing(model, sites, self.configs):
+        for module, config in _sharing(model, sites, self.configs) if masks else ():
             self.configs.append((module, config))
             module.config = copies[id(config)]
         for module in model.modules():

@@ -9,6 +9,8 @@ from transformers import (
     BartConfig,
     BartModel,
     BertModel,
+    Gemma3TextConfig,
+    Gemma3TextModel,
     MistralConfig,
     MistralModel,
     Qwen2Config,
@@ -83,6 +85,23 @@ def test_layers_with_a_sliding_window_are_told_from_the_others():
     report = replace_attention(model, num_codes=96, window=64, calibration=[ids], strict=False)
     assert [layer.name for layer in report.replaced] == ["layers.1.self_attn"]
     torch.testing.assert_close(output(model, ids), expected, atol=2e-5, rtol=1e-4)
+
+
+def test_masks_that_are_more_than_causal_stay_dense():
+    layer_types = ["full_attention", "full_attention"]
+    config = Gemma3TextConfig(**SIZES, head_dim=8, layer_types=layer_types, use_bidirectional_attention=True)
+    model, ids = Gemma3TextModel(config).eval(), tokens()
+    mask = torch.ones_like(ids)
+    mask[1, 30:] = 0
+    expected = output(model, ids, attention_mask=mask)
+    report = replace_attention(model, num_codes=96, window=64, calibration=[(ids, mask)])
+    assert "dense L x L masks" in str(report)
+    real = mask.bool()
+    swapped = output(model, ids, attention_mask=mask)
+    torch.testing.assert_close(swapped[real], expected[real], atol=2e-5, rtol=1e-4)
+    torch.testing.assert_close(output(model, ids)[:1], expected[:1], atol=2e-5, rtol=1e-4)  # without a mask
+    report.restore()
+    assert torch.equal(output(model, ids, attention_mask=mask), expected)
 
 
 def replaced(model):
