@@ -94,7 +94,9 @@ def replace_attention(
         if batches is None:
             seams = [_seam(site, site.sizes, {**options, **correction}) for site in chosen]
         else:
-            seams, errors, keys = _calibrate(model, chosen, batches, {**options, **correction})
+            chosen, seams, errors, keys = _calibrate_what_can_be(
+                model, chosen, skipped, batches, {**options, **correction}, strict
+            )
         for site, seam in zip(chosen, seams, strict=True):
             seam.train(site.module.training)
         model.__dict__[_RECORD] = _Replacement(_settle(model, chosen, seams, batches))
@@ -179,15 +181,23 @@ def _choose(model: nn.Module, sites: list[Site], filter_fn, strict: bool) -> tup
     skipped = {site.name: "filter_fn returned False" for site in sites if site not in wanted}
     refused = {site.name: site.refusal for site in wanted if site.refusal is not None}
     if refused and strict:
-        raise NotImplementedError(
-            "replace_attention: model: these modules can't be replaced; leave them out with filter_fn= or pass "
-            "strict=False to skip them:\n" + "\n".join(f"  {name}: {why}" for name, why in refused.items())
-        )
+        raise _cannot_replace(refused)
     chosen = [site for site in wanted if site.refusal is None]
     if not chosen:
-        reasons = "".join(f"\n  {name}: {why}" for name, why in {**skipped, **refused}.items())
-        raise ValueError(f"replace_attention: model: nothing to replace in {type(model).__name__}:{reasons}")
+        raise _nothing_left(model, {**skipped, **refused})
     return chosen, {**skipped, **refused}
+
+
+def _cannot_replace(refused: dict[str, str]) -> NotImplementedError:
+    return NotImplementedError(
+        "replace_attention: model: these modules can't be replaced; leave them out with filter_fn= or pass "
+        "strict=False to skip them:\n" + "\n".join(f"  {name}: {why}" for name, why in refused.items())
+    )
+
+
+def _nothing_left(model: nn.Module, skipped: dict[str, str]) -> ValueError:
+    reasons = "".join(f"\n  {name}: {why}" for name, why in skipped.items())
+    return ValueError(f"replace_attention: model: nothing to replace in {type(model).__name__}:{reasons}")
 
 
 def _check_backend(chosen: list[Site], backend: str) -> None:
@@ -222,6 +232,21 @@ def _seam(site: Site, sizes: tuple[int, int, int], options: dict) -> SwappedAtte
     device, dtype = _device_and_dtype(site)
     with torch.random.fork_rng(devices=[]):  # a new codebook draws random codes; the caller's generator stays as it is
         return SwappedAttention(*sizes, dtype=dtype, **options).to(device)
+
+
+def _calibrate_what_can_be(
+    model: nn.Module, sites: list[Site], skipped: dict[str, str], batches, options, strict: bool
+):
+    # Some modules show only in a call that they can't be replaced; without strict, calibration starts over without them.
+    while sites:
+        try:
+            return sites, *_calibrate(model, sites, batches, options)
+        except calibrating.CallRefused as error:
+            if strict:
+                raise _cannot_replace({error.site or "(the model itself)": f"in calibration, {error}"}) from error
+            skipped[error.site] = f"in calibration, {error}"
+            sites = [site for site in sites if site.name != error.site]
+    raise _nothing_left(model, skipped)
 
 
 def _calibrate(model: nn.Module, sites: list[Site], batches: list, options: dict):

@@ -12,6 +12,14 @@ KEYS_PER_HEAD = 20_480  # kept per layer and head for k-means; more keys only co
 SEED = 0x10C6  # calibration draws from generators of its own and leaves the global ones alone
 
 
+class CallRefused(NotImplementedError):
+    """A call during calibration that a replaced module couldn't serve; `site` is the module's name."""
+
+    def __init__(self, site: str, reason: str) -> None:
+        super().__init__(reason)
+        self.site = site
+
+
 class Recorder(nn.Module):
     """Stands where a swapped attention will stand, while the model still uses its original attention.
 
@@ -40,6 +48,16 @@ class Recorder(nn.Module):
         self.queries = 0  # per key-value head
         self._sums = {"output": 0.0, "output_error": 0.0, "key_error": 0.0, "keys": 0}
         self._key_square = self._key_sum = 0.0
+
+    @contextlib.contextmanager
+    def refusals(self) -> Iterator[None]:
+        """Around a call of this module: a NotImplementedError gets its name."""
+        try:
+            yield
+        except CallRefused:
+            raise
+        except NotImplementedError as error:
+            raise CallRefused(self.name, str(error)) from error
 
     @torch.no_grad()
     def observe(

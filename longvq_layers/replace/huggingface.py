@@ -6,6 +6,7 @@ attention module that shares a config object is replaced, all modules of this mo
 masks are created by `longvq_mask` in O(B·L); otherwise the model keeps making its dense masks, which are verified.
 """
 
+import contextlib
 import copy
 import inspect
 import sys
@@ -97,13 +98,29 @@ def longvq_attention(
     Returns:
         output (B, q, H, E), and None for the attention weights.
     """
-    refusals.check_call(kwargs)
     seam = module._modules.get(NAME)
     if seam is None:
         raise ValueError(
             f"longvq attention: {type(module).__name__} has no codebook; don't set attn_implementation='longvq' by "
             "hand, call longvq_layers.replace_attention(model)"
         )
+    with seam.refusals() if isinstance(seam, Recorder) else contextlib.nullcontext():
+        return _attend(module, seam, query, key, value, attention_mask, scaling, dropout, is_causal, kwargs)
+
+
+def _attend(
+    module: nn.Module,
+    seam: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None,
+    dropout: float,
+    is_causal: bool | None,
+    kwargs: dict,
+) -> tuple[Tensor, Tensor | None]:
+    refusals.check_call(kwargs)
     q_len, k_len = query.shape[2], key.shape[2]
     says = getattr(module, "is_causal", True) if is_causal is None else is_causal
     causal, padding = read_mask(attention_mask, causal=bool(says), q_len=q_len, k_len=k_len)

@@ -1,5 +1,6 @@
 """torch.nn.MultiheadAttention, alone or inside nn.TransformerEncoderLayer and nn.TransformerDecoderLayer."""
 
+import contextlib
 import sys
 from dataclasses import dataclass, field
 
@@ -98,13 +99,25 @@ class VQMultiheadAttention(nn.MultiheadAttention):
         Returns:
             the output, shaped like query, and None.
         """
-        self._check_call(query, key, need_weights)
+        seam = self.longvq
+        with seam.refusals() if isinstance(seam, Recorder) else contextlib.nullcontext():
+            self._check_call(query, key, need_weights)
+            return self._attend(seam, query, value, key_padding_mask, attn_mask, is_causal), None
+
+    def _attend(
+        self,
+        seam: nn.Module,
+        query: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None,
+        attn_mask: Tensor | None,
+        is_causal: bool,
+    ) -> Tensor:
         batched = query.dim() == 3
         q, k, v = self._project(query, value, batched)
         length = q.shape[2]
         causal = is_causal if attn_mask is None else _read_attn_mask(attn_mask, is_causal, length)
         padding = _read_padding(key_padding_mask, q.shape[0], length)
-        seam = self.longvq
         if isinstance(seam, Recorder):
             output = _dense(q, k, v, causal, padding)
             seam.observe(q, k, v, output, causal=causal, key_padding_mask=padding, scale=None)
@@ -112,8 +125,8 @@ class VQMultiheadAttention(nn.MultiheadAttention):
             output = seam(q, k, v, padding, causal=causal)
         output = F.linear(output.transpose(1, 2).flatten(2), self.out_proj.weight, self.out_proj.bias)
         if not batched:
-            return output.squeeze(0), None
-        return output if self.batch_first else output.transpose(0, 1), None
+            return output.squeeze(0)
+        return output if self.batch_first else output.transpose(0, 1)
 
     def _check_call(self, query: Tensor, key: Tensor, need_weights: bool) -> None:
         if need_weights:

@@ -87,6 +87,19 @@ def test_layers_with_a_sliding_window_are_told_from_the_others():
     torch.testing.assert_close(output(model, ids), expected, atol=2e-5, rtol=1e-4)
 
 
+def test_calls_that_calibration_refuses_name_their_module():
+    model, ids = llama(), tokens()
+    positions = torch.cat([torch.arange(20), torch.arange(17)]).expand(2, -1)
+    calibration = [{"input_ids": ids, "position_ids": positions, "use_cache": False}]
+    with pytest.raises(NotImplementedError, match=r"model.layers.0.self_attn: in calibration, .*packed sequences"):
+        replace_attention(model, **COARSE, calibration=calibration)
+    with pytest.raises(
+        ValueError, match=r"nothing to replace (.|\n)*layers.0(.|\n)*layers.1.self_attn: in calibration"
+    ):
+        replace_attention(model, **COARSE, calibration=calibration, strict=False)
+    assert model.config._attn_implementation != "longvq"
+
+
 def test_masks_that_are_more_than_causal_stay_dense():
     layer_types = ["full_attention", "full_attention"]
     config = Gemma3TextConfig(**SIZES, head_dim=8, layer_types=layer_types, use_bidirectional_attention=True)

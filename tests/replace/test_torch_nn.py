@@ -227,6 +227,35 @@ def test_what_a_call_refuses():
         model(nested, nested, nested, need_weights=False)
 
 
+def test_what_only_a_call_shows_is_named_or_skipped():
+    class Pooled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attention = nn.MultiheadAttention(32, 4, batch_first=True)
+            self.pool = nn.MultiheadAttention(32, 4, batch_first=True)
+
+        def forward(self, x):
+            x = self.attention(x, x, x, need_weights=False)[0]
+            return self.pool(x[:, :1], x, x)[0]
+
+    model, x = Pooled().eval(), torch.randn(2, 31, 32)
+    expected = model(x)
+    with pytest.raises(
+        NotImplementedError, match=r"filter_fn= or pass strict=False(.|\n)*pool: in calibration, .*need_we"
+    ):
+        replace_attention(model, **FINE, calibration=[x])
+    assert torch.equal(model(x), expected)
+    report = replace_attention(model, **FINE, calibration=[x], strict=False)
+    assert [layer.name for layer in report.skipped] == ["pool"] and "need_weights" in report.skipped[0].skipped
+    assert_close(model(x), expected, "pooled")
+    with pytest.raises(
+        ValueError, match=r"nothing to replace in Pooled:\n  attention: filter_fn .*\n  pool: in calibr"
+    ):
+        replace_attention(
+            Pooled().eval(), **FINE, calibration=[x], strict=False, filter_fn=lambda module, name: name == "pool"
+        )
+
+
 def test_what_a_replacement_refuses():
     for options, reason in (
         ({"add_bias_kv": True}, "add_bias_kv=True"),
