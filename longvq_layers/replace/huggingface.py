@@ -40,6 +40,7 @@ class Installed:
     configs: list[tuple[nn.Module, object]] = field(default_factory=list)
     attached: list[nn.Module] = field(default_factory=list)
     hooked: list[nn.Module] = field(default_factory=list)
+    guard: "Guard | None" = None
 
     def install(self, model: nn.Module, sites: list[Site], seams: list[nn.Module], *, masks: bool) -> None:
         """Attach one seam per site and let the attention interface find it.
@@ -62,10 +63,11 @@ class Installed:
         for module, config in _sharing(model, sites, self.configs) if masks else ():
             self.configs.append((module, config))
             module.config = copies[id(config)]
+        self.guard = Guard(list(copies.values()))
         for module in model.modules():
             if _is_pretrained(module) and any(is_replaced(child) for child in module.modules()):
                 self.hooked.append(module)
-                module.register_forward_pre_hook(refuse_attention_weights, with_kwargs=True)
+                module.register_forward_pre_hook(self.guard, with_kwargs=True)
 
     def undo(self) -> None:
         """Put everything back."""
@@ -74,7 +76,7 @@ class Installed:
         for module in self.attached:
             module._modules.pop(NAME, None)
         for module in self.hooked:
-            ours = [key for key, hook in module._forward_pre_hooks.items() if hook is refuse_attention_weights]
+            ours = [key for key, hook in module._forward_pre_hooks.items() if hook is self.guard]
             for key in ours:
                 del module._forward_pre_hooks[key]
                 module._forward_pre_hooks_with_kwargs.pop(key, None)
@@ -144,13 +146,30 @@ def _attend(
     return output[:, :, k_len - q_len :].transpose(1, 2).contiguous(), None
 
 
-def refuse_attention_weights(module: nn.Module, args: tuple, kwargs: dict) -> None:
-    """Forward pre-hook of a replaced model: attention weights don't exist, so asking for them is an error."""
-    if kwargs.get("output_attentions"):
-        raise NotImplementedError(
-            "longvq attention: output_attentions: got True, but attention weights are never formed (they would be "
-            "L x L); pass output_attentions=False or restore_attention(model)"
-        )
+class Guard:
+    """Forward pre-hook of a replaced model: refuses what would bypass the replaced attention.
+
+    Args:
+        configs: our copies, which the replaced modules look their attention up in.
+    """
+
+    def __init__(self, configs: list) -> None:
+        self.configs = configs
+
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        """Raises NotImplementedError for attention weights, RuntimeError if another attention was set meanwhile."""
+        if kwargs.get("output_attentions"):
+            raise NotImplementedError(
+                "longvq attention: output_attentions: got True, but attention weights are never formed (they would be "
+                "L x L); pass output_attentions=False or restore_attention(model)"
+            )
+        for config in self.configs:
+            if config._attn_implementation != NAME:
+                raise RuntimeError(
+                    f"longvq attention: the attention of a replaced model was set to {config._attn_implementation!r} "
+                    "(set_attn_implementation?), so its codebooks would not be used; call restore_attention(model) to "
+                    "undo the replacement, then set it"
+                )
 
 
 def original_function(module: nn.Module):

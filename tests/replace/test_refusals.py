@@ -1,5 +1,6 @@
 """Transformers modules that can't be replaced, and calls that can't be served: each says why."""
 
+import copy
 import subprocess
 import sys
 
@@ -20,7 +21,7 @@ from transformers import (
     T5EncoderModel,
 )
 
-from longvq_layers.replace import replace_attention
+from longvq_layers.replace import replace_attention, restore_attention
 from tests.replace.models import TOKENS, VOCABULARY, bert, bert_config, gpt2, llama, output, tokens
 
 COARSE = {"num_codes": 8, "window": 5}
@@ -128,6 +129,24 @@ def test_attention_weights_are_refused_at_the_call(build):
     with pytest.raises(NotImplementedError, match="output_attentions: got True"):
         output(model, tokens(), output_attentions=True)
     assert output(model, tokens(), output_attentions=False).isfinite().all()
+
+
+@pytest.mark.parametrize("build", [bert, llama])
+def test_another_attention_is_not_set_silently(build):
+    model = build()
+    expected, swapped = output(model, tokens()), output(replaced(model), tokens())
+    for one in (copy.deepcopy(model), model):
+        one.set_attn_implementation("eager")
+        with pytest.raises(RuntimeError, match=r"set to 'eager' .*call restore_attention"):
+            output(one, tokens())
+        if one is not model:
+            assert torch.equal(output(model, tokens()), swapped)
+        restore_attention(one)
+        assert torch.equal(output(one, tokens()), expected)
+    replace_attention(model, **COARSE, calibration=[tokens()], filter_fn=lambda module, name: ".1." in name)
+    swapped = output(model, tokens())
+    model.set_attn_implementation("eager")  # of the other layers: replaced ones have a config of their own
+    torch.testing.assert_close(output(model, tokens()), swapped)
 
 
 def test_packed_sequences_are_refused():
