@@ -230,14 +230,18 @@ def _check_modes(chosen: list[Site]) -> None:
 
 def _seam(site: Site, sizes: tuple[int, int, int], options: dict) -> SwappedAttention:
     device, dtype = _device_and_dtype(site)
-    with torch.random.fork_rng(devices=[]):  # a new codebook draws random codes; the caller's generator stays as it is
+    # Also in a caller's inference mode these are ordinary tensors, that can be trained later.
+    with (
+        torch.inference_mode(False),
+        torch.random.fork_rng(devices=[]),
+    ):  # a new codebook draws random codes; the caller's generator stays as it is
         return SwappedAttention(*sizes, dtype=dtype, **options).to(device)
 
 
 def _calibrate_what_can_be(
     model: nn.Module, sites: list[Site], skipped: dict[str, str], batches, options, strict: bool
 ):
-    # Some modules show only in a call that they can't be replaced; without strict, calibration starts over without them.
+    # Some modules show only in a call that they can't be replaced; not strict, calibration starts again without them.
     while sites:
         try:
             return sites, *_calibrate(model, sites, batches, options)

@@ -182,7 +182,9 @@ def run(model: nn.Module, batches: list, recorders: Iterable[Recorder] = ()) -> 
 def fit(recorder: Recorder, seam: SwappedAttention) -> None:
     """Fit `seam` to what the recorder collected, and let the recorder measure it from now on."""
     generator = torch.Generator(device=recorder.keys.device).manual_seed(SEED)
-    seam.fit_(recorder.keys, recorder.moment / max(recorder.queries, 1), generator=generator)
+    with torch.inference_mode(False):  # clones of inference tensors are ordinary ones here
+        moment = recorder.moment.clone() / max(recorder.queries, 1)
+        seam.fit_(recorder.keys.clone(), moment, generator=generator)
     recorder.keys = None
     recorder.candidate = [seam.eval()]
 

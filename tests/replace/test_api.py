@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from longvq_layers import commitment_loss
 from longvq_layers.replace import replace_attention, restore_attention
 from longvq_layers.replace.calibration import Recorder
 from tests.replace.models import FAMILIES, bert, encoder, gpt2, llama, output, tokens
@@ -179,6 +180,21 @@ def test_modes_stay():
     assert model.transformer.h[0].attn.longvq.training and not model.transformer.h[1].attn.longvq.training
     report.restore()
     assert [module.training for module in model.modules()] == before
+
+
+def test_calibration_in_inference_mode_leaves_ordinary_tensors():
+    model, x = encoder(), torch.randn(2, 31, 32)
+    with torch.inference_mode():
+        replace_attention(model, **COARSE, calibration=[x])
+        model(x)
+    assert not any(tensor.is_inference() for tensor in (*model.parameters(), *model.buffers()))
+    model.train()
+    for _ in range(2):
+        model(x).square().mean().backward()
+    learning = encoder().train()
+    with torch.inference_mode():
+        replace_attention(learning, **COARSE)
+    (learning(x).square().mean() + commitment_loss(learning)).backward()
 
 
 class Broken(nn.Module):
