@@ -1,6 +1,7 @@
 """Replace the attention of a model, and restore it."""
 
 import contextlib
+import operator
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
@@ -43,7 +44,8 @@ def replace_attention(
         num_codes: S, codes per key-value head, default 256.
         window: W, positions attended key by key, default 64; 0 = none.
         local_keys: "exact" (default) or "quantized" keys inside the window.
-        filter_fn: `filter_fn(module, name) -> bool` chooses among the attention modules; default all.
+        filter_fn: `filter_fn(module, name) -> bool` chooses among the attention modules; default all. A later call can
+            choose others, with other options; transformers' masks then stay dense.
         calibration: model inputs (each a tensor, a tuple of positional or a dict of keyword arguments) that the
             codebooks are fitted to; run twice, in eval mode. May be None only if the model is in training mode:
             codebooks then start from the first training batch.
@@ -58,7 +60,8 @@ def replace_attention(
 
     Raises:
         TypeError: model, calibration or an option of the wrong type.
-        ValueError: nothing to replace, already replaced, an option out of range, calibration missing, empty or NaN.
+        ValueError: nothing to replace, a chosen module is replaced already, an option out of range, calibration
+            missing, empty or not finite.
         NotImplementedError: a module that can't be replaced (strict), each with its reason.
 
     Example:
@@ -73,19 +76,21 @@ def replace_attention(
     Source: LongVQ (arXiv 2404.11163); query-weighted k-means and exact local keys are this library's.
     """
     flags = {"strict": strict, "dry_run": dry_run, "variance_correction": variance_correction}
-    _check_options(model, num_codes, window, local_keys, filter_fn, backend, flags)
+    num_codes, window = _as_int("num_codes", num_codes, least=1), _as_int("window", window, least=0)
+    _check_options(model, local_keys, filter_fn, backend, flags)
     sites = [site for adapter in _ADAPTERS for site in adapter.find(model)]
-    _check_not_replaced(model, sites)
     chosen, skipped = _choose(model, sites, filter_fn, strict)
     if calibration is None and not dry_run:
         _check_modes(chosen)
+    if calibration is not None:
+        calibrating.check_iterable(calibration)
     batches = None if calibration is None or dry_run else calibrating.as_batches(calibration)
 
     options = {"num_codes": num_codes, "window": window, "local_keys": local_keys, "backend": backend}
     _check_backend(chosen, backend)
     correction = {"variance_correction": variance_correction}
     errors: dict[str, tuple[float, float]] = {}
-    keys = 0
+    keys, replacement = 0, None
     if dry_run:
         for site in chosen:
             if calibration is None and not site.module.training:
@@ -99,9 +104,16 @@ def replace_attention(
             )
         for site, seam in zip(chosen, seams, strict=True):
             seam.train(site.module.training)
-        model.__dict__[_RECORD] = _Replacement(_settle(model, chosen, seams, batches))
+        replacement = Replacement(_settle(model, chosen, seams, batches))
+        model.__dict__.setdefault(_RECORD, []).append(replacement)
     layers = [_layer_report(site, options, errors, skipped.get(site.name)) for site in sites]
-    return ReplacementReport(layers, dry_run=dry_run, calibration_keys=keys, model=None if dry_run else model)
+    return ReplacementReport(
+        layers,
+        dry_run=dry_run,
+        calibration_keys=keys,
+        model=None if dry_run else model,
+        replacement=replacement,
+    )
 
 
 def restore_attention(model: nn.Module) -> None:
@@ -123,6 +135,8 @@ def restore_attention(model: nn.Module) -> None:
         >>> type(layer.self_attn)
         <class 'torch.nn.modules.activation.MultiheadAttention'>
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"restore_attention: model: got {type(model).__name__}, expected a torch.nn.Module")
     replaced = [module for module in model.modules() if _RECORD in module.__dict__]
     if not replaced:
         raise ValueError(
@@ -130,27 +144,49 @@ def restore_attention(model: nn.Module) -> None:
             "or one that contains it"
         )
     for module in replaced:
-        module.__dict__.pop(_RECORD).undo()
+        _undo(module.__dict__.pop(_RECORD))
 
 
-@dataclass
-class _Replacement:
+@dataclass(eq=False)
+class Replacement:
     """What one call of `replace_attention` changed; lives in the model, so that deep copies carry their own."""
 
     records: list = field(default_factory=list)
 
     def undo(self) -> None:
+        """Put everything back that this call changed, and nothing else."""
         _undo(self.records)
 
+    def undo_in(self, model: nn.Module) -> None:
+        """`undo`, once.
 
-def _check_options(model, num_codes, window, local_keys, filter_fn, backend, flags: dict[str, bool]) -> None:
+        Raises:
+            ValueError: it was undone before.
+        """
+        standing = model.__dict__.get(_RECORD, [])
+        if self not in standing:
+            raise ValueError("restore: this replacement was restored already")
+        standing.remove(self)
+        if not standing:
+            del model.__dict__[_RECORD]
+        self.undo()
+
+
+def _as_int(name: str, value: object, *, least: int) -> int:
+    try:
+        number = None if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        number = None
+    if number is None:
+        raise TypeError(f"replace_attention: {name}: got {type(value).__name__}, expected an int")
+    if number < least:
+        raise ValueError(f"replace_attention: {name}: got {number}, expected at least {least}")
+    return number
+
+
+def _check_options(model, local_keys, filter_fn, backend, flags: dict[str, bool]) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"replace_attention: model: got {type(model).__name__}, expected a torch.nn.Module")
-    for name, value, least in (("num_codes", num_codes, 1), ("window", window, 0)):
-        if not isinstance(value, int) or isinstance(value, bool):
-            raise TypeError(f"replace_attention: {name}: got {type(value).__name__}, expected an int")
-        if value < least:
-            raise ValueError(f"replace_attention: {name}: got {value}, expected at least {least}")
     if local_keys not in ("exact", "quantized"):
         raise ValueError(f"replace_attention: local_keys: got {local_keys!r}, expected 'exact' or 'quantized'")
     if backend not in BACKENDS:
@@ -162,11 +198,12 @@ def _check_options(model, num_codes, window, local_keys, filter_fn, backend, fla
         raise TypeError(f"replace_attention: filter_fn: got {type(filter_fn).__name__}, expected a callable or None")
 
 
-def _check_not_replaced(model: nn.Module, sites: list[Site]) -> None:
+def _check_not_replaced(sites: list[Site]) -> None:
     names = [site.name or "(the model itself)" for site in sites if site.adapter.is_replaced(site.module)]
-    if names or _RECORD in model.__dict__:
+    if names:
         raise ValueError(
-            f"replace_attention: model: already replaced ({_shorten(names)}); call restore_attention(model) first"
+            f"replace_attention: model: already replaced ({_shorten(names)}); call restore_attention(model) first, "
+            "or choose other modules with filter_fn="
         )
 
 
@@ -177,7 +214,8 @@ def _choose(model: nn.Module, sites: list[Site], filter_fn, strict: bool) -> tup
             f"replace_attention: model: nothing to replace in {type(model).__name__}: found no nn.MultiheadAttention "
             "and no transformers module that uses its attention interface"
         )
-    wanted = [site for site in sites if filter_fn is None or filter_fn(site.module, site.name)]
+    wanted = [site for site in sites if filter_fn is None or _asked(filter_fn, site)]
+    _check_not_replaced(wanted)
     skipped = {site.name: "filter_fn returned False" for site in sites if site not in wanted}
     refused = {site.name: site.refusal for site in wanted if site.refusal is not None}
     if refused and strict:
@@ -186,6 +224,16 @@ def _choose(model: nn.Module, sites: list[Site], filter_fn, strict: bool) -> tup
     if not chosen:
         raise _nothing_left(model, {**skipped, **refused})
     return chosen, {**skipped, **refused}
+
+
+def _asked(filter_fn, site: Site) -> bool:
+    answer = filter_fn(site.module, site.name)
+    if not isinstance(answer, bool):
+        raise TypeError(
+            f"replace_attention: filter_fn: got {type(answer).__name__} for {site.name!r}, expected it to return True "
+            "or False"
+        )
+    return answer
 
 
 def _cannot_replace(refused: dict[str, str]) -> NotImplementedError:
@@ -280,6 +328,7 @@ def _calibrate(model: nn.Module, sites: list[Site], batches: list, options: dict
 def _settle(model: nn.Module, sites: list[Site], seams: list, batches: list | None) -> list:
     # Install for good, and with calibration try it: on an error nothing stays. Where transformers' mask is more than
     # causal and padding, ours can't be used; the model then keeps making its dense masks, and each call verifies them.
+    ours = {site.module for site in sites}
     for masks in (True, False):
         with _undo_on_error() as records:
             _install(model, sites, seams, records, masks=masks)
@@ -290,7 +339,8 @@ def _settle(model: nn.Module, sites: list[Site], seams: list, batches: list | No
                 if not masks:
                     raise
                 _undo(records)
-    if not masks:
+    earlier = any(huggingface.is_replaced(module) for module in model.modules() if module not in ours)
+    if not masks or earlier:
         for site in sites:
             if site.adapter is huggingface:
                 site.notes.append(_DENSE_MASKS)

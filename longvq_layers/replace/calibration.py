@@ -140,17 +140,25 @@ class Recorder(nn.Module):
         self._key_sum = self._key_sum + (keys * mask).sum(1)
 
 
-def as_batches(calibration: Iterable) -> list:
-    """The calibration inputs as a list, checked.
+def check_iterable(calibration: Iterable) -> None:
+    """Check the type of the calibration inputs as a whole, without taking any.
 
     Raises:
-        TypeError: not an iterable of tensors, tuples or dicts. ValueError: empty.
+        TypeError: one input instead of an iterable, or no iterable.
     """
     if isinstance(calibration, (Tensor, Mapping, str)) or not isinstance(calibration, Iterable):
         raise TypeError(
             f"replace_attention: calibration: got {type(calibration).__name__}, expected an iterable of model inputs; "
             "wrap one input in a list: calibration=[batch]"
         )
+
+
+def as_batches(calibration: Iterable) -> list:
+    """The calibration inputs as a list, checked.
+
+    Raises:
+        TypeError: an input that is no tensor, tuple or dict. ValueError: none at all.
+    """
     batches = list(calibration)
     if not batches:
         raise ValueError(

@@ -231,7 +231,10 @@ def _first(owners: tuple, names: tuple[str, ...]) -> int | None:
 
 def _sharing(model: nn.Module, sites: list[Site], configs: list[tuple[nn.Module, object]]):
     # The other modules that share a config whose attention modules are all replaced: nobody else sees our masks.
+    # With modules of an earlier replacement the masks stay dense: else restoring one of the two would break the other.
     replaced = {id(site.module) for site in sites}
+    if any(is_replaced(module) and id(module) not in replaced for module in model.modules()):
+        return []
     result = []
     for config in {id(config): config for _, config in configs}.values():
         others = [module for module in model.modules() if module.__dict__.get("config") is config]

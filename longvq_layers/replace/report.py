@@ -37,6 +37,7 @@ class ReplacementReport:
     dry_run: bool = False
     calibration_keys: int = 0
     model: nn.Module | None = field(default=None, repr=False)
+    replacement: object | None = field(default=None, repr=False)  # what to undo
 
     @property
     def replaced(self) -> list[LayerReport]:
@@ -49,16 +50,14 @@ class ReplacementReport:
         return [layer for layer in self.layers if layer.skipped is not None]
 
     def restore(self) -> None:
-        """Put the original attention back: the same objects as before, bit-identical outputs.
+        """Put the original attention of these modules back: the same objects as before, bit-identical outputs.
 
         Raises:
-            ValueError: nothing of this model is replaced (a dry run, or restored already).
+            ValueError: a dry run, or this replacement was restored already.
         """
-        from longvq_layers.replace.api import restore_attention
-
         if self.dry_run:
             raise ValueError("restore: this report is of a dry run, nothing was replaced")
-        restore_attention(self.model)
+        self.replacement.undo_in(self.model)
 
     def __str__(self) -> str:
         verb = "would replace" if self.dry_run else "replaced"

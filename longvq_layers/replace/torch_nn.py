@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from longvq_layers.replace._site import Site
 from longvq_layers.replace.calibration import Recorder
 
+_NESTED = "_longvq_use_nested_tensor"  # where a changed nn.TransformerEncoder keeps its own value
+
 
 def find(model: nn.Module) -> list[Site]:
     """Every nn.MultiheadAttention of the model."""
@@ -36,7 +38,7 @@ class Installed:
     """Swaps modules and remembers what it changed, by object, so that a deep copy of the model can undo it too."""
 
     attached: list[nn.Module] = field(default_factory=list)
-    encoders: list[tuple[nn.Module, bool]] = field(default_factory=list)
+    encoders: list[nn.Module] = field(default_factory=list)
 
     def install(self, model: nn.Module, sites: list[Site], seams: list[nn.Module], *, masks: bool) -> None:
         """Give each module its seam and our forward; parameters, hooks, dtype, device and mode stay as they are.
@@ -50,7 +52,8 @@ class Installed:
             site.module.__class__ = VQMultiheadAttention
         for module in model.modules():
             if isinstance(module, nn.TransformerEncoder) and any(is_replaced(child) for child in module.modules()):
-                self.encoders.append((module, module.use_nested_tensor))
+                self.encoders.append(module)
+                module.__dict__.setdefault(_NESTED, module.use_nested_tensor)
                 module.use_nested_tensor = False  # else evaluation with padding hands its layers nested tensors
 
     def undo(self) -> None:
@@ -58,8 +61,9 @@ class Installed:
         for module in self.attached:
             module.__class__ = nn.MultiheadAttention
             module._modules.pop("longvq", None)
-        for module, use_nested_tensor in self.encoders:
-            module.use_nested_tensor = use_nested_tensor
+        for module in self.encoders:
+            if _NESTED in module.__dict__ and not any(is_replaced(child) for child in module.modules()):
+                module.use_nested_tensor = module.__dict__.pop(_NESTED)
 
 
 class VQMultiheadAttention(nn.MultiheadAttention):

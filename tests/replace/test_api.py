@@ -2,6 +2,7 @@
 
 import copy
 
+import numpy
 import pytest
 import torch
 from torch import nn
@@ -45,9 +46,47 @@ def test_restore_puts_back_the_same_objects(family, way):
     assert snapshot(model) == before
     assert torch.equal(run(x), expected)
     with pytest.raises(ValueError, match="nothing is replaced"):
-        report.restore()
+        restore_attention(model)
     again = replace_attention(model, **COARSE, calibration=[x])  # and it can be replaced again
+    swapped = run(x)
+    with pytest.raises(ValueError, match="this replacement was restored already"):
+        report.restore()
+    assert torch.equal(run(x), swapped)
     again.restore()
+    assert snapshot(model) == before
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, "encoder"])
+@pytest.mark.parametrize("first", [0, 1, None])
+def test_parts_are_replaced_and_restored_one_by_one(family, first):
+    model = encoder() if family == "encoder" else FAMILIES[family]()
+    x = torch.randn(2, 31, 32) if family == "encoder" else tokens()
+    model.requires_grad_(False)
+    run = model if family == "encoder" else (lambda x: output(model, x))
+    expected, before = run(x), snapshot(model)
+    reports, states = [], []
+    for layer, codes in ((0, 8), (1, 4)):
+        chosen = {"filter_fn": lambda module, name, layer=layer: f".{layer}." in f".{name}."}
+        reports.append(replace_attention(model, num_codes=codes, window=5, calibration=[x], **chosen))
+        states.append(run(x))
+        with pytest.raises(ValueError, match="already replaced"):
+            replace_attention(model, **COARSE, calibration=[x], **chosen)
+    assert [[layer.num_codes for layer in report.replaced] for report in reports] == [[8], [4]]
+    assert (states[1] - states[0]).abs().max() > 1e-3
+    assert ("dense L x L masks" in str(reports[1])) == (family != "encoder")
+    if first is None:
+        restore_attention(copy.deepcopy(model))
+        assert torch.equal(run(x), states[1])
+        restore_attention(model)
+    else:
+        reports[first].restore()
+        assert (run(x) - expected).abs().max() > 1e-3
+        if first == 1:
+            assert torch.equal(run(x), states[0])
+        reports[1 - first].restore()
+    assert torch.equal(run(x), expected)
+    after = snapshot(model)
+    assert after[:-1] == before[:-1]
 
 
 def test_dry_run_leaves_the_model_alone():
@@ -269,6 +308,8 @@ class Attention(nn.Module):
         (ValueError, "backend: got 'cuda', expected one of", {"backend": "cuda"}),
         (NotImplementedError, "native", {"backend": "native"}),
         (TypeError, "filter_fn: got str, expected a callable", {"filter_fn": "layer"}),
+        (TypeError, "filter_fn: got NoneType for 'encoder.layer.0", {"filter_fn": lambda module, name: None}),
+        (TypeError, "filter_fn: got int for 'encoder.layer.0", {"filter_fn": lambda module, name: 1}),
         (TypeError, "strict: got int, expected True or False", {"strict": 1}),
         (TypeError, "variance_correction: got str", {"variance_correction": "yes"}),
         (TypeError, "unexpected keyword argument 'codes'", {"codes": 8}),
@@ -278,6 +319,8 @@ class Attention(nn.Module):
         (ValueError, "calibration: got no input", {"calibration": iter(())}),
         (TypeError, "calibration: got Tensor, .*wrap one input in a list", {"calibration": tokens()}),
         (TypeError, "calibration: got dict, .*wrap one input in a list", {"calibration": {"input_ids": tokens()}}),
+        (TypeError, "calibration: got Tensor, .*wrap", {"calibration": tokens(), "dry_run": True}),
+        (TypeError, "calibration: got int, .*wrap", {"calibration": 3, "dry_run": True}),
         (TypeError, "calibration: got an input of type int", {"calibration": [3]}),
     ],
 )
@@ -289,9 +332,18 @@ def test_bad_options_raise_and_touch_nothing(error, message, options):
     assert snapshot(model) == before
 
 
+def test_integers_of_other_libraries_are_integers():
+    calibration = iter([tokens()])
+    options = {"num_codes": numpy.int64(8), "window": torch.tensor(5), "calibration": calibration}
+    assert type(replace_attention(bert(), **options, dry_run=True).layers[0].num_codes) is int
+    assert replace_attention(bert(), **options).layers[0].window == 5  # the dry run didn't take the input
+
+
 def test_models_that_have_nothing_or_are_replaced():
     with pytest.raises(TypeError, match="model: got str, expected a torch"):
         replace_attention("bert")
+    with pytest.raises(TypeError, match="restore_attention: model: got NoneType"):
+        restore_attention(None)
     with pytest.raises(ValueError, match="nothing to replace in Linear"):
         replace_attention(nn.Linear(3, 3))
     for model, x in ((bert(), tokens()), (encoder(), torch.randn(2, 9, 32))):
