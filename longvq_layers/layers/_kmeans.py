@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from longvq_layers import ops
+from longvq_layers.layers._context import no_autocast
 
 _START_KEYS_PER_CODE = 16  # the start draws from that many keys per code; it is sequential in the codes, so keys cost
 _START_KEYS_AT_LEAST = 4096  # time, and Lloyd then sees them all
@@ -67,12 +68,6 @@ def kmeans(
         for _ in range(iterations):
             codebook = _lloyd(keys, valid, codebook)
         return codebook
-
-
-def no_autocast(device: torch.device) -> torch.autocast:
-    """The context in which autocast lowers nothing: distances and statistics need float32."""
-    kind = device.type if torch.amp.is_autocast_available(device.type) else "cpu"
-    return torch.autocast(kind, enabled=False)
 
 
 def draw(weight: Tensor, amount: int, generator: torch.Generator | None = None) -> Tensor:

@@ -4,8 +4,9 @@ import torch
 from torch import Tensor
 
 from longvq_layers import ops
+from longvq_layers.layers._context import no_autocast, recomputing
 from longvq_layers.layers._distributed import Group
-from longvq_layers.layers._kmeans import code_sums, draw, kmeans, no_autocast, pick
+from longvq_layers.layers._kmeans import code_sums, draw, kmeans, pick
 from longvq_layers.layers._precision import KeepsFloat32, storage_dtype
 from longvq_layers.ops import _checks as check
 
@@ -128,9 +129,9 @@ class Codebook(KeepsFloat32):
         self._check(k, key_padding_mask)
         with torch.no_grad(), no_autocast(k.device):
             learning = self.training and not self.frozen
-            recomputing = not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+            again = recomputing()
             keys = k.detach().to(self.embedding.dtype)
-            if learning and not recomputing:
+            if learning and not again:
                 if not self._ready:
                     self._start(*self._flat(keys, key_padding_mask))
                 else:
@@ -139,7 +140,7 @@ class Codebook(KeepsFloat32):
             if not learning:
                 return codes, self.embedding
             table = self.embedding.clone()  # autograd may keep it until after the next update
-            if self._ready and not recomputing:
+            if self._ready and not again:
                 flat, valid = self._flat(keys, key_padding_mask)
                 self._learn(flat, codes.transpose(0, 1).reshape(self.num_heads, -1), valid)
             return codes, table

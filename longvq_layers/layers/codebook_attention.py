@@ -5,9 +5,11 @@ from torch import Tensor, nn
 
 from longvq_layers import ops
 from longvq_layers.layers import _inputs
-from longvq_layers.layers._kmeans import no_autocast, pick
+from longvq_layers.layers._context import no_autocast, recomputing
+from longvq_layers.layers._kmeans import pick
 from longvq_layers.layers.codebook import Codebook
 from longvq_layers.ops import _checks as check
+from longvq_layers.ops._dispatch import BACKENDS
 
 
 class CodebookAttention(nn.Module):
@@ -73,14 +75,11 @@ class CodebookAttention(nn.Module):
         _inputs.positive(name, num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim, value_dim=value_dim)
         _inputs.positive(name, num_codes=num_codes)
         _inputs.divides(name, "num_kv_heads", num_kv_heads, "num_heads", num_heads)
-        if isinstance(window, bool) or not isinstance(window, int):
-            raise TypeError(f"{name}: window must be an int, in positions, got {type(window).__name__}")
-        if window < 0:
-            raise ValueError(f"{name}: window must be 0 (none) or more positions, got {window}")
+        check.window(name, window)
         check.one_of(name, "local_keys", local_keys, ("quantized", "exact"))
         check.one_of(name, "key_grad", key_grad, ("cluster", "window"))
         check.one_of(name, "activation", activation, ("softmax", "laplace"))
-        check.one_of(name, "backend", backend, ("auto", "native", "torch", "reference"))
+        check.one_of(name, "backend", backend, BACKENDS)
         _inputs.number(name, "commitment", commitment)
         _inputs.floating(name, dtype)
         if not 0 <= commitment < float("inf"):
@@ -147,7 +146,7 @@ class CodebookAttention(nn.Module):
             distance = distance.masked_fill(key_padding_mask.unsqueeze(1), 0)
             count = ((~key_padding_mask).sum() * self.num_kv_heads).clamp(min=1)
         loss = self.commitment * distance.sum() / (count if isinstance(count, Tensor) else max(count, 1))
-        if torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1:  # not in a recomputed forward
+        if not recomputing():
             self.last_commitment = loss
 
     def __getstate__(self) -> dict:

@@ -7,9 +7,10 @@ from torch import Tensor, nn
 
 from longvq_layers import ops
 from longvq_layers.layers import _inputs
-from longvq_layers.layers._kmeans import no_autocast
+from longvq_layers.layers._context import no_autocast
 from longvq_layers.layers._precision import KeepsFloat32, storage_dtype
 from longvq_layers.ops import _checks as check
+from longvq_layers.ops._dispatch import BACKENDS
 
 _MOST_NEGATIVE = -1e4  # of Δ·Re A: exp of it is 0 anyway, and infinity would turn into NaN
 
@@ -76,7 +77,7 @@ class DiagonalSSM(KeepsFloat32):
             raise ValueError(f"DiagonalSSM: d_state must be even (conjugate pairs), got {d_state}")
         check.one_of("DiagonalSSM", "init", init, ("lin", "inv", "real"))
         check.one_of("DiagonalSSM", "discretization", discretization, ("zoh", "bilinear"))
-        check.one_of("DiagonalSSM", "backend", backend, ("auto", "native", "torch", "reference"))
+        check.one_of("DiagonalSSM", "backend", backend, BACKENDS)
         if not 0 < dt_min <= dt_max < float("inf"):
             raise ValueError(f"DiagonalSSM: dt_min and dt_max must be 0 < dt_min <= dt_max, got {dt_min}, {dt_max}")
         self.channels, self.d_state, self.causal = channels, d_state, bool(causal)

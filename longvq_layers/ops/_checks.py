@@ -47,6 +47,13 @@ def key_padding_mask(op: str, mask: object, batch: int, length: int) -> None:
     size(op, "key_padding_mask", mask, (batch, length), "B L")
 
 
+def window(op: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{op}: window must be an int, in positions, got {type(value).__name__}")
+    if value < 0:
+        raise ValueError(f"{op}: window must be 0 (none) or more positions, got {value}")
+
+
 def one_of(op: str, name: str, value: object, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise ValueError(f"{op}: {name} must be one of {', '.join(map(repr, choices))}, got {value!r}")

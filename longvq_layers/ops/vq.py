@@ -186,10 +186,7 @@ def _check_codes(op: str, codes: Tensor, k: Tensor, codebook: Tensor) -> None:
 
 
 def _check_options(op, q, window, causal, bias, scale, activation, local_keys, key_grad) -> None:
-    if isinstance(window, bool) or not isinstance(window, int):
-        raise TypeError(f"{op}: window must be an int, in positions, got {type(window).__name__}")
-    if window < 0:
-        raise ValueError(f"{op}: window must be 0 (none) or more positions, got {window}")
+    check.window(op, window)
     check.one_of(op, "activation", activation, ("softmax", "laplace"))
     check.one_of(op, "local_keys", local_keys, ("quantized", "exact"))
     check.one_of(op, "key_grad", key_grad, ("cluster", "window"))

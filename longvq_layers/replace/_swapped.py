@@ -5,7 +5,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from longvq_layers import ops
-from longvq_layers.layers._kmeans import code_sums, no_autocast, pick
+from longvq_layers.layers._context import no_autocast, recomputing
+from longvq_layers.layers._kmeans import code_sums, pick
 from longvq_layers.layers._precision import KeepsFloat32, storage_dtype
 from longvq_layers.layers.codebook_attention import CodebookAttention
 
@@ -93,7 +94,7 @@ class SwappedAttention(KeepsFloat32, CodebookAttention):
             codes, table = self.codebook.quantize(keys, key_padding_mask)
             self._commit(keys, codes, table, key_padding_mask)
             scale = self.head_dim**-0.5 if scale is None else scale
-            learning = self.training and not self.codebook.frozen and not _recomputing()
+            learning = self.training and not self.codebook.frozen and not recomputing()
             if learning:
                 self.spread.copy_(self.spread_sum / self.spread_count.clamp(min=_FEW))
             q, k, codebook = self._corrected(q, k, table @ self.from_metric, scale)
@@ -156,11 +157,6 @@ class SwappedAttention(KeepsFloat32, CodebookAttention):
         parts = [f"{self.num_heads}, {self.num_kv_heads}, {self.head_dim}", f"num_codes={self.num_codes}"]
         parts += [f"window={self.window}", f"local_keys={self.local_keys!r}", f"backend={self.backend!r}"]
         return ", ".join(parts)
-
-
-def _recomputing() -> bool:
-    # Inside backward, activation checkpointing runs the forward again; nothing may be learned twice.
-    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
 def _roots(second_moment: Tensor, ridge: float = 1e-3) -> tuple[Tensor, Tensor]:
