@@ -1,16 +1,14 @@
 """Replace the attention of a model, and restore it."""
 
 import contextlib
-import operator
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 import torch
 from torch import nn
 
-from longvq_layers.ops._dispatch import BACKENDS, choose
 from longvq_layers.replace import calibration as calibrating
-from longvq_layers.replace import huggingface, torch_nn
+from longvq_layers.replace import choosing, huggingface, torch_nn
 from longvq_layers.replace._site import Site
 from longvq_layers.replace._swapped import SwappedAttention
 from longvq_layers.replace.report import LayerReport, ReplacementReport
@@ -76,18 +74,18 @@ def replace_attention(
     Source: LongVQ (arXiv 2404.11163); query-weighted k-means and exact local keys are this library's.
     """
     flags = {"strict": strict, "dry_run": dry_run, "variance_correction": variance_correction}
-    num_codes, window = _as_int("num_codes", num_codes, least=1), _as_int("window", window, least=0)
-    _check_options(model, local_keys, filter_fn, backend, flags)
+    num_codes, window = choosing.as_int("num_codes", num_codes, least=1), choosing.as_int("window", window, least=0)
+    choosing.check_options(model, local_keys, filter_fn, backend, flags)
     sites = [site for adapter in _ADAPTERS for site in adapter.find(model)]
-    chosen, skipped = _choose(model, sites, filter_fn, strict)
+    chosen, skipped = choosing.choose_sites(model, sites, filter_fn, strict)
     if calibration is None and not dry_run:
-        _check_modes(chosen)
+        choosing.check_modes(chosen)
     if calibration is not None:
         calibrating.check_iterable(calibration)
     batches = None if calibration is None or dry_run else calibrating.as_batches(calibration)
 
     options = {"num_codes": num_codes, "window": window, "local_keys": local_keys, "backend": backend}
-    _check_backend(chosen, backend)
+    choosing.check_backend(chosen, backend)
     correction = {"variance_correction": variance_correction}
     errors: dict[str, tuple[float, float]] = {}
     keys, replacement = 0, None
@@ -172,112 +170,8 @@ class Replacement:
         self.undo()
 
 
-def _as_int(name: str, value: object, *, least: int) -> int:
-    try:
-        number = None if isinstance(value, bool) else operator.index(value)
-    except TypeError:
-        number = None
-    if number is None:
-        raise TypeError(f"replace_attention: {name}: got {type(value).__name__}, expected an int")
-    if number < least:
-        raise ValueError(f"replace_attention: {name}: got {number}, expected at least {least}")
-    return number
-
-
-def _check_options(model, local_keys, filter_fn, backend, flags: dict[str, bool]) -> None:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"replace_attention: model: got {type(model).__name__}, expected a torch.nn.Module")
-    if local_keys not in ("exact", "quantized"):
-        raise ValueError(f"replace_attention: local_keys: got {local_keys!r}, expected 'exact' or 'quantized'")
-    if backend not in BACKENDS:
-        raise ValueError(f"replace_attention: backend: got {backend!r}, expected one of {BACKENDS}")
-    for name, value in flags.items():
-        if not isinstance(value, bool):
-            raise TypeError(f"replace_attention: {name}: got {type(value).__name__}, expected True or False")
-    if filter_fn is not None and not callable(filter_fn):
-        raise TypeError(f"replace_attention: filter_fn: got {type(filter_fn).__name__}, expected a callable or None")
-
-
-def _check_not_replaced(sites: list[Site]) -> None:
-    names = [site.name or "(the model itself)" for site in sites if site.adapter.is_replaced(site.module)]
-    if names:
-        raise ValueError(
-            f"replace_attention: model: already replaced ({_shorten(names)}); call restore_attention(model) first, "
-            "or choose other modules with filter_fn="
-        )
-
-
-def _choose(model: nn.Module, sites: list[Site], filter_fn, strict: bool) -> tuple[list[Site], dict[str, str]]:
-    # The sites to replace, and why each other one is skipped.
-    if not sites:
-        raise ValueError(
-            f"replace_attention: model: nothing to replace in {type(model).__name__}: found no nn.MultiheadAttention "
-            "and no transformers module that uses its attention interface"
-        )
-    wanted = [site for site in sites if filter_fn is None or _asked(filter_fn, site)]
-    _check_not_replaced(wanted)
-    skipped = {site.name: "filter_fn returned False" for site in sites if site not in wanted}
-    refused = {site.name: site.refusal for site in wanted if site.refusal is not None}
-    if refused and strict:
-        raise _cannot_replace(refused)
-    chosen = [site for site in wanted if site.refusal is None]
-    if not chosen:
-        raise _nothing_left(model, {**skipped, **refused})
-    return chosen, {**skipped, **refused}
-
-
-def _asked(filter_fn, site: Site) -> bool:
-    answer = filter_fn(site.module, site.name)
-    if not isinstance(answer, bool):
-        raise TypeError(
-            f"replace_attention: filter_fn: got {type(answer).__name__} for {site.name!r}, expected it to return True "
-            "or False"
-        )
-    return answer
-
-
-def _cannot_replace(refused: dict[str, str]) -> NotImplementedError:
-    return NotImplementedError(
-        "replace_attention: model: these modules can't be replaced; leave them out with filter_fn= or pass "
-        "strict=False to skip them:\n" + "\n".join(f"  {name}: {why}" for name, why in refused.items())
-    )
-
-
-def _nothing_left(model: nn.Module, skipped: dict[str, str]) -> ValueError:
-    reasons = "".join(f"\n  {name}: {why}" for name, why in skipped.items())
-    return ValueError(f"replace_attention: model: nothing to replace in {type(model).__name__}:{reasons}")
-
-
-def _check_backend(chosen: list[Site], backend: str) -> None:
-    # A named backend that can't serve is an error before anything is touched; ops says why.
-    for site in chosen:
-        device, dtype = _device_and_dtype(site)
-        site.backend = choose("vq_attention", backend, device, (dtype,))
-
-
-def _device_and_dtype(site: Site) -> tuple[torch.device, torch.dtype]:
-    parameter = next(site.module.parameters(), torch.empty(0))
-    return parameter.device, parameter.dtype
-
-
-def _check_modes(chosen: list[Site]) -> None:
-    evaluating = [site.name for site in chosen if not site.module.training]
-    if evaluating:
-        raise ValueError(
-            f"replace_attention: calibration: got None, but {_shorten(evaluating)} would run in eval mode with "
-            "codebooks that hold nothing; pass calibration=[batch, ...], or call model.train() first to let them learn "
-            "from the first training batch"
-        )
-    unknown = [site.name for site in chosen if site.sizes is None]
-    if unknown:
-        raise ValueError(
-            f"replace_attention: calibration: got None, but the number of heads or their width can't be read from "
-            f"{_shorten(unknown)}; pass calibration=[batch, ...]"
-        )
-
-
 def _seam(site: Site, sizes: tuple[int, int, int], options: dict) -> SwappedAttention:
-    device, dtype = _device_and_dtype(site)
+    device, dtype = choosing.device_and_dtype(site)
     # Also in a caller's inference mode these are ordinary tensors, that can be trained later.
     with (
         torch.inference_mode(False),
@@ -294,11 +188,12 @@ def _calibrate_what_can_be(
         try:
             return sites, *_calibrate(model, sites, batches, options)
         except calibrating.CallRefused as error:
+            why = f"in calibration, {error}"
             if strict:
-                raise _cannot_replace({error.site or "(the model itself)": f"in calibration, {error}"}) from error
-            skipped[error.site] = f"in calibration, {error}"
+                raise choosing.cannot_replace({error.site or "(the model itself)": why}) from error
+            skipped[error.site] = why
             sites = [site for site in sites if site.name != error.site]
-    raise _nothing_left(model, skipped)
+    raise choosing.nothing_left(model, skipped)
 
 
 def _calibrate(model: nn.Module, sites: list[Site], batches: list, options: dict):
@@ -312,8 +207,8 @@ def _calibrate(model: nn.Module, sites: list[Site], batches: list, options: dict
         if not all(seen):
             names = [site.name for site, ok in zip(sites, seen, strict=True) if not ok]
             raise ValueError(
-                f"replace_attention: calibration: no key reached {_shorten(names)}; pass inputs with real tokens that "
-                "use these modules, or leave them out with filter_fn="
+                f"replace_attention: calibration: no key reached {choosing.shorten(names)}; pass inputs with real "
+                "tokens that use these modules, or leave them out with filter_fn="
             )
         keys = min(recorder.keys.shape[1] for recorder in recorders)
         seams = [_seam(site, recorder.sizes, options) for site, recorder in zip(sites, recorders, strict=True)]
@@ -384,7 +279,3 @@ def _layer_report(site: Site, options: dict, errors: dict, skipped: str | None) 
         notes=() if skipped else tuple(site.notes),
         **used,
     )
-
-
-def _shorten(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
