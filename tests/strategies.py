@@ -100,9 +100,10 @@ class ScanCase:
     weight: Tensor
     skip: Tensor | None
     initial_state: Tensor | None
+    options: dict
 
     def tensors(self, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
-        """Leaves of the case; ``dtype`` is that of ``u``, half types keep float32 parameters."""
+        """Leaves of the case; ``dtype`` is that of ``u``, half types keep float32 parameters; strides kept."""
         precise = torch.promote_types(dtype, torch.float32)
         complex_of = {torch.float32: torch.complex64, torch.float64: torch.complex128}
         leaves = {"u": self.u.to(dtype)}
@@ -110,14 +111,18 @@ class ScanCase:
             x = getattr(self, name)
             if x is not None:
                 leaves[name] = x.to(complex_of[precise] if x.is_complex() else precise)
-        return {name: x.clone().requires_grad_() for name, x in leaves.items()}
+        return {
+            name: torch.empty_strided(x.shape, x.stride(), dtype=x.dtype).copy_(x).requires_grad_()
+            for name, x in leaves.items()
+        }
 
 
 @st.composite
 def scan_cases(draw, max_length: int = 200) -> ScanCase:
     """Any valid call of ``ssm_scan``, in float64."""
     torch.manual_seed(draw(st.integers(0, 2**16)))
-    batch, channels, modes = draw(st.integers(0, 2)), draw(st.integers(1, 3)), draw(st.sampled_from([1, 2, 5]))
+    batch, channels = draw(st.integers(0, 2)), draw(st.sampled_from([1, 2, 3, 3, 17]))
+    modes = draw(st.sampled_from([1, 2, 5]))
     length = draw(st.one_of(st.sampled_from([0, 1, 2, 63, 64, 65, 129]), st.integers(0, max_length)))
     family = draw(st.sampled_from([torch.float64, torch.complex128]))
     # From all but lasting to gone within one step.
@@ -128,4 +133,8 @@ def scan_cases(draw, max_length: int = 200) -> ScanCase:
     skip = torch.randn(channels, dtype=torch.float64) if draw(st.booleans()) else None
     state = torch.randn(batch, channels, modes, dtype=family) if draw(st.booleans()) else None
     u = torch.randn(batch, length, channels, dtype=torch.float64)
-    return ScanCase(layout(u, draw(st.sampled_from(LAYOUTS))), log_decay, weight, skip, state)
+    mask = None
+    if draw(st.booleans()):
+        mask = torch.rand(batch, length) < draw(st.sampled_from([0.1, 0.6]))
+    options = {"key_padding_mask": mask, "reverse": draw(st.booleans())}
+    return ScanCase(layout(u, draw(st.sampled_from(LAYOUTS))), log_decay, weight, skip, state, options)

@@ -150,20 +150,13 @@ class DiagonalSSM(KeepsFloat32):
         if initial_state is not None or return_state:
             self._need_causal("initial_state and return_state")
         log_decay, weight, skip = self.discrete(_arithmetic(u))
-        u = _inputs.zero_padding(u, key_padding_mask)
+        options = {"key_padding_mask": key_padding_mask, "backend": self.backend}
         with no_autocast(u.device):
             y, state = ops.ssm_scan(
-                u,
-                log_decay,
-                weight[0],
-                skip=skip,
-                initial_state=initial_state,
-                return_state=True,
-                backend=self.backend,
+                u, log_decay, weight[0], skip=skip, initial_state=initial_state, return_state=True, **options
             )
             if not self.causal:
-                y = y + ops.ssm_scan(u.flip(1), log_decay, weight[1], backend=self.backend).flip(1)
-        y = _inputs.zero_padding(y, key_padding_mask)
+                y = y + ops.ssm_scan(u, log_decay, weight[1], reverse=True, **options)
         return (y, state) if return_state else y
 
     def initial_state(self, batch: int, dtype: torch.dtype = torch.float32) -> Tensor:

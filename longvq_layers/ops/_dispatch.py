@@ -16,6 +16,7 @@ NATIVE_KERNELS: dict[str, dict[str, tuple[torch.dtype, ...]]] = {
     "vq_assign": {"cpu": (torch.float32,)},
     "vq_attention": {},
     "ssm_scan": {},
+    "ssm_step": {},
     "ssm_kernel": {},
     "long_conv": {},
 }

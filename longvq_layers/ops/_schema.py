@@ -14,6 +14,7 @@ from longvq_layers.ops.torch.assign import vq_assign
 from longvq_layers.ops.torch.attention import vq_attention
 from longvq_layers.ops.torch.attention_backward import vq_attention_backward
 from longvq_layers.ops.torch.ssm import ssm_scan, ssm_scan_backward
+from longvq_layers.ops.torch.ssm_step import ssm_step, ssm_step_backward
 
 NATIVE, TORCH = "longvq", "longvq_torch"
 _libraries = {namespace: torch.library.Library(namespace, "DEF") for namespace in (NATIVE, TORCH)}
@@ -89,14 +90,17 @@ _define_autograd("vq_attention", _vq_attention_setup, _vq_attention_grad)
 
 # ---- ssm_scan -------------------------------------------------------------------------------------------------------
 
-_SCAN_INPUTS = "Tensor u, Tensor log_decay, Tensor weight, Tensor? skip, Tensor? initial_state"
+_SCAN_INPUTS = (
+    "Tensor u, Tensor log_decay, Tensor weight, Tensor? skip, Tensor? initial_state, "
+    "Tensor? key_padding_mask, bool reverse"
+)
 
 
-def _ssm_scan_fake(u, log_decay, weight, skip, initial_state):
+def _ssm_scan_fake(u, log_decay, weight, skip, initial_state, key_padding_mask, reverse):
     return u.new_empty(u.shape), log_decay.new_empty(u.shape[0], *log_decay.shape)
 
 
-def _ssm_scan_backward_fake(grad_y, grad_state, u, log_decay, weight, skip, initial_state):
+def _ssm_scan_backward_fake(grad_y, grad_state, u, log_decay, weight, skip, initial_state, key_padding_mask, reverse):
     dskip = u.new_empty(0) if skip is None else skip.new_empty(skip.shape)
     dinitial = u.new_empty(0) if initial_state is None else initial_state.new_empty(initial_state.shape)
     empty_params = log_decay.new_empty(log_decay.shape)
@@ -104,15 +108,15 @@ def _ssm_scan_backward_fake(grad_y, grad_state, u, log_decay, weight, skip, init
 
 
 def _ssm_scan_setup(ctx, inputs, output):
-    ctx.save_for_backward(*inputs)
+    *tensors, ctx.reverse = inputs
+    ctx.save_for_backward(*tensors)
 
 
 def _ssm_scan_grad(ops, ctx, grad_y, grad_state):
-    u, log_decay, weight, skip, initial_state = ctx.saved_tensors
-    du, dlog, dweight, dskip, dinitial = ops.ssm_scan_backward(
-        grad_y, grad_state, u, log_decay, weight, skip, initial_state
-    )
-    return du, dlog, dweight, None if skip is None else dskip, None if initial_state is None else dinitial
+    _, _, _, skip, initial_state, _ = ctx.saved_tensors
+    du, dlog, dweight, dskip, dinitial = ops.ssm_scan_backward(grad_y, grad_state, *ctx.saved_tensors, ctx.reverse)
+    dskip, dinitial = None if skip is None else dskip, None if initial_state is None else dinitial
+    return du, dlog, dweight, dskip, dinitial, None, None
 
 
 _define(f"ssm_scan({_SCAN_INPUTS}) -> (Tensor, Tensor)", ssm_scan, _ssm_scan_fake)
@@ -122,3 +126,26 @@ _define(
     _ssm_scan_backward_fake,
 )
 _define_autograd("ssm_scan", _ssm_scan_setup, _ssm_scan_grad)
+
+# ---- ssm_step -------------------------------------------------------------------------------------------------------
+
+
+def _ssm_step_fake(u, decay, weight, skip, state):
+    return u.new_empty(u.shape), state.new_empty(state.shape)
+
+
+def _ssm_step_setup(ctx, inputs, output):
+    u, decay, weight, skip, state = inputs
+    ctx.save_for_backward(u, decay, weight, skip, state, output[1])
+
+
+def _ssm_step_grad(ops, ctx, grad_y, grad_state):
+    return ssm_step_backward(grad_y, grad_state, *ctx.saved_tensors)
+
+
+_define(
+    "ssm_step(Tensor u, Tensor decay, Tensor weight, Tensor? skip, Tensor state) -> (Tensor, Tensor)",
+    ssm_step,
+    _ssm_step_fake,
+)
+_define_autograd("ssm_step", _ssm_step_setup, _ssm_step_grad)

@@ -21,6 +21,8 @@ def ssm_scan(
     skip: Tensor | None = None,
     initial_state: Tensor | None = None,
     return_state: bool = False,
+    key_padding_mask: Tensor | None = None,
+    reverse: bool = False,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Diagonal linear recurrence with readout, one state space model per channel.
@@ -37,10 +39,15 @@ def ssm_scan(
         skip: (H,), the real dtype of ``log_decay``. Default none.
         initial_state: x_{−1}, (B, H, N), dtype of ``log_decay``. Default zero.
         return_state: also return the last state. Default False.
+        key_padding_mask: (B, L) bool, True = this input counts as 0 and this output is 0. Time goes on over padding:
+            the state keeps decaying. Default none.
+        reverse: run from the last position to the first, as if ``u`` and ``y`` were flipped along L; the state then
+            enters after the last position and leaves before the first. Default False.
         backend: ``"auto"`` (default), ``"native"``, ``"torch"`` or ``"reference"`` (step by step).
 
     Returns:
-        y (B, L, H) in the dtype of ``u``; with ``return_state`` also x_{L−1}, (B, H, N) in the dtype of ``log_decay``.
+        y (B, L, H) in the dtype of ``u``; with ``return_state`` also x_{L−1} (``reverse``: x_0), (B, H, N) in the
+        dtype of ``log_decay``.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, shape, device or value; says which.
@@ -58,33 +65,72 @@ def ssm_scan(
     check.tensor(op, "u", u, "B L H")
     check.real(op, "u", u)
     _check_modes(op, log_decay, weight)
-    expected = torch.float64 if u.dtype == torch.float64 else torch.float32
-    if _real_dtype(log_decay) != expected:
-        raise TypeError(
-            f"{op}: log_decay must be {expected} or its complex counterpart for u of {u.dtype}, got {log_decay.dtype}"
-        )
-    if log_decay.shape[0] != u.shape[2]:
-        raise ValueError(
-            f"{op}: log_decay must have shape (H, N) with the H = {u.shape[2]} of u, got {tuple(log_decay.shape)}"
-        )
-    if skip is not None:
-        check.tensor(op, "skip", skip, "H")
-        check.size(op, "skip", skip, (u.shape[2],), "H")
-        if skip.dtype != expected:
-            raise TypeError(f"{op}: skip must be {expected}, the real dtype of log_decay, got {skip.dtype}")
+    _check_belongs(op, u, "log_decay", log_decay, skip)
     if initial_state is not None:
-        check.tensor(op, "initial_state", initial_state, "B H N")
-        check.size(op, "initial_state", initial_state, (u.shape[0], *log_decay.shape), "B H N")
-        if initial_state.dtype != log_decay.dtype:
-            raise TypeError(
-                f"{op}: initial_state must have the dtype of log_decay, {log_decay.dtype}, got {initial_state.dtype}"
-            )
-    check.same_device(op, "u", u, log_decay=log_decay, weight=weight, skip=skip, initial_state=initial_state)
+        _check_state(op, "initial_state", initial_state, u, "log_decay", log_decay)
+    if key_padding_mask is not None:
+        check.key_padding_mask(op, key_padding_mask, u.shape[0], u.shape[1])
+    _check_bool(op, "reverse", reverse)
+    check.same_device(
+        op,
+        "u",
+        u,
+        log_decay=log_decay,
+        weight=weight,
+        skip=skip,
+        initial_state=initial_state,
+        key_padding_mask=key_padding_mask,
+    )
 
     chosen = choose(op, backend, u.device, (u.dtype,))
     call = reference.ssm_scan if chosen == "reference" else _NAMESPACE[chosen].ssm_scan
-    y, state = call(u, log_decay, weight, skip, initial_state)
+    y, state = call(u, log_decay, weight, skip, initial_state, key_padding_mask, reverse)
     return (y, state) if return_state else y
+
+
+def ssm_step(
+    u: Tensor,
+    decay: Tensor,
+    weight: Tensor,
+    state: Tensor,
+    *,
+    skip: Tensor | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """One position of :func:`ssm_scan`, for generation: constant time and memory, no exponentials.
+
+    Args:
+        u: inputs of one position (B, H), floating point.
+        decay: (H, N) ``exp(log_decay)``, complex or real, absolute value at most 1, dtype as in :func:`ssm_scan`.
+        weight: (H, N), dtype of ``decay``.
+        state: x_{t−1}, (B, H, N), dtype of ``decay``; not modified.
+        skip: (H,), the real dtype of ``decay``. Default none.
+        backend: ``"auto"`` (default), ``"native"``, ``"torch"`` or ``"reference"``.
+
+    Returns:
+        y (B, H) in the dtype of ``u`` and the new state x_t (B, H, N).
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, shape or device; says which.
+        NotImplementedError: ``backend="native"`` without a kernel for these arguments; says why.
+
+    Example:
+        >>> y, state = ssm_step(torch.ones(1, 1), torch.full((1, 1), 0.5), torch.ones(1, 1), torch.ones(1, 1, 1))
+        >>> y.item()
+        1.5
+
+    Source: as :func:`ssm_scan`.
+    """
+    op = "ssm_step"
+    check.tensor(op, "u", u, "B H")
+    check.real(op, "u", u)
+    _check_modes(op, decay, weight, "decay")
+    _check_belongs(op, u, "decay", decay, skip)
+    _check_state(op, "state", state, u, "decay", decay)
+    check.same_device(op, "u", u, decay=decay, weight=weight, skip=skip, state=state)
+    chosen = choose(op, backend, u.device, (u.dtype,))
+    call = reference.ssm_step if chosen == "reference" else _NAMESPACE[chosen].ssm_step
+    return call(u, decay, weight, skip, state)
 
 
 def ssm_kernel(log_decay: Tensor, weight: Tensor, length: int, *, backend: str = "auto") -> Tensor:
@@ -157,20 +203,50 @@ def _real_dtype(x: Tensor) -> torch.dtype:
     return {torch.complex64: torch.float32, torch.complex128: torch.float64}.get(x.dtype, x.dtype)
 
 
-def _check_modes(op: str, log_decay: Tensor, weight: Tensor) -> None:
-    check.tensor(op, "log_decay", log_decay, "H N")
+def _check_modes(op: str, log_decay: Tensor, weight: Tensor, name: str = "log_decay") -> None:
+    check.tensor(op, name, log_decay, "H N")
     check.tensor(op, "weight", weight, "H N")
     if _real_dtype(log_decay) not in (torch.float32, torch.float64):
         raise TypeError(
-            f"{op}: log_decay must be float32, float64, complex64 or complex128, got {log_decay.dtype}; decays close "
+            f"{op}: {name} must be float32, float64, complex64 or complex128, got {log_decay.dtype}; decays close "
             "to 1 do not survive half precision"
         )
     if weight.dtype != log_decay.dtype:
-        raise TypeError(f"{op}: weight must have the dtype of log_decay, {log_decay.dtype}, got {weight.dtype}")
+        raise TypeError(f"{op}: weight must have the dtype of {name}, {log_decay.dtype}, got {weight.dtype}")
     check.size(op, "weight", weight, tuple(log_decay.shape), "H N")
-    check.at_least_one(op, "log_decay", log_decay, 1, "mode N")
-    if check.values_are_readable(log_decay) and log_decay.numel():
+    check.at_least_one(op, name, log_decay, 1, "mode N")
+    if name == "log_decay" and check.values_are_readable(log_decay) and log_decay.numel():
         real = log_decay.detach().real
         if not bool((real <= 0).all()):
             worst = float(real.max())
             raise ValueError(f"{op}: the real part of log_decay must be ≤ 0 (a stable decay), got up to {worst:g}")
+
+
+def _check_belongs(op: str, u: Tensor, name: str, decay: Tensor, skip: Tensor | None) -> None:
+    """``decay`` and ``skip`` have the channels and the precision that ``u`` (…, H) asks for."""
+    expected = torch.float64 if u.dtype == torch.float64 else torch.float32
+    if _real_dtype(decay) != expected:
+        raise TypeError(
+            f"{op}: {name} must be {expected} or its complex counterpart for u of {u.dtype}, got {decay.dtype}"
+        )
+    if decay.shape[0] != u.shape[-1]:
+        raise ValueError(
+            f"{op}: {name} must have shape (H, N) with the H = {u.shape[-1]} of u, got {tuple(decay.shape)}"
+        )
+    if skip is not None:
+        check.tensor(op, "skip", skip, "H")
+        check.size(op, "skip", skip, (u.shape[-1],), "H")
+        if skip.dtype != expected:
+            raise TypeError(f"{op}: skip must be {expected}, the real dtype of {name}, got {skip.dtype}")
+
+
+def _check_state(op: str, name: str, state: object, u: Tensor, decay_name: str, decay: Tensor) -> None:
+    check.tensor(op, name, state, "B H N")
+    check.size(op, name, state, (u.shape[0], *decay.shape), "B H N")
+    if state.dtype != decay.dtype:
+        raise TypeError(f"{op}: {name} must have the dtype of {decay_name}, {decay.dtype}, got {state.dtype}")
+
+
+def _check_bool(op: str, name: str, value: object) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{op}: {name} must be a bool, got {type(value).__name__}")

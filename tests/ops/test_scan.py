@@ -11,8 +11,8 @@ from tolerances import assert_close
 from longvq_layers import ops
 
 
-def run(leaves, backend):
-    y, state = ops.ssm_scan(**leaves, return_state=True, backend=backend)
+def run(leaves, backend, options):
+    y, state = ops.ssm_scan(**leaves, **options, return_state=True, backend=backend)
     torch.manual_seed(1)
     # Drawn in double and rounded, so that all precisions get the same; an empty sequence leaves some leaves unused.
     wide = torch.complex128 if state.is_complex() else torch.float64
@@ -25,7 +25,7 @@ def run(leaves, backend):
 @given(scan_cases())
 @settings(max_examples=100)
 def test_torch_equals_recurrence_with_gradients(case):
-    expected, actual = run(case.tensors(), "reference"), run(case.tensors(), "torch")
+    expected, actual = (run(case.tensors(), backend, case.options) for backend in ("reference", "torch"))
     for name, value in actual.items():
         assert_close(value, expected[name], name)
 
@@ -38,7 +38,7 @@ def test_lower_precisions(dtype, case):
     # The oracle sees the rounded parameters and inputs, in double.
     exact = {n: x.detach().to(torch.complex128 if x.is_complex() else torch.float64) for n, x in leaves.items()}
     exact = {n: x.requires_grad_() for n, x in exact.items()}
-    actual, expected = run(leaves, "auto"), run(exact, "reference")
+    actual, expected = run(leaves, "auto", case.options), run(exact, "reference", case.options)
     for name in ("y", "state", "u"):
         assert_close(actual[name], expected[name], name, dtype=dtype)
 
@@ -47,12 +47,33 @@ def test_lower_precisions(dtype, case):
 @settings(max_examples=40)
 def test_split_anywhere_gives_the_same(case, cut):
     leaves = {n: x.detach() for n, x in case.tensors().items()}
-    y, state = ops.ssm_scan(**leaves, return_state=True)
-    u, start = leaves.pop("u"), leaves.pop("initial_state", None)
-    first, middle = ops.ssm_scan(u[:, :cut], **leaves, initial_state=start, return_state=True)
-    second, last = ops.ssm_scan(u[:, cut:], **leaves, initial_state=middle, return_state=True)
-    assert_close(torch.cat([first, second], 1), y, "y")
-    assert_close(last, state, "state")
+    y, state = ops.ssm_scan(**leaves, **case.options, return_state=True)
+    u, start, mask = leaves.pop("u"), leaves.pop("initial_state", None), case.options["key_padding_mask"]
+    reverse = case.options["reverse"]
+    parts = [None, None]
+    for i in (1, 0) if reverse else (0, 1):
+        part = slice(cut, None) if i else slice(0, cut)
+        options = {"key_padding_mask": None if mask is None else mask[:, part], "reverse": reverse}
+        parts[i], start = ops.ssm_scan(u[:, part], **leaves, **options, initial_state=start, return_state=True)
+    assert_close(torch.cat(parts, 1), y, "y")
+    assert_close(start, state, "state")
+
+
+@given(scan_cases(max_length=20), st.sampled_from([torch.float64, torch.float32, torch.bfloat16]))
+@settings(max_examples=30)
+def test_steps_equal_the_scan(case, dtype):
+    leaves = {n: x.detach() for n, x in case.tensors(dtype).items()}
+    u, log_decay, weight = (leaves[name] for name in ("u", "log_decay", "weight"))
+    expected, last = ops.ssm_scan(**leaves, return_state=True, backend="reference")
+    for backend in ("auto", "torch", "reference"):
+        state = leaves.get("initial_state", torch.zeros_like(last))
+        for t in range(u.shape[1]):
+            before = state.clone()
+            y, new = ops.ssm_step(u[:, t], log_decay.exp(), weight, state, skip=leaves.get("skip"), backend=backend)
+            assert torch.equal(state, before), "the state was modified"
+            assert_close(y, expected[:, t], f"y at {t}", dtype=dtype)
+            state = new
+        assert_close(state, last, "state")
 
 
 @given(scan_cases())
@@ -89,12 +110,20 @@ def test_gradcheck(family):
         log_decay += 1j * torch.randn(2, 3, dtype=torch.float64)
     weight, state = torch.randn(2, 3, dtype=family), torch.randn(1, 2, 3, dtype=family)
     leaves = [x.requires_grad_() for x in (u, log_decay, weight, skip, state)]
+    options = {"return_state": True, "key_padding_mask": torch.arange(7)[None] == 2}
 
-    def call(u, log_decay, weight, skip, state):
-        return ops.ssm_scan(u, log_decay, weight, skip=skip, initial_state=state, return_state=True)
+    for reverse in (False, True):
 
-    # gradcheck steps log_decay across the stability bound only if it starts within 1e-6 of it: it doesn't.
-    assert torch.autograd.gradcheck(call, leaves)
+        def call(u, log_decay, weight, skip, state, reverse=reverse):
+            return ops.ssm_scan(u, log_decay, weight, skip=skip, initial_state=state, reverse=reverse, **options)
+
+        # gradcheck steps log_decay across the stability bound only if it starts within 1e-6 of it: it doesn't.
+        assert torch.autograd.gradcheck(call, leaves)
+
+    def step(u, decay, weight, skip, state):
+        return ops.ssm_step(u[:, 0], decay, weight, state, skip=skip)
+
+    assert torch.autograd.gradcheck(step, [leaves[0], log_decay.detach().exp().requires_grad_(), *leaves[2:]])
 
 
 @pytest.mark.parametrize("namespace", ["longvq", "longvq_torch"])
@@ -106,8 +135,12 @@ def test_opcheck(namespace, complex_modes):
     weight = torch.randn(3, 4, dtype=log_decay.dtype, requires_grad=True)
     state = torch.randn(2, 3, 4, dtype=log_decay.dtype, requires_grad=True)
     op = getattr(torch.ops, namespace).ssm_scan.default
-    torch.library.opcheck(op, (u, log_decay, weight, skip, state))
-    torch.library.opcheck(op, (u, log_decay, weight, None, None))
+    mask = torch.rand(2, 70) < 0.2
+    torch.library.opcheck(op, (u, log_decay, weight, skip, state, mask, True))
+    torch.library.opcheck(op, (u, log_decay, weight, None, None, None, False))
+    step = getattr(torch.ops, namespace).ssm_step.default
+    decay = log_decay.detach().exp().requires_grad_()
+    torch.library.opcheck(step, (u[:, 0].detach().requires_grad_(), decay, weight, skip, state))
 
 
 def test_compiles_without_graph_breaks_and_gives_the_same_values():
@@ -141,8 +174,8 @@ def test_no_buffer_of_modes_times_length():
     u = torch.randn(1, length, channels)
     log_decay = torch.complex(-torch.rand(channels, modes), torch.randn(channels, modes))
     with LargestTensor() as mode:
-        y, state = ops.torch.ssm.ssm_scan(u, log_decay, log_decay, None, None)
-        ops.torch.ssm.ssm_scan_backward(y, state, u, log_decay, log_decay, None, None)
+        y, state = ops.torch.ssm.ssm_scan(u, log_decay, log_decay, None, None, None, False)
+        ops.torch.ssm.ssm_scan_backward(y, state, u, log_decay, log_decay, None, None, None, False)
     assert mode.bytes <= 4 * u.numel() * 4  # bytes: four times the input, not `modes` times
 
 
@@ -163,6 +196,9 @@ BAD = {
     "state": (dict(initial_state=torch.ones(1, 3, 3)), ValueError, "initial_state must have shape"),
     "state dtype": (dict(initial_state=torch.ones(1, 3, 2).cfloat()), TypeError, "initial_state must have the dtype"),
     "native": (dict(backend="native"), NotImplementedError, "no compiled kernel"),
+    "mask": (dict(key_padding_mask=torch.zeros(1, 5)), TypeError, "key_padding_mask must be bool"),
+    "mask shape": (dict(key_padding_mask=torch.zeros(1, 4) > 0), ValueError, "key_padding_mask must have shape"),
+    "reverse": (dict(reverse=1), TypeError, "reverse must be a bool"),
 }
 
 

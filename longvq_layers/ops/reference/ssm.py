@@ -8,20 +8,41 @@ from torch import Tensor
 
 
 def ssm_scan(
-    u: Tensor, log_decay: Tensor, weight: Tensor, skip: Tensor | None, initial_state: Tensor | None
+    u: Tensor,
+    log_decay: Tensor,
+    weight: Tensor,
+    skip: Tensor | None,
+    initial_state: Tensor | None,
+    key_padding_mask: Tensor | None,
+    reverse: bool,
 ) -> tuple[Tensor, Tensor]:
-    """``x_t = exp(log_decay) ∘ x_{t−1} + u_t``, ``y_t = Re Σ_n weight_n x_{t,n} + skip · u_t``: y and the last x."""
+    """``x_t = exp(log_decay) ∘ x_{t−1} + u_t``, ``y_t = Re Σ_n weight_n x_{t,n} + skip · u_t``: y and the last x.
+
+    ``reverse`` runs from the last position to the first; masked positions put in 0 and give 0.
+    """
     inputs = u.to(log_decay.real.dtype)
+    if key_padding_mask is not None:
+        inputs = inputs.masked_fill(key_padding_mask.unsqueeze(-1), 0)
     batch, length, channels = u.shape
     state = log_decay.new_zeros(batch, channels, log_decay.shape[1]) if initial_state is None else initial_state
     decay = log_decay.exp()
     outputs = []
-    for t in range(length):
+    for t in reversed(range(length)) if reverse else range(length):
         state = decay * state + inputs[:, t, :, None]
         y = (weight * state).sum(-1).real
         outputs.append(y if skip is None else y + skip * inputs[:, t])
-    y = torch.stack(outputs, dim=1) if outputs else inputs
+    y = torch.stack(outputs[::-1] if reverse else outputs, dim=1) if outputs else inputs
+    if key_padding_mask is not None:
+        y = y.masked_fill(key_padding_mask.unsqueeze(-1), 0)
     return y.to(u.dtype), state
+
+
+def ssm_step(u: Tensor, decay: Tensor, weight: Tensor, skip: Tensor | None, state: Tensor) -> tuple[Tensor, Tensor]:
+    """One position of :func:`ssm_scan`: u (B, H), ``decay = exp(log_decay)``."""
+    inputs = u.to(decay.real.dtype)
+    state = decay * state + inputs.unsqueeze(-1)
+    y = (weight * state).sum(-1).real
+    return (y if skip is None else y + skip * inputs).to(u.dtype), state
 
 
 def ssm_kernel(log_decay: Tensor, weight: Tensor, length: int) -> Tensor:

@@ -102,12 +102,31 @@ def pieces(length: int) -> list[tuple[slice, int]]:
     return [(part, steps) for part, steps in parts if part.start < part.stop]
 
 
+def in_order(u: Tensor, key_padding_mask: Tensor | None, reverse: bool) -> Tensor:
+    """(B, L, H) with zeros at masked positions, in the order of the recurrence."""
+    u = u if key_padding_mask is None else u.masked_fill(key_padding_mask.unsqueeze(-1), 0)
+    return u.flip(1) if reverse else u
+
+
+def in_place(y: Tensor, key_padding_mask: Tensor | None, reverse: bool) -> Tensor:
+    """The other way: from the order of the recurrence to that of the sequence, zeros at masked positions."""
+    y = y.flip(1) if reverse else y
+    return y if key_padding_mask is None else y.masked_fill(key_padding_mask.unsqueeze(-1), 0)
+
+
 def ssm_scan(
-    u: Tensor, log_decay: Tensor, weight: Tensor, skip: Tensor | None, initial_state: Tensor | None
+    u: Tensor,
+    log_decay: Tensor,
+    weight: Tensor,
+    skip: Tensor | None,
+    initial_state: Tensor | None,
+    key_padding_mask: Tensor | None,
+    reverse: bool,
 ) -> tuple[Tensor, Tensor]:
     """y (B, L, H) in the dtype of ``u`` and the last state (B, H, N) in the dtype of ``log_decay``."""
     with torch.autocast(u.device.type, enabled=False):
         dtype, batch = log_decay.real.dtype, u.shape[0]
+        u = in_order(u, key_padding_mask, reverse)
         state = _start(u, log_decay, initial_state)
         y = torch.empty(u.shape, dtype=u.dtype, device=u.device)
         if u.numel() == 0:
@@ -120,7 +139,7 @@ def ssm_scan(
             out += by_channel(met, dtype) @ tables.from_state.transpose(1, 2)
             y_part = from_chunks(out, batch)
             y[:, part] = y_part if skip is None else y_part + skip * u[:, part]
-        return y, state.to(log_decay.dtype)
+        return in_place(y, key_padding_mask, reverse), state.to(log_decay.dtype)
 
 
 def _start(u: Tensor, log_decay: Tensor, initial_state: Tensor | None) -> Tensor:
@@ -138,6 +157,8 @@ def ssm_scan_backward(
     weight: Tensor,
     skip: Tensor | None,
     initial_state: Tensor | None,
+    key_padding_mask: Tensor | None,
+    reverse: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of u, log_decay, weight, skip and initial_state (empty tensors for the optional ones not given).
 
@@ -146,6 +167,7 @@ def ssm_scan_backward(
     """
     with torch.autocast(u.device.type, enabled=False):
         dtype, batch = log_decay.real.dtype, u.shape[0]
+        u, grad_y = (in_order(x, key_padding_mask, reverse) for x in (u, grad_y))
         beta = grad_state.to(wide(log_decay.dtype, u.device)).conj().resolve_conj()
         du = torch.zeros(u.shape, dtype=u.dtype, device=u.device)
         dlog = torch.zeros_like(log_decay, dtype=beta.dtype)
@@ -175,7 +197,7 @@ def ssm_scan_backward(
                 _parameter_grads(dlog, dweight, tables, chunks, dy_chunks, met, left)
         dinitial = u.new_empty(0) if initial_state is None else beta.conj().resolve_conj().to(initial_state.dtype)
         dlog, dweight = (x.conj().resolve_conj().to(log_decay.dtype) for x in (dlog, dweight))
-        return du, dlog, dweight, dskip, dinitial
+        return in_place(du, key_padding_mask, reverse), dlog, dweight, dskip, dinitial
 
 
 def _conj(x: Tensor, like: Tensor) -> Tensor:
