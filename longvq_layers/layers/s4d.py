@@ -1,9 +1,11 @@
 """The S4D layer: state space model, activation, dropout and output projection."""
 
+from collections.abc import Collection, Mapping
+
 import torch
 from torch import Tensor, nn
 
-from longvq_layers.layers import _inputs
+from longvq_layers.layers import _inputs, s4d_checkpoint
 from longvq_layers.layers.ssm import DiagonalSSM
 from longvq_layers.ops import _checks as check
 
@@ -23,7 +25,7 @@ class S4DLayer(nn.Module):
         dropout: probability of dropping an element of h, default 0.0.
         activation: "gelu" (default), "silu", "relu" or "identity".
         glu: whether the output is gated, default True.
-        init, discretization, dt_min, dt_max, backend: see `DiagonalSSM`.
+        init, discretization, dt_min, dt_max, trained, backend: see `DiagonalSSM`.
         device, dtype: of the output layer; the SSM stays in float32 or float64.
 
     Raises:
@@ -55,6 +57,7 @@ class S4DLayer(nn.Module):
         discretization: str = "zoh",
         dt_min: float = 1e-3,
         dt_max: float = 1e-1,
+        trained: Collection[str] = ("A", "dt"),
         backend: str = "auto",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -73,6 +76,7 @@ class S4DLayer(nn.Module):
             discretization=discretization,
             dt_min=dt_min,
             dt_max=dt_max,
+            trained=trained,
             backend=backend,
             device=device,
             dtype=dtype,
@@ -88,6 +92,7 @@ class S4DLayer(nn.Module):
         *,
         initial_state: Tensor | None = None,
         return_state: bool = False,
+        rate: float = 1.0,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Run over whole sequences.
 
@@ -96,12 +101,17 @@ class S4DLayer(nn.Module):
             key_padding_mask: (B, L) bool, True = this input counts as 0.
             initial_state: (B, d_model, N) complex; causal only. Default zero.
             return_state: also return the state after the last position; causal only. Default False.
+            rate: multiplies Δ in this call, default 1.0. A model trained at 16 kHz reads 8 kHz with 2.0.
 
         Returns:
             (B, L, d_model), exactly 0 at masked positions; with `return_state` also the state (B, d_model, N).
+
+        Raises:
+            ValueError, TypeError: a wrong shape, dtype or device, a `rate` that is no finite number above 0.
+            NotImplementedError: a state asked of a bidirectional layer, whose outputs depend on the future.
         """
         _inputs.sequence("S4DLayer", "x", x, self.d_model, self.out_proj.weight, key_padding_mask)
-        result = self.ssm(x, key_padding_mask, initial_state=initial_state, return_state=return_state)
+        result = self.ssm(x, key_padding_mask, initial_state=initial_state, return_state=return_state, rate=rate)
         y, state = result if return_state else (result, None)
         y = _inputs.zero_padding(self._mix_channels(y), key_padding_mask)
         return (y, state) if return_state else y
@@ -110,13 +120,78 @@ class S4DLayer(nn.Module):
         """The zero state (batch, d_model, N), complex, for `step`."""
         return self.ssm.initial_state(batch, self.out_proj.weight.dtype)
 
-    def step(self, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-        """One position, in constant time and memory: x (B, d_model), state -> y (B, d_model), new state.
+    def step(self, x: Tensor, state: Tensor, *, rate: float = 1.0) -> tuple[Tensor, Tensor]:
+        """One position, in constant time and memory. What is kept between calls: see `DiagonalSSM.step`.
 
-        Raises NotImplementedError unless causal=True.
+        Args:
+            x: (B, d_model), dtype of the layer.
+            state: (B, d_model, N), complex, from `initial_state`, `forward` or the step before.
+            rate: multiplies Δ in this call, default 1.0.
+
+        Returns:
+            y (B, d_model) and the new state (B, d_model, N).
+
+        Raises:
+            ValueError, TypeError: wrong shapes, dtypes or devices, a `rate` that is no finite number above 0.
+            NotImplementedError: a bidirectional layer.
         """
-        y, state = self.ssm.step(x, state)
+        y, state = self.ssm.step(x, state, rate=rate)
         return self._mix_channels(y), state
+
+    @classmethod
+    def from_minimal(
+        cls,
+        state_dict: Mapping[str, Tensor],
+        prefix: str = "",
+        *,
+        dropout: float = 0.0,
+        trained: Collection[str] = ("A", "dt"),
+        backend: str = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> "S4DLayer":
+        """A layer with the numbers of the public minimal S4D layer (`models/s4/s4d.py` of `state-spaces/s4`).
+
+        That layer is causal, with zero-order hold, GELU and GLU, and takes (B, d_model, L); this one gives the same
+        outputs for (B, L, d_model). Its dropout (by default whole channels) is not part of a checkpoint.
+
+        Args:
+            state_dict: under `prefix` the keys D (H,), kernel.log_dt (H,), kernel.log_A_real (H, N), kernel.A_imag
+                (H, N), kernel.C (H, N, 2), output_linear.0.weight (2H, H, 1) and output_linear.0.bias (2H,); what that
+                layer did not train has the same key. Not modified, nothing is shared.
+            prefix: what stands before these keys, such as "layers.3.". Default none.
+            dropout, trained, backend: of the new layer, as in `S4DLayer`.
+            device, dtype: of the new layer, default those of output_linear.0.weight.
+
+        Returns:
+            The layer, in training mode.
+
+        Raises:
+            ValueError: missing or unknown keys under `prefix`, wrong shapes; names them.
+            TypeError: a value that is no real floating-point tensor.
+
+        Example:
+            >>> shapes = {"D": (4,), "kernel.log_dt": (4,), "kernel.log_A_real": (4, 8), "kernel.A_imag": (4, 8)}
+            >>> shapes |= {"kernel.C": (4, 8, 2), "output_linear.0.weight": (8, 4, 1), "output_linear.0.bias": (8,)}
+            >>> layer = S4DLayer.from_minimal({name: torch.zeros(shape) for name, shape in shapes.items()})
+            >>> layer(torch.randn(2, 50, 4)).shape
+            torch.Size([2, 50, 4])
+        """
+        values = s4d_checkpoint.read_minimal(state_dict, prefix)
+        weight = values["out_proj.weight"]
+        width, modes = values["ssm.A_imag"].shape
+        layer = cls(
+            width,
+            d_state=2 * modes,
+            causal=True,
+            dropout=dropout,
+            trained=trained,
+            backend=backend,
+            device=weight.device if device is None else device,
+            dtype=dtype or weight.dtype,
+        )
+        layer.load_state_dict(values, strict=False)  # B, if trained, starts at the 1 that the checkpoint means
+        return layer
 
     def _mix_channels(self, y: Tensor) -> Tensor:
         y = self.out_proj(self.dropout(self.act(y)))
@@ -135,5 +210,6 @@ class S4DLayer(nn.Module):
             discretization=ssm.discretization,
             dt_min=ssm.dt_min,
             dt_max=ssm.dt_max,
+            trained=ssm.trained,
             backend=ssm.backend,
         )

@@ -1,6 +1,8 @@
 """The diagonal state space model (S4D): parameters, discretisation, scan and step."""
 
 import math
+from collections.abc import Callable, Collection
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -12,19 +14,21 @@ from longvq_layers.layers._precision import KeepsFloat32, storage_dtype
 from longvq_layers.ops import _checks as check
 from longvq_layers.ops._dispatch import BACKENDS
 
+TRAINABLE = {"A": ("log_A_real", "A_imag"), "B": ("B",), "dt": ("log_dt",)}  # what `trained` may name
+_ORDINARY = (Tensor, nn.Parameter)
 _MOST_NEGATIVE = -1e4  # of Δ·Re A: exp of it is 0 anyway, and infinity would turn into NaN
 
 
 class DiagonalSSM(KeepsFloat32):
     """One diagonal state space model per channel, with N = d_state / 2 complex modes in conjugate pairs.
 
-        x'(t) = A x(t) + B u(t),  y(t) = 2 Re(C x(t)) + D u(t),   A = −exp(log_A_real) + i A_imag,  B = 1
-        zero-order hold:  Ā = exp(ΔA),                  B̄ = (Ā − 1) / A · B,      Δ = exp(log_dt)
+        x'(t) = A x(t) + B u(t),  y(t) = 2 Re(C x(t)) + D u(t),   A = −exp(log_A_real) + i A_imag
+        zero-order hold:  Ā = exp(ΔA),                  B̄ = (Ā − 1) / A · B,      Δ = rate · exp(log_dt)
         bilinear:         Ā = (1 + ΔA/2) / (1 − ΔA/2),  B̄ = ΔB / (1 − ΔA/2)
         x_t = Ā x_{t−1} + B̄ u_t,   y_t = 2 Re(C x_t) + D u_t
 
     The real part of A is negative for every parameter value, so the model is stable. Bidirectional: a second readout
-    C over the reversed sequence, sharing A and Δ, is added. Everything is computed in float32 (float64 for float64
+    C over the reversed sequence, sharing A, B and Δ, is added. Everything is computed in float32 (float64 for float64
     inputs) with autocast off, and `.half()` or `.bfloat16()` leave the parameters in float32.
 
     Args:
@@ -34,12 +38,15 @@ class DiagonalSSM(KeepsFloat32):
         init: of A: "lin" −½ + iπn (default), "inv" −½ + i (2N/π)(2N/(2n+1) − 1), or "real" −(n+1).
         discretization: "zoh" (default) or "bilinear".
         dt_min, dt_max: range of Δ, drawn log-uniformly, default 1e-3 to 1e-1.
+        trained: which of "A", "B" and "dt" are learned, default ("A", "dt"). What is not is a buffer of the same name,
+            so checkpoints fit either way; B, if not trained, is 1 (C absorbs it) and does not exist.
         backend: see `ops.ssm_scan`.
         device: where the parameters live.
         dtype: torch.float64 for double parameters, anything else gives float32.
 
     Parameters:
-        log_dt (H,), log_A_real (H, N), A_imag (H, N), C (H, N, 2) or, bidirectional, (2, H, N, 2), D (H,).
+        log_dt (H,), log_A_real (H, N), A_imag (H, N), C (H, N, 2) or, bidirectional, (2, H, N, 2), D (H,); with "B" in
+        `trained` also B (H, N, 2), from 1 + 0i. C and B are pairs of real and imaginary part.
 
     Raises:
         ValueError, TypeError: sizes out of range or unknown options; in `forward` a wrong shape or dtype.
@@ -53,8 +60,10 @@ class DiagonalSSM(KeepsFloat32):
     """
 
     # What `optimizer_groups` needs to know about this module's parameters.
-    slow_parameters = ("log_dt", "log_A_real", "A_imag")
+    slow_parameters: ClassVar[dict[str, str]] = {name: kind for kind, names in TRAINABLE.items() for name in names}
     no_decay_parameters = ("C", "D")
+
+    _step_cache: tuple[tuple, tuple, tuple[Tensor, Tensor, Tensor]] | None = None  # see `_discrete_step`
 
     def __init__(
         self,
@@ -66,6 +75,7 @@ class DiagonalSSM(KeepsFloat32):
         discretization: str = "zoh",
         dt_min: float = 1e-3,
         dt_max: float = 1e-1,
+        trained: Collection[str] = ("A", "dt"),
         backend: str = "auto",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -83,18 +93,27 @@ class DiagonalSSM(KeepsFloat32):
         self.channels, self.d_state, self.causal = channels, d_state, bool(causal)
         self.init, self.discretization, self.backend = init, discretization, backend
         self.dt_min, self.dt_max = dt_min, dt_max
+        self.trained = _names(trained)
         real = {"device": device, "dtype": storage_dtype(dtype)}
         shape = (channels, d_state // 2)  # (H, N)
-        self.log_dt = nn.Parameter(torch.empty(channels, **real))
-        self.log_A_real = nn.Parameter(torch.empty(shape, **real))
-        self.A_imag = nn.Parameter(torch.empty(shape, **real))
+        self._add("dt", "log_dt", torch.empty(channels, **real))
+        self._add("A", "log_A_real", torch.empty(shape, **real))
+        self._add("A", "A_imag", torch.empty(shape, **real))
+        if "B" in self.trained:
+            self._add("B", "B", torch.empty((*shape, 2), **real))
         self.C = nn.Parameter(torch.empty((*shape, 2) if causal else (2, *shape, 2), **real))
         self.D = nn.Parameter(torch.empty(channels, **real))
         self.reset_parameters()
 
+    def _add(self, kind: str, name: str, values: Tensor) -> None:
+        if kind in self.trained:
+            self.register_parameter(name, nn.Parameter(values))
+        else:
+            self.register_buffer(name, values)
+
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Draw Δ, C and D anew and set A to its initialisation."""
+        """Draw Δ, C and D anew and set A and B to their initialisation."""
         self.log_dt.uniform_(math.log(self.dt_min), math.log(self.dt_max))
         n = torch.arange(self.d_state // 2, device=self.A_imag.device, dtype=self.A_imag.dtype)
         if self.init == "real":
@@ -104,19 +123,23 @@ class DiagonalSSM(KeepsFloat32):
             inverse = self.d_state / math.pi * (self.d_state / (2 * n + 1) - 1)
             self.log_A_real.fill_(math.log(0.5))
             self.A_imag.copy_((math.pi * n if self.init == "lin" else inverse).expand_as(self.A_imag))
+        if "B" in self.trained:
+            self.B.copy_(torch.tensor([1.0, 0.0]).expand_as(self.B))
         self.C.normal_(std=0.5**0.5)  # complex with unit variance
         self.D.normal_()
 
-    def discrete(self, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
+    def discrete(self, dtype: torch.dtype = torch.float32, rate: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
         """What `ops.ssm_scan` takes: log Ā (H, N), weight 2·C·B̄ (directions, H, N), both complex, and D (H,).
 
-        `dtype` is the precision of the arithmetic, float32 or float64.
+        `dtype` is the precision of the arithmetic, float32 or float64; `rate` multiplies Δ.
         """
         with no_autocast(self.log_dt.device):
-            dt = self.log_dt.to(dtype).exp().unsqueeze(-1)
+            dt = (self.log_dt.to(dtype).exp() * rate).unsqueeze(-1)
             decay = (-self.log_A_real.to(dtype).exp() * dt).clamp(min=_MOST_NEGATIVE)
             turn = self.A_imag.to(dtype) * dt
             log_decay, gain = (_zoh if self.discretization == "zoh" else _bilinear)(decay, turn)
+            if "B" in self.trained:
+                gain = gain * torch.view_as_complex(self.B.to(dtype).contiguous())
             readout = torch.view_as_complex(self.C.to(dtype).contiguous()).reshape(-1, *turn.shape)
             return log_decay, 2 * readout * gain * dt, self.D.to(dtype)
 
@@ -127,6 +150,7 @@ class DiagonalSSM(KeepsFloat32):
         *,
         initial_state: Tensor | None = None,
         return_state: bool = False,
+        rate: float = 1.0,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Run over whole sequences.
 
@@ -136,11 +160,13 @@ class DiagonalSSM(KeepsFloat32):
                 padding: the state keeps decaying.
             initial_state: (B, H, N) complex, as returned before; causal only. Default zero.
             return_state: also return the state after the last position; causal only. Default False.
+            rate: multiplies Δ in this call, default 1.0. A model trained at 16 kHz reads 8 kHz with 2.0.
 
         Returns:
             y (B, L, H), dtype of u; with `return_state` also the state (B, H, N), complex.
 
         Raises:
+            ValueError, TypeError: wrong shapes or dtypes, a `rate` that is no finite number above 0.
             NotImplementedError: a state asked of a bidirectional model, whose outputs depend on the future.
         """
         check.tensor("DiagonalSSM", "u", u, "B L H")
@@ -149,7 +175,9 @@ class DiagonalSSM(KeepsFloat32):
         _inputs.padding("DiagonalSSM", key_padding_mask, u)
         if initial_state is not None or return_state:
             self._need_causal("initial_state and return_state")
-        log_decay, weight, skip = self.discrete(_arithmetic(u))
+        _check_rate(rate)
+        self._forget_step()
+        log_decay, weight, skip = self.discrete(_arithmetic(u), rate)
         options = {"key_padding_mask": key_padding_mask, "backend": self.backend}
         with no_autocast(u.device):
             y, state = ops.ssm_scan(
@@ -161,28 +189,80 @@ class DiagonalSSM(KeepsFloat32):
 
     def initial_state(self, batch: int, dtype: torch.dtype = torch.float32) -> Tensor:
         """The zero state (batch, H, N), complex; `dtype` float64 for float64 inputs."""
+        self._forget_step()
         complex_dtype = torch.complex128 if dtype == torch.float64 else torch.complex64
         shape = (batch, self.channels, self.d_state // 2)
         return torch.zeros(shape, dtype=complex_dtype, device=self.log_dt.device)
 
-    def step(self, u: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-        """One position: u (B, H) and state (B, H, N) -> y (B, H), new state (B, H, N). The same numbers as `forward`.
+    def step(self, u: Tensor, state: Tensor, *, rate: float = 1.0) -> tuple[Tensor, Tensor]:
+        """One position, the same numbers as `forward` up to rounding.
 
-        Raises NotImplementedError for a bidirectional model, ValueError for wrong shapes.
+        The discretisation is kept between calls while no gradient is asked for. Changes of the parameters are noticed
+        (optimizer steps, `load_state_dict`, `.to()`, any in-place operation), except those that PyTorch does not count,
+        made in place by a fused optimizer or through `.data` or a NumPy view: these are noticed from the next
+        `forward`, `initial_state`, `train` or `eval` on.
+
+        Args:
+            u: (B, H), any floating dtype.
+            state: (B, H, N), complex: complex128 for float64 `u`, else complex64; not modified.
+            rate: multiplies Δ in this call, default 1.0.
+
+        Returns:
+            y (B, H), dtype of u, and the new state (B, H, N).
+
+        Raises:
+            ValueError, TypeError: wrong shapes, dtypes or devices, a `rate` that is no finite number above 0.
+            NotImplementedError: a bidirectional model.
         """
         self._need_causal("step()")
-        check.tensor("DiagonalSSM.step", "u", u, "B H")
-        check.real("DiagonalSSM.step", "u", u)
-        check.size("DiagonalSSM.step", "u", u, (u.shape[0], self.channels), "B H")
-        check.tensor("DiagonalSSM.step", "state", state, "B H N")
-        check.size("DiagonalSSM.step", "state", state, (*u.shape, self.d_state // 2), "B H N")
-        dtype = _arithmetic(u)
-        log_decay, weight, skip = self.discrete(dtype)
-        with no_autocast(u.device):
-            wide = u.to(dtype)
-            state = log_decay.exp() * state + wide.unsqueeze(-1)
-            y = (weight[0] * state).real.sum(-1) + skip * wide
-        return y.to(u.dtype), state
+        if not isinstance(u, Tensor) or u.shape[1:] != (self.channels,):  # the rest is checked by `ops.ssm_step`
+            check.tensor("DiagonalSSM.step", "u", u, "B H")
+            check.size("DiagonalSSM.step", "u", u, (u.shape[0], self.channels), "B H")
+        _check_rate(rate)
+        decay, weight, skip = self._discrete_step(_arithmetic(u), rate)
+        return ops.ssm_step(u, decay, weight, state, skip=skip, backend=self.backend)
+
+    def _discrete_step(self, dtype: torch.dtype, rate: float) -> tuple[Tensor, Tensor, Tensor]:
+        """What `ops.ssm_step` takes: Ā and 2·C·B̄ (H, N) and D (H,), from the last call if nothing has changed."""
+        if torch.compiler.is_compiling():
+            return self._discretise_step(dtype, rate)
+        tensors = (*self._parameters.values(), *self._buffers.values())
+        # Another number of them: some are computed from others, by a parametrisation or a hook.
+        stamp = _stamp(tensors) if len(tensors) == 5 + ("B" in self.trained) else None
+        if stamp is None or (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)):
+            return self._discretise_step(dtype, rate)
+        if tensors[0].is_cuda and torch.cuda.is_current_stream_capturing():
+            return self._discretise_step(dtype, rate)  # a CUDA graph outlives what is kept here
+        key = (dtype, rate, self.discretization, stamp)
+        cache = self._step_cache  # read once: another thread may forget it meanwhile
+        if cache is not None and cache[0] == key:
+            return cache[2]
+        # Ordinary tensors also in a caller's inference mode: a later call may need to save them for backward.
+        with torch.inference_mode(False), torch.no_grad():
+            terms = self._discretise_step(dtype, rate)
+        if _stamp(terms) is not None:
+            self._step_cache = (key, tensors, terms)  # the tensors are held so that no other one gets their id
+        return terms
+
+    def _discretise_step(self, dtype: torch.dtype, rate: float) -> tuple[Tensor, Tensor, Tensor]:
+        log_decay, weight, skip = self.discrete(dtype, rate)
+        return log_decay.exp(), weight[0], skip
+
+    def _forget_step(self) -> None:
+        # Where a sequence starts, or the module is changed as a whole: bounds what an unnoticed edit can spoil.
+        if not torch.compiler.is_compiling() and self._step_cache is not None:
+            self._step_cache = None
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        self._forget_step()
+        return super()._apply(fn, recurse)
+
+    def train(self, mode: bool = True) -> nn.Module:
+        self._forget_step()
+        return super().train(mode)
+
+    def __getstate__(self) -> dict:
+        return {name: value for name, value in self.__dict__.items() if name != "_step_cache"}
 
     def _need_causal(self, what: str) -> None:
         if not self.causal:
@@ -199,12 +279,42 @@ class DiagonalSSM(KeepsFloat32):
             discretization=self.discretization,
             dt_min=self.dt_min,
             dt_max=self.dt_max,
+            trained=self.trained,
             backend=self.backend,
         )
 
 
 def _arithmetic(u: Tensor) -> torch.dtype:
     return torch.float64 if u.dtype == torch.float64 else torch.float32
+
+
+def _names(trained: object) -> tuple[str, ...]:
+    choices = tuple(TRAINABLE)
+    if isinstance(trained, str) or not isinstance(trained, Collection):
+        raise TypeError(f"DiagonalSSM: trained must be a collection of names out of {choices}, got {trained!r}")
+    for name in trained:
+        check.one_of("DiagonalSSM", "trained", name, choices)
+    return tuple(name for name in choices if name in trained)
+
+
+def _check_rate(rate: object) -> None:
+    _inputs.number("DiagonalSSM", "rate", rate)
+    if not 0 < rate < math.inf:
+        raise ValueError(f"DiagonalSSM: rate must be a finite number above 0, got {rate}")
+
+
+def _stamp(tensors: tuple[Tensor, ...]) -> list | None:
+    """What changes when one of the tensors does, or None where nothing may be kept.
+
+    That is so for subclasses (fake tensors), inside `torch.func` (no storage) and for inference tensors (no version).
+    The address is there for `.data = `, which leaves the version. What leaves both can't be noticed: `.data.mul_()`,
+    fused optimizers. `_forget_step` bounds the harm.
+    """
+    try:
+        stamp = [(id(t), t._version, t.data_ptr(), t.dtype, t.device) for t in tensors if type(t) in _ORDINARY]
+    except RuntimeError:
+        return None
+    return stamp if len(stamp) == len(tensors) else None
 
 
 def _zoh(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
