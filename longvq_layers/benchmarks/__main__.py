@@ -1,10 +1,10 @@
-"""Run one benchmark: `python -m longvq_layers.benchmarks assign [--length 16384 …]`."""
+"""Run one benchmark: `python -m longvq_layers.benchmarks assign|ssm [--threads 2 …]`."""
 
 import argparse
 
-from longvq_layers.benchmarks import assign
+from longvq_layers.benchmarks import assign, ssm
 
-BENCHMARKS = {"assign": assign}
+BENCHMARKS = {"assign": assign, "ssm": ssm}
 
 
 def main() -> None:

@@ -1,0 +1,66 @@
+"""The picture of the benchmark of the scan: milliseconds of each method, time per element over the length."""
+
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")  # no display needed
+
+from matplotlib import pyplot
+from matplotlib.axes import Axes
+from matplotlib.ticker import NullLocator
+
+from longvq_layers.benchmarks.ssm_report import SCALING_TARGET, TIMED, Row, find, per_element
+
+_COLOURS = {
+    "ours": "#1261a0",
+    "vandermonde": "#8a8f98",
+    "fft": "#b9791f",
+    "torch": "#8fc1e3",
+    "copy": "#cdd1d8",
+}
+
+
+def draw(path: Path, rows: list[Row]) -> None:
+    """Write a PNG with a panel for each of the two that was measured."""
+    cases = [row for row in rows if row.case in TIMED and row.method == "ours"]
+    lengths = [row for row in rows if row.case == "scaling"]
+    panels = ([lambda axes: _methods(axes, rows, cases)] if cases else []) + (
+        [lambda axes: _scaling(axes, lengths)] if lengths else []
+    )
+    with pyplot.rc_context({"axes.spines.right": False, "axes.spines.top": False, "axes.titlelocation": "left"}):
+        figure, grid = pyplot.subplots(1, max(len(panels), 1), figsize=(6.5 * max(len(panels), 1), 4.6), squeeze=False)
+        for axes, panel in zip(grid[0], panels, strict=False):
+            panel(axes)
+        figure.tight_layout(w_pad=2.5)
+        figure.savefig(path, dpi=150)
+        pyplot.close(figure)
+
+
+def _methods(axes: Axes, rows: list[Row], cases: list[Row]) -> None:
+    methods = tuple(_COLOURS)
+    width = 0.84 / len(methods)
+    for index, method in enumerate(methods):
+        found = [(place, find(rows, case.case, case.L, method)) for place, case in enumerate(cases)]
+        timed = [(place, row.seconds * 1e3) for place, row in found if row and row.seconds is not None]
+        places = [place + (index - (len(methods) - 1) / 2) * width for place, _ in timed]
+        bars = axes.bar(places, [ms for _, ms in timed], width, color=_COLOURS[method], label=method)
+        axes.bar_label(bars, [f"{ms:.2g}" if ms < 100 else f"{ms:,.0f}" for _, ms in timed], fontsize=7)
+    axes.set_xticks(range(len(cases)), [f"{row.case}\nB = {row.B}, L = {row.L:,}" for row in cases])
+    axes.set_yscale("log")
+    axes.set_ylabel("ms")
+    axes.set_title("Time by method", pad=22)
+    axes.legend(fontsize=8, frameon=False, loc="lower left", bbox_to_anchor=(-0.01, 0.99), ncols=len(methods))
+
+
+def _scaling(axes: Axes, rows: list[Row]) -> None:
+    lengths, times = [row.L for row in rows], [per_element(row) * 1e9 for row in rows]
+    axes.plot(lengths, times, "o-", color=_COLOURS["ours"])
+    axes.axhspan(min(times), SCALING_TARGET * min(times), color="#e6e8ec", zorder=0)
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(lengths, [f"{length:,}" for length in lengths])
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.set_ylim(0, 1.2 * max(*times, SCALING_TARGET * min(times)))
+    axes.set_xlabel("length")
+    axes.set_ylabel("forward, ns per element")
+    axes.set_title(f"Time per element (shaded: up to {SCALING_TARGET} times the least)", pad=22)
