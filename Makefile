@@ -1,6 +1,7 @@
-# make demo   swap the attention of a real Transformer and show the result
-# make test   the fast tests
-# make lint   ruff
+# make demo       swap the attention of a real Transformer and show the result
+# make test       the fast tests
+# make sanitize   the tests of the compiled kernels under AddressSanitizer and UndefinedBehaviorSanitizer (GCC)
+# make lint       ruff
 #
 # Everything happens in .venv, made on the first run. TORCH=torch==2.11.0 chooses another torch.
 
@@ -15,7 +16,7 @@ EXTRAS := test,demo,hf
 # What the installation depends on: with these unchanged nothing is built again.
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f -not -path "*/__pycache__/*")
 
-.PHONY: demo test lint clean install
+.PHONY: demo test sanitize lint clean install
 .DELETE_ON_ERROR:
 
 demo: install
@@ -23,6 +24,9 @@ demo: install
 
 test: install
 	$(BIN)/python -m pytest -m "not slow"
+
+sanitize: install
+	$(BIN)/python csrc/build_support/sanitize.py
 
 lint: install
 	$(BIN)/ruff check .

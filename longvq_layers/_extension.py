@@ -16,12 +16,14 @@ import struct
 import warnings
 from pathlib import Path
 
-_PACKAGE = Path(__file__).resolve().parent
-LIBRARY = _PACKAGE / "lib" / "liblongvq.so"
-BUILD_INFO = _PACKAGE / "_build_info.json"
-
 DISABLE = "LONGVQ_DISABLE_EXTENSION"
+ANOTHER_LIBRARY = "LONGVQ_LIBRARY"  # path of a library to load instead of the package's, for example a sanitized one
 CPU_CAPABILITY = "LONGVQ_CPU_CAPABILITY"  # default | avx2 | avx512, read by the library itself
+
+_PACKAGE = Path(__file__).resolve().parent
+IS_ANOTHER_LIBRARY = bool(os.environ.get(ANOTHER_LIBRARY))
+LIBRARY = Path(os.environ[ANOTHER_LIBRARY]).absolute() if IS_ANOTHER_LIBRARY else _PACKAGE / "lib" / "liblongvq.so"
+BUILD_INFO = _PACKAGE / "_build_info.json"  # of the package's library
 
 _library: ctypes.CDLL | None = None
 _error: str | None = "not loaded yet: import longvq_layers loads it"
@@ -40,7 +42,8 @@ def load() -> bool:
         _error = None
     except (OSError, RuntimeError) as error:
         # The interpreter keeps warnings from the same line apart by their text, so this is shown once.
-        _error = f"{LIBRARY} does not load: {_explain(LIBRARY, error)}"
+        name = f"{ANOTHER_LIBRARY}={LIBRARY}" if IS_ANOTHER_LIBRARY else LIBRARY
+        _error = f"{name} does not load: {_explain(LIBRARY, error)}"
         warnings.warn(
             f"the native kernels of longvq_layers are not available, PyTorch serves instead. {_error}",
             RuntimeWarning,
@@ -86,12 +89,14 @@ def _why_not_to_try() -> str | None:
         return f"disabled by {DISABLE}={os.environ[DISABLE]}"
     if LIBRARY.exists():
         return None
-    info = build_info()
-    if info.get("built"):
+    if IS_ANOTHER_LIBRARY:  # asked for by name: the package's own must not stand in for it
+        error = f"missing: {ANOTHER_LIBRARY}={LIBRARY} does not exist"
+    elif build_info().get("built"):
         error = f"missing: {LIBRARY} was built and installed but is no longer there; reinstall longvq-layers"
-        warnings.warn(f"the native kernels of longvq_layers are {error}", RuntimeWarning, stacklevel=3)
-        return error
-    return f"not built: {info.get('reason')}"
+    else:
+        return f"not built: {build_info().get('reason')}"
+    warnings.warn(f"the native kernels of longvq_layers are {error}", RuntimeWarning, stacklevel=3)
+    return error
 
 
 def _open(path: Path) -> ctypes.CDLL:

@@ -43,9 +43,12 @@ def _native_library() -> Iterable[tuple[str, str]]:
         yield "instruction set", _extension.cpu_capability() or "unknown"
     yield _extension.CPU_CAPABILITY, os.environ.get(_extension.CPU_CAPABILITY) or "not set"
     yield _extension.DISABLE, os.environ.get(_extension.DISABLE) or "not set"
+    yield _extension.ANOTHER_LIBRARY, os.environ.get(_extension.ANOTHER_LIBRARY) or "not set"
 
 
 def _built_with() -> Iterable[tuple[str, str]]:
+    if _extension.IS_ANOTHER_LIBRARY:
+        yield "note", f"this describes the package's own library, not that of {_extension.ANOTHER_LIBRARY}"
     for name, value in _extension.build_info().items():
         if isinstance(value, dict):
             for key, flags in value.items():

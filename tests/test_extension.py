@@ -165,6 +165,31 @@ def test_a_library_that_registers_nothing(package):
     assert_served_by_torch(probe(package), "did not register longvq::vq_assign", warned=True)
 
 
+def test_another_library_by_name(package):
+    """It serves, although the package has none of its own."""
+    library = (package / "lib" / "liblongvq.so").rename(package.parent / "another.so")
+    for name in (str(library), library.name):  # from the working directory, not from the linker's folders
+        answer = probe(package, LONGVQ_LIBRARY=name)
+        assert answer["loaded"] and answer["error"] is None and answer["native"] is None and not answer["warnings"]
+        assert f"file                     {library}" in answer["info"]
+    answer = probe(package, LONGVQ_LIBRARY=str(library), LONGVQ_DISABLE_EXTENSION="1")
+    assert_served_by_torch(answer, "disabled by LONGVQ_DISABLE_EXTENSION=1", warned=False)
+
+
+# In each of these the package's own library is intact and must not stand in for the one that was asked for.
+def test_another_library_that_is_missing(package):
+    path = package.parent / "nowhere.so"
+    answer = probe(package, LONGVQ_LIBRARY=str(path))
+    assert_served_by_torch(answer, f"missing: LONGVQ_LIBRARY={path} does not exist", warned=True)
+
+
+def test_another_library_that_is_none(package):
+    path = package.parent / "text.so"
+    path.write_text("this is no library, but longer than a header")
+    answer = probe(package, LONGVQ_LIBRARY=str(path))
+    assert_served_by_torch(answer, f"LONGVQ_LIBRARY={path} does not load: corrupt", warned=True)
+
+
 @pytest.fixture(scope="module")
 def best_capability() -> str:
     return probe(PACKAGE)["capability"]

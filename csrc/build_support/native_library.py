@@ -12,6 +12,7 @@ import os
 import shlex
 import shutil
 import subprocess
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -90,8 +91,11 @@ def build_mode() -> str:
     return mode
 
 
-def build() -> tuple[Path, dict[str, object]]:
-    """Compile what is not in the cache. Returns the library and what to record about it. Raises `BuildError`."""
+def build(cache: Path = CACHE, more_flags: Sequence[str] = ()) -> tuple[Path, dict[str, object]]:
+    """Compile what is not in the cache. Returns the library and what to record about it. Raises `BuildError`.
+
+    `more_flags` go to the compiler and the linker, after our own.
+    """
     command = find_compiler()
     if command is None:
         asked = os.environ.get("CXX")
@@ -106,7 +110,7 @@ def build() -> tuple[Path, dict[str, object]]:
     # Other processors have one portable variant: every *_kernel.cpp is plain C++ with GCC/Clang vector types.
     isa_flags = X86_FLAGS if compiler.machine.startswith("x86_64") else {"default": []}
     have = [f"-DLONGVQ_HAVE_{isa.upper()}" for isa in isa_flags if isa != "default"]
-    flags = [*COMMON_FLAGS, *have]
+    flags = [*COMMON_FLAGS, *have, *more_flags]
     jobs: list[tuple[Path, list[str]]] = []
     for source in sorted(p.relative_to(ROOT) for p in (ROOT / "csrc").rglob("*.cpp")):
         if source.stem.endswith("_kernel"):
@@ -115,10 +119,10 @@ def build() -> tuple[Path, dict[str, object]]:
             jobs.append((source, []))
 
     setting = _digest(compiler.version, compiler.machine, torch.version, str(torch.root), *flags, _headers())
-    (ROOT / CACHE).mkdir(parents=True, exist_ok=True)
+    (ROOT / cache).mkdir(parents=True, exist_ok=True)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        objects = list(pool.map(lambda job: _compile(compiler, torch, flags, setting, *job), jobs))
-    library = _link(compiler, torch, objects)
+        objects = list(pool.map(lambda job: _compile(compiler, torch, flags, cache, setting, *job), jobs))
+    library = _link(compiler, torch, [*LINK_FLAGS, *more_flags], cache, objects)
     info = {
         "built": True,
         "reason": None,
@@ -133,9 +137,11 @@ def build() -> tuple[Path, dict[str, object]]:
     return library, info
 
 
-def _compile(compiler: Compiler, torch: Torch, flags: list[str], setting: str, source: Path, extra: list[str]) -> Path:
+def _compile(
+    compiler: Compiler, torch: Torch, flags: list[str], cache: Path, setting: str, source: Path, extra: list[str]
+) -> Path:
     key = _digest(setting, str(source), (ROOT / source).read_text(), *extra)
-    target = CACHE / f"{source.stem}-{key}.o"
+    target = cache / f"{source.stem}-{key}.o"
     if not (ROOT / target).exists():
         # The prefix map keeps the place of torch out of the error messages in the library.
         place = [f"-ffile-prefix-map={torch.include}=torch", "-isystem", str(torch.include)]
@@ -143,10 +149,10 @@ def _compile(compiler: Compiler, torch: Torch, flags: list[str], setting: str, s
     return target
 
 
-def _link(compiler: Compiler, torch: Torch, objects: list[Path]) -> Path:
-    target = CACHE / f"liblongvq-{_digest(*map(str, objects), *LINK_FLAGS)}.so"
+def _link(compiler: Compiler, torch: Torch, flags: list[str], cache: Path, objects: list[Path]) -> Path:
+    target = cache / f"liblongvq-{_digest(*map(str, objects), *flags)}.so"
     if not (ROOT / target).exists():
-        _run([*compiler.command, *map(str, objects), f"-L{torch.lib}", *LINK_FLAGS], target)
+        _run([*compiler.command, *map(str, objects), f"-L{torch.lib}", *flags], target)
     return ROOT / target
 
 
