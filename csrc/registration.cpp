@@ -3,6 +3,8 @@
 
 #include "cpu_capability.h"
 #include "export.h"
+#include "ssm/scan.h"
+#include "ssm/step.h"
 #include "vq/assign.h"
 
 STABLE_TORCH_LIBRARY_IMPL(longvq, CPU, m) {
@@ -11,7 +13,10 @@ STABLE_TORCH_LIBRARY_IMPL(longvq, CPU, m) {
     return;
   }
   m.impl("vq_assign", TORCH_BOX(&longvq::vq_assign_cpu));
+  m.impl("ssm_scan", TORCH_BOX(&longvq::ssm_scan_cpu));
+  m.impl("ssm_scan_backward", TORCH_BOX(&longvq::ssm_scan_backward_cpu));
+  m.impl("ssm_step", TORCH_BOX(&longvq::ssm_step_cpu));
 }
 
 // The operators that this build has CPU kernels for, separated by spaces; Python checks that each was registered.
-LONGVQ_EXPORT const char* longvq_cpu_operators() { return "vq_assign"; }
+LONGVQ_EXPORT const char* longvq_cpu_operators() { return "vq_assign ssm_scan ssm_scan_backward ssm_step"; }

@@ -6,9 +6,8 @@
 #include <algorithm>
 #include <cstring>
 #include <limits>
-#include <memory>
-#include <new>
 
+#include "../aligned.h"
 #include "../cpu_capability.h"
 #include "assign_kernel.h"
 
@@ -17,24 +16,10 @@ namespace {
 
 using torch::stable::Tensor;
 
-constexpr int64_t kAlignment = 64;              // bytes: one AVX-512 register, one cache line
 constexpr int64_t kBlockRows = 96;              // keys that go over the codebook together, see assign_block
 constexpr int64_t kMinFlopsPerThread = 1 << 20;  // below this starting a thread costs more than it saves
 
 int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
-
-struct AlignedDelete {
-  void operator()(void* memory) const { ::operator delete(memory, std::align_val_t{kAlignment}); }
-};
-
-template <typename T>
-using AlignedArray = std::unique_ptr<T[], AlignedDelete>;
-
-template <typename T>
-AlignedArray<T> aligned_array(int64_t size) {
-  const std::size_t bytes = static_cast<std::size_t>(std::max<int64_t>(size, 1)) * sizeof(T);
-  return AlignedArray<T>(static_cast<T*>(::operator new(bytes, std::align_val_t{kAlignment})));
-}
 
 const AssignKernel& kernel_of_this_cpu() {
   switch (cpu_capability()) {

@@ -1,0 +1,83 @@
+// Vectors of one register, for files that are compiled once per instruction set (*_kernel.cpp) and the headers that only
+// they include. Everything is in an anonymous namespace: the linker keeps one copy of a shared inline function, and it
+// could be the one with instructions that this CPU lacks.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if !defined(LONGVQ_ISA)
+#error "LONGVQ_ISA must be one of default, avx2, avx512"
+#endif
+
+#define LONGVQ_JOIN_(a, b) a##b
+#define LONGVQ_JOIN(a, b) LONGVQ_JOIN_(a, b)
+
+namespace longvq {
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int kLanes = 16;
+#elif defined(__AVX2__)
+constexpr int kLanes = 8;
+#else
+constexpr int kLanes = 4;
+#endif
+constexpr int kHalf = kLanes / 2;  // a register of floats holds the values of two registers of doubles
+
+typedef float Floats __attribute__((vector_size(kLanes * sizeof(float)), may_alias));
+typedef uint32_t Words __attribute__((vector_size(kLanes * sizeof(uint32_t)), may_alias));
+typedef uint16_t Shorts __attribute__((vector_size(kLanes * sizeof(uint16_t)), may_alias));
+typedef float HalfFloats __attribute__((vector_size(kHalf * sizeof(float)), may_alias));
+typedef double Doubles __attribute__((vector_size(kHalf * sizeof(double)), may_alias));
+typedef int64_t Longs __attribute__((vector_size(kHalf * sizeof(int64_t)), may_alias));
+
+template <typename Vector>
+inline Vector load(const void* memory) {  // any alignment
+  Vector value;
+  std::memcpy(&value, memory, sizeof value);
+  return value;
+}
+
+template <typename Vector>
+inline void store(void* memory, Vector value) {
+  std::memcpy(memory, &value, sizeof value);
+}
+
+// Keeps a value that several instructions need in a register: compilers would rather load it again for each of them.
+inline void keep(Floats& value) {
+#if defined(__x86_64__)
+  asm("" : "+x"(value));
+#else
+  (void)value;
+#endif
+}
+
+// While it lives, results too small for a normal number become zero: decaying states would otherwise spend long in
+// subnormal numbers, which are slow on many processors. Subnormal inputs keep their value.
+class FlushToZero {
+#if defined(__x86_64__)
+ public:
+  FlushToZero() : saved_(__builtin_ia32_stmxcsr()) { __builtin_ia32_ldmxcsr(saved_ | 0x8000u); }
+  ~FlushToZero() { __builtin_ia32_ldmxcsr(saved_); }
+
+ private:
+  unsigned saved_;
+#else
+ public:
+  FlushToZero() {}
+  ~FlushToZero() {}
+#endif
+};
+
+// Lanes h * kHalf .. of a register in memory, as doubles.
+inline Doubles widened(const Floats* memory, int h) {
+  return __builtin_convertvector(reinterpret_cast<const HalfFloats*>(memory)[h], Doubles);
+}
+
+inline void narrow(Floats* memory, int h, Doubles value) {
+  reinterpret_cast<HalfFloats*>(memory)[h] = __builtin_convertvector(value, HalfFloats);
+}
+
+}  // namespace
+}  // namespace longvq
