@@ -12,6 +12,24 @@ constexpr int kRows = kLanes == 16 ? 4 : 6;  // chunks that share a pass over a 
 constexpr int kSegment = 3 * kRows;          // chunks that are computed together, a multiple of kRows
 constexpr int kSegmentSteps = kSegment * kChunk;
 
+template <int VALUE>
+struct Constant {
+  static constexpr int value = VALUE;
+};
+
+// call(Constant<rows>, first chunk) for tiles of kRows chunks and the rest one by one. What a tile reads of the chunks
+// stays in the L1 cache while the tables pass by.
+template <typename Call>
+inline void for_tiles(int64_t chunks, const Call& call) {
+  int64_t c = 0;
+  for (; c + kRows <= chunks; c += kRows) {
+    call(Constant<kRows>{}, c);
+  }
+  for (; c < chunks; ++c) {
+    call(Constant<1>{}, c);
+  }
+}
+
 // acc[r][j] += sum_k a[r * row_stride + k] * panel[k * panel_stride + j]
 template <int ROWS>
 inline void multiply(

@@ -75,15 +75,11 @@ void scan_segment(ScanGroup& group, Floats* inputs, int64_t steps, Floats* resul
   for (int64_t t = steps; t < chunks * kChunk; ++t) {
     inputs[t] = Floats{};
   }
-  for (int64_t column = 0; column < columns; column += kPanel) {
-    int64_t c = 0;
-    for (; c + kRows <= whole; c += kRows) {
-      into_state<kRows>(tables, inputs + c * kChunk, column, group.states + c * columns);
+  for_tiles(whole, [&](auto rows, int64_t c) {
+    for (int64_t column = 0; column < columns; column += kPanel) {
+      into_state<rows.value>(tables, inputs + c * kChunk, column, group.states + c * columns);
     }
-    for (; c < whole; ++c) {
-      into_state<1>(tables, inputs + c * kChunk, column, group.states + c * columns);
-    }
-  }
+  });
   if (unfinished) {
     Floats aligned[kChunk];
     align_to_end(inputs + whole * kChunk, unfinished, aligned);
@@ -95,15 +91,11 @@ void scan_segment(ScanGroup& group, Floats* inputs, int64_t steps, Floats* resul
     }
   }
   (tables.complex_modes ? carry<true> : carry<false>)(tables, group.state, group.states, whole, unfinished != 0);
-  for (int t0 = 0; t0 < kChunk; t0 += kPanel) {
-    int64_t c = 0;
-    for (; c + kRows <= chunks; c += kRows) {
-      outputs<kRows>(tables, group.states + c * columns, inputs + c * kChunk, t0, results + c * kChunk);
+  for_tiles(chunks, [&](auto rows, int64_t c) {
+    for (int t0 = 0; t0 < kChunk; t0 += kPanel) {
+      outputs<rows.value>(tables, group.states + c * columns, inputs + c * kChunk, t0, results + c * kChunk);
     }
-    for (; c < chunks; ++c) {
-      outputs<1>(tables, group.states + c * columns, inputs + c * kChunk, t0, results + c * kChunk);
-    }
-  }
+  });
 }
 
 // A gradient is the conjugate of what the adjoint runs on.

@@ -84,53 +84,76 @@ struct Mask {
   bool covers(int64_t step) const { return data != nullptr && data[step * stride]; }
 };
 
+template <SeriesType TYPE>
+struct Steps {
+  using Convert = Conversion<TYPE>;
+  using Scalar = typename Convert::Scalar;
+  using Vector = typename Convert::Vector;
+
+  static void read(const Scalar* step, const Series& series, int64_t channels, Floats* out, int64_t out_stride) {
+    if (channels == kLine && series.channel_stride == 1) {
+      for (int g = 0; g < kGroups; ++g) {
+        out[g * out_stride] = Convert::load_from(load<Vector>(step + g * kLanes));
+      }
+      return;
+    }
+    for (int g = 0; g < kGroups; ++g) {
+      Vector values{};
+      for (int64_t i = 0; i < channels_of(channels, g); ++i) {
+        values[i] = step[(g * kLanes + i) * series.channel_stride];
+      }
+      out[g * out_stride] = Convert::load_from(values);
+    }
+  }
+
+  static void write(Scalar* step, const Series& series, int64_t channels, const Floats* in, int64_t in_stride) {
+    if (channels == kLine && series.channel_stride == 1) {
+      for (int g = 0; g < kGroups; ++g) {
+        store(step + g * kLanes, Convert::store_as(in[g * in_stride]));
+      }
+      return;
+    }
+    for (int g = 0; g < kGroups; ++g) {
+      const Vector values = Convert::store_as(in[g * in_stride]);
+      for (int64_t i = 0; i < channels_of(channels, g); ++i) {
+        step[(g * kLanes + i) * series.channel_stride] = values[i];
+      }
+    }
+  }
+};
+
 // Steps first .. first + count of a line: registers out[group * out_stride + step - first], zeros where masked and in
 // lanes without a channel.
 template <SeriesType TYPE>
 void read_as(
     const Series& series, int64_t channels, const Mask& mask, int64_t first, int64_t count, Floats* out,
     int64_t out_stride) {
-  using Convert = Conversion<TYPE>;
-  using Vector = typename Convert::Vector;
-  const auto* step = static_cast<const typename Convert::Scalar*>(series.data) + first * series.step_stride;
-  const bool whole = channels == kLine && series.channel_stride == 1;
+  const auto* step = static_cast<const typename Steps<TYPE>::Scalar*>(series.data) + first * series.step_stride;
   for (int64_t t = 0; t < count; ++t, step += series.step_stride) {
-    const bool masked = mask.covers(first + t);
     __builtin_prefetch(step + kPrefetch * series.step_stride);
-    for (int g = 0; g < kGroups; ++g) {
-      Vector values{};
-      if (whole && !masked) {
-        values = load<Vector>(step + g * kLanes);
-      } else if (!masked) {
-        for (int64_t i = 0; i < channels_of(channels, g); ++i) {
-          values[i] = step[(g * kLanes + i) * series.channel_stride];
-        }
-      }
-      out[g * out_stride + t] = Convert::load_from(values);
+    Steps<TYPE>::read(step, series, channels, out + t, out_stride);
+  }
+  for (int64_t t = 0; mask.data != nullptr && t < count; ++t) {
+    for (int g = 0; mask.covers(first + t) && g < kGroups; ++g) {
+      out[g * out_stride + t] = Floats{};
     }
   }
 }
 
+// Masked steps become zero in `in` as well.
 template <SeriesType TYPE>
 void write_as(
-    const Series& series, int64_t channels, const Mask& mask, int64_t first, int64_t count, const Floats* in,
+    const Series& series, int64_t channels, const Mask& mask, int64_t first, int64_t count, Floats* in,
     int64_t in_stride) {
-  using Convert = Conversion<TYPE>;
-  auto* step = static_cast<typename Convert::Scalar*>(series.data) + first * series.step_stride;
-  const bool whole = channels == kLine && series.channel_stride == 1;
-  for (int64_t t = 0; t < count; ++t, step += series.step_stride) {
-    const bool masked = mask.covers(first + t);
-    __builtin_prefetch(step + kPrefetch * series.step_stride, 1);
-    for (int g = 0; g < kGroups; ++g) {
-      const typename Convert::Vector values = Convert::store_as(masked ? Floats{} : in[g * in_stride + t]);
-      if (whole) {
-        store(step + g * kLanes, values);
-      } else {
-        for (int64_t i = 0; i < channels_of(channels, g); ++i) {
-          step[(g * kLanes + i) * series.channel_stride] = values[i];
-        }
-      }
+  for (int64_t t = 0; mask.data != nullptr && t < count; ++t) {
+    for (int g = 0; mask.covers(first + t) && g < kGroups; ++g) {
+      in[g * in_stride + t] = Floats{};
     }
+  }
+  auto* step = static_cast<typename Steps<TYPE>::Scalar*>(series.data) + first * series.step_stride;
+  for (int64_t t = 0; t < count; ++t, step += series.step_stride) {
+    __builtin_prefetch(step + kPrefetch * series.step_stride, 1);
+    Steps<TYPE>::write(step, series, channels, in + t, in_stride);
   }
 }
 
@@ -148,7 +171,7 @@ inline void read_steps(
 }
 
 inline void write_steps(
-    const Series& series, int64_t channels, const Mask& mask, int64_t first, int64_t count, const Floats* in,
+    const Series& series, int64_t channels, const Mask& mask, int64_t first, int64_t count, Floats* in,
     int64_t in_stride) {
   switch (series.type) {
     case SeriesType::kFloat:

@@ -122,12 +122,13 @@ def ssm_step(
     Source: as :func:`ssm_scan`.
     """
     op = "ssm_step"
-    check.tensor(op, "u", u, "B H")
-    check.real(op, "u", u)
-    _check_modes(op, decay, weight, "decay")
-    _check_belongs(op, u, "decay", decay, skip)
-    _check_state(op, "state", state, u, "decay", decay)
-    check.same_device(op, "u", u, decay=decay, weight=weight, skip=skip, state=state)
+    if not _is_common_step(u, decay, weight, state, skip):
+        check.tensor(op, "u", u, "B H")
+        check.real(op, "u", u)
+        _check_modes(op, decay, weight, "decay")
+        _check_belongs(op, u, "decay", decay, skip)
+        _check_state(op, "state", state, u, "decay", decay)
+        check.same_device(op, "u", u, decay=decay, weight=weight, skip=skip, state=state)
     chosen = choose(op, backend, u.device, (u.dtype,))
     call = reference.ssm_step if chosen == "reference" else _NAMESPACE[chosen].ssm_step
     return call(u, decay, weight, skip, state)
@@ -220,6 +221,24 @@ def _check_modes(op: str, log_decay: Tensor, weight: Tensor, name: str = "log_de
         if not bool((real <= 0).all()):
             worst = float(real.max())
             raise ValueError(f"{op}: the real part of log_decay must be ≤ 0 (a stable decay), got up to {worst:g}")
+
+
+def _is_common_step(u: object, decay: object, weight: object, state: object, skip: object) -> bool:
+    """Whether this is the commonest right call, which generation makes for every token: then no check is left."""
+    tensors = (u, decay, weight, state, skip)
+    if not all(isinstance(x, Tensor) for x in tensors):
+        return False
+    modes, device = decay.shape, u.device
+    return (
+        u.dtype == skip.dtype == torch.float32
+        and decay.dtype == weight.dtype == state.dtype == torch.complex64
+        and len(modes) == 2
+        and modes[1] > 0
+        and weight.shape == modes
+        and state.shape == (*u.shape[:1], *modes)
+        and u.shape[1:] == skip.shape == modes[:1]
+        and all(x.device == device for x in tensors)
+    )
 
 
 def _check_belongs(op: str, u: Tensor, name: str, decay: Tensor, skip: Tensor | None) -> None:
