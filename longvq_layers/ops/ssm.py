@@ -223,22 +223,25 @@ def _check_modes(op: str, log_decay: Tensor, weight: Tensor, name: str = "log_de
             raise ValueError(f"{op}: the real part of log_decay must be ≤ 0 (a stable decay), got up to {worst:g}")
 
 
-def _is_common_step(u: object, decay: object, weight: object, state: object, skip: object) -> bool:
+def _is_common_step(u: Tensor, decay: Tensor, weight: Tensor, state: Tensor, skip: Tensor | None) -> bool:
     """Whether this is the commonest right call, which generation makes for every token: then no check is left."""
-    tensors = (u, decay, weight, state, skip)
-    if not all(isinstance(x, Tensor) for x in tensors):
+    try:
+        modes, device = decay.shape, u.device
+        return (
+            u.dtype is torch.float32
+            and skip.dtype is torch.float32
+            and decay.dtype is torch.complex64
+            and weight.dtype is torch.complex64
+            and state.dtype is torch.complex64
+            and len(modes) == 2
+            and modes[1] > 0
+            and weight.shape == modes
+            and state.shape == (*u.shape[:1], *modes)
+            and u.shape[1:] == skip.shape == modes[:1]
+            and decay.device == weight.device == state.device == skip.device == device
+        )
+    except AttributeError:  # no tensor
         return False
-    modes, device = decay.shape, u.device
-    return (
-        u.dtype == skip.dtype == torch.float32
-        and decay.dtype == weight.dtype == state.dtype == torch.complex64
-        and len(modes) == 2
-        and modes[1] > 0
-        and weight.shape == modes
-        and state.shape == (*u.shape[:1], *modes)
-        and u.shape[1:] == skip.shape == modes[:1]
-        and all(x.device == device for x in tensors)
-    )
 
 
 def _check_belongs(op: str, u: Tensor, name: str, decay: Tensor, skip: Tensor | None) -> None:
