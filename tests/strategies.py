@@ -138,3 +138,82 @@ def scan_cases(draw, max_length: int = 200) -> ScanCase:
         mask = torch.rand(batch, length) < draw(st.sampled_from([0.1, 0.6]))
     options = {"key_padding_mask": mask, "reverse": draw(st.booleans())}
     return ScanCase(layout(u, draw(st.sampled_from(LAYOUTS))), log_decay, weight, skip, state, options)
+
+
+@dataclass
+class NativeScanCase:
+    """A call of ``ssm_scan`` in the dtypes and memory layouts that the compiled kernel is to take, and gradients."""
+
+    arguments: dict[str, Tensor]
+    options: dict
+    grad_y: Tensor
+    grad_state: Tensor
+
+    def leaves(self) -> dict[str, Tensor]:
+        return {name: x.detach().requires_grad_() for name, x in self.arguments.items()}
+
+    def plain_leaves(self, dtype: torch.dtype) -> dict[str, Tensor]:
+        """Contiguous ones with the same values in ``dtype``, float32 or float64."""
+        return {name: in_precision(x, dtype).requires_grad_() for name, x in self.arguments.items()}
+
+
+def in_precision(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """A contiguous copy in ``dtype``, or its complex counterpart if ``x`` is complex."""
+    return x.detach().resolve_conj().to(dtype.to_complex() if x.is_complex() else dtype).clone().contiguous()
+
+
+def any_layout(draw, x: Tensor, kinds: tuple[str, ...] = ()) -> Tensor:
+    """``x`` with other strides, by kind; expanded, the values of the first index stand for all of that axis."""
+    kinds = (*kinds, "contiguous", "contiguous", "transposed", "sliced", "strided")
+    kind = draw(st.sampled_from((*kinds, "conjugated") if x.is_complex() else kinds))
+    if kind == "transposed":
+        return x.transpose(-1, -2).contiguous().transpose(-1, -2) if x.ndim > 1 else x
+    if kind == "sliced":
+        return layout(x, kind)
+    if kind == "strided":
+        buffer = x.new_zeros([2 * n for n in x.shape])
+        view = buffer[tuple(slice(1, None, 2) for _ in x.shape)]
+        return view.copy_(x)
+    if kind == "conjugated":  # lazily: the bit is set, the memory is that of the conjugate
+        return x.conj().resolve_conj().conj()
+    if kind.startswith("expanded"):
+        axis = int(kind.removeprefix("expanded"))
+        return x.narrow(axis, 0, min(1, x.shape[axis])).expand(x.shape)
+    return x.contiguous()
+
+
+_EXPANDED = ("expanded0", "expanded2", "expanded1")  # along the batch, the channels, time
+
+
+@st.composite
+def native_scan_cases(draw, dtype: torch.dtype = torch.float32, max_length: int = 100) -> NativeScanCase:
+    """Shapes around the 16 channels of a line, the 32 or 64 steps of a chunk and its panels of modes; every layout."""
+    torch.manual_seed(draw(st.integers(0, 2**16)))
+    batch, channels = draw(st.integers(0, 3)), draw(st.sampled_from([3, 1, 2, 15, 16, 17, 33]))
+    modes = draw(st.sampled_from([1, 2, 3, 4, 5, 7, 16, 32]))
+    length = draw(st.one_of(st.sampled_from([0, 1, 31, 32, 33, 63, 64, 65]), st.integers(0, max_length)))
+    family = draw(st.sampled_from([torch.complex64, torch.float32]))
+    log_decay = -torch.rand(channels, modes) * draw(st.sampled_from([1.0, 1e-8, 1e-3, 50.0]))
+    if draw(st.booleans()):  # all kinds in one channel
+        log_decay *= torch.tensor([1.0, 1e-3, 1e-8])[torch.randint(3, (channels, modes))]
+    if family.is_complex:
+        log_decay = torch.complex(log_decay, torch.randn(channels, modes) * draw(st.sampled_from([1.0, 100.0, 1e6])))
+    arguments = {
+        "u": any_layout(draw, torch.randn(batch, length, channels).to(dtype), _EXPANDED),
+        "log_decay": any_layout(draw, log_decay),
+        "weight": any_layout(draw, torch.randn(channels, modes, dtype=family)),
+    }
+    if draw(st.booleans()):
+        arguments["skip"] = any_layout(draw, torch.randn(channels))
+    if draw(st.booleans()):
+        arguments["initial_state"] = any_layout(draw, torch.randn(batch, channels, modes, dtype=family), _EXPANDED)
+    mask = None
+    if draw(st.booleans()):
+        mask = torch.rand(batch, length) < draw(st.sampled_from([0.2, 0.7, 1.0]))
+        mask = any_layout(draw, mask, _EXPANDED[:1])
+    return NativeScanCase(
+        arguments,
+        {"key_padding_mask": mask, "reverse": draw(st.booleans())},
+        any_layout(draw, torch.randn(batch, length, channels).to(dtype), _EXPANDED),
+        any_layout(draw, torch.randn(batch, channels, modes, dtype=family), _EXPANDED),
+    )

@@ -67,9 +67,9 @@ inline void into_state(const ChunkTables& tables, const Floats* inputs, int64_t 
 // Outputs t0 .. t0 + kPanel of ROWS chunks from their entry states and their inputs up to there.
 template <int ROWS>
 inline void outputs(const ChunkTables& tables, const Floats* states, const Floats* inputs, int t0, Floats* out) {
-  const int64_t columns = tables.padded_columns;
+  const int64_t padded = tables.padded_columns;
   Floats acc[ROWS][kPanel] = {};
-  multiply<ROWS>(acc, states, columns, tables.out + t0 * columns, kPanel, columns);
+  multiply<ROWS>(acc, states, padded, tables.out + t0 * padded, kPanel, tables.columns);
   // Step s adds K[t - s]: its panel starts at K[t0 - s].
   multiply<ROWS>(acc, inputs, kChunk, tables.kernel + t0, -1, t0);
   // No input reaches an output before it, not even times zero: it could be infinite.

@@ -170,10 +170,9 @@ struct ChunkTables {
   }
 
   void fill(const ScanModel& model, bool adjoint) {
-    for (int64_t column = columns; column < padded_columns; ++column) {
+    for (int64_t column = columns; column < padded_columns; ++column) {  // computed with the others and never read
       for (int t = 0; t < kChunk; ++t) {
         *panel_entry(into, kChunk, t, column) = Floats{};
-        *panel_entry(out, padded_columns, column, t) = Floats{};
       }
     }
     Doubles sums[kChunk][2] = {};  // K

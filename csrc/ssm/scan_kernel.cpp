@@ -85,9 +85,6 @@ void scan_segment(ScanGroup& group, Floats* inputs, int64_t steps, Floats* resul
     align_to_end(inputs + whole * kChunk, unfinished, aligned);
     for (int64_t column = 0; column < columns; column += kPanel) {
       into_state<1>(tables, aligned, column, group.added);
-      for (int j = 0; j < kPanel; ++j) {  // columns without a mode stay zero
-        group.states[whole * columns + column + j] = Floats{};
-      }
     }
   }
   (tables.complex_modes ? carry<true> : carry<false>)(tables, group.state, group.states, whole, unfinished != 0);

@@ -195,7 +195,11 @@ BAD = {
     "skip dtype": (dict(skip=torch.ones(3).double()), TypeError, "skip must be torch.float32"),
     "state": (dict(initial_state=torch.ones(1, 3, 3)), ValueError, "initial_state must have shape"),
     "state dtype": (dict(initial_state=torch.ones(1, 3, 2).cfloat()), TypeError, "initial_state must have the dtype"),
-    "native": (dict(backend="native"), NotImplementedError, "no compiled kernel"),
+    "native": (
+        dict(u=U.double(), log_decay=LOG.double(), weight=WEIGHT.double(), backend="native"),
+        NotImplementedError,
+        "has compiled kernels for torch.float32",
+    ),
     "mask": (dict(key_padding_mask=torch.zeros(1, 5)), TypeError, "key_padding_mask must be bool"),
     "mask shape": (dict(key_padding_mask=torch.zeros(1, 4) > 0), ValueError, "key_padding_mask must have shape"),
     "reverse": (dict(reverse=1), TypeError, "reverse must be a bool"),
