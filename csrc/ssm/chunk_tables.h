@@ -127,17 +127,12 @@ inline Complex decay_of(const ScanModel& model, int64_t mode, int h) {
   return {size * cosine, size * sine};
 }
 
-// Columns of floats, [panel][depth][kPanel]: the right-hand side of `multiply`.
-inline Floats* panel_entry(Floats* panels, int64_t depth, int64_t row, int64_t column) {
-  return panels + (column / kPanel * depth + row) * kPanel + column % kPanel;
-}
-
 // Of one register of channels.
 struct ChunkTables {
   int64_t modes, columns, padded_columns;  // columns = 2 N if complex, else N; padded to whole panels
   bool complex_modes;
-  Floats* into;    // panels over columns, depth kChunk
-  Floats* out;     // panels over the steps of a chunk, depth padded_columns
+  Floats* into;    // (padded_columns / kPanel, kChunk, kPanel): panels of columns
+  Floats* out;     // (kChunk / kPanel, padded_columns, kPanel): panels of steps
   Floats* kernel;  // (kChunk,) K, the skip weight added to K[0]
   // (N, halves, re and im)
   Doubles* decay;  // lambda
@@ -169,17 +164,18 @@ struct ChunkTables {
     table[entry(mode, h) + 1] = value.im;
   }
 
-  void fill(const ScanModel& model, bool adjoint) {
-    for (int64_t column = columns; column < padded_columns; ++column) {  // computed with the others and never read
-      for (int t = 0; t < kChunk; ++t) {
-        *panel_entry(into, kChunk, t, column) = Floats{};
+  // For rows of at most `longest` steps: of a short one only the beginning of the tables is used.
+  void fill(const ScanModel& model, bool adjoint, int64_t longest) {
+    const int steps = longest < kChunk ? static_cast<int>(longest) : kChunk;
+    if (steps < kChunk || padded_columns > columns) {
+      for (int64_t i = 0; i < kChunk * padded_columns; ++i) {
+        into[i] = Floats{};
       }
     }
     Doubles sums[kChunk][2] = {};  // K
     for (int64_t n = 0; n < modes; ++n) {
-      for (int h = 0; h < 2; ++h) {
-        complex_modes ? fill_mode<true>(model, adjoint, n, h, sums) : fill_mode<false>(model, adjoint, n, h, sums);
-      }
+      complex_modes ? fill_mode<true>(model, adjoint, n, steps, sums)
+                    : fill_mode<false>(model, adjoint, n, steps, sums);
     }
     for (int t = 0; t < kChunk; ++t) {
       for (int h = 0; h < 2; ++h) {
@@ -213,26 +209,37 @@ struct ChunkTables {
 
  private:
   template <bool COMPLEX>
-  void fill_mode(const ScanModel& model, bool adjoint, int64_t n, int h, Doubles (&sums)[kChunk][2]) {
-    const int64_t column = COMPLEX ? 2 * n : n;
-    const Complex lambda = decay_of(model, n, h);
-    const Complex weight = read_mode(model.weight, model.channels, n, COMPLEX, h);
-    Complex power{broadcast(1.0), Doubles{}}, weighted = weight;  // lambda^t, w lambda^t
-    for (int t = 0; t < kChunk; ++t) {
-      sums[t][h] += weighted.re;
-      weighted = product<COMPLEX>(weighted, lambda);
-      const Complex& in = adjoint ? weighted : power;
-      const Complex& from = adjoint ? power : weighted;
-      narrow(panel_entry(into, kChunk, kChunk - 1 - t, column), h, in.re);
-      narrow(panel_entry(out, padded_columns, column, t), h, from.re);
-      if (COMPLEX) {  // Re(out x) = re re - im im: the minus stands in the table
-        narrow(panel_entry(into, kChunk, kChunk - 1 - t, column + 1), h, in.im);
-        narrow(panel_entry(out, padded_columns, column + 1, t), h, -from.im);
-      }
-      power = product<COMPLEX>(power, lambda);
+  void fill_mode(const ScanModel& model, bool adjoint, int64_t n, int steps, Doubles (&sums)[kChunk][2]) {
+    const int64_t column = COMPLEX ? 2 * n : n, out_panel = padded_columns * kPanel;
+    // Both columns of a complex mode lie in one panel.
+    Floats* in = into + (column / kPanel * kChunk + kChunk - 1) * kPanel + column % kPanel;
+    Floats* from = out + column * kPanel;
+    Complex lambda[2], power[2], weighted[2];  // lambda, lambda^t, w lambda^t
+    for (int h = 0; h < 2; ++h) {
+      lambda[h] = decay_of(model, n, h);
+      power[h] = {broadcast(1.0), Doubles{}};
+      weighted[h] = read_mode(model.weight, model.channels, n, COMPLEX, h);
     }
-    set(decay, n, h, lambda);
-    set(whole, n, h, power);
+    for (int t = 0; t < steps; ++t, in -= kPanel) {
+      for (int h = 0; h < 2; ++h) {
+        sums[t][h] += weighted[h].re;
+        weighted[h] = product<COMPLEX>(weighted[h], lambda[h]);
+        const Complex& entering = adjoint ? weighted[h] : power[h];
+        const Complex& leaving = adjoint ? power[h] : weighted[h];
+        narrow(in, h, entering.re);
+        narrow(from, h, leaving.re);
+        if (COMPLEX) {  // Re(out x) = re re - im im: the minus stands in the table
+          narrow(in + 1, h, entering.im);
+          narrow(from + kPanel, h, -leaving.im);
+        }
+        power[h] = product<COMPLEX>(power[h], lambda[h]);
+      }
+      from += t % kPanel == kPanel - 1 ? out_panel - (kPanel - 1) : 1;
+    }
+    for (int h = 0; h < 2; ++h) {
+      set(decay, n, h, lambda[h]);
+      set(whole, n, h, power[h]);
+    }
   }
 };
 

@@ -254,7 +254,7 @@ void gradients(
   GradientScratch scratch(model.modes, model.complex_modes, arena);
   const int groups = static_cast<int>(round_up(model.channels, kLanes) / kLanes);
   for (int g = 0; g < groups; ++g) {
-    scratch.groups[g].tables.fill(part_of(model, g), false);
+    scratch.groups[g].tables.fill(part_of(model, g), false, kChunk);
     scratch.groups[g].clear();
   }
   for (int64_t i = 0; i < count; ++i) {

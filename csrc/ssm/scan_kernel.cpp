@@ -89,7 +89,7 @@ void scan_segment(ScanGroup& group, Floats* inputs, int64_t steps, Floats* resul
   }
   (tables.complex_modes ? carry<true> : carry<false>)(tables, group.state, group.states, whole, unfinished != 0);
   for_tiles(chunks, [&](auto rows, int64_t c) {
-    for (int t0 = 0; t0 < kChunk; t0 += kPanel) {
+    for (int t0 = 0; t0 < kChunk && t0 < steps; t0 += kPanel) {
       outputs<rows.value>(tables, group.states + c * columns, inputs + c * kChunk, t0, results + c * kChunk);
     }
   });
@@ -128,8 +128,12 @@ void scan(const ScanModel& model, bool adjoint, const ScanRow* rows, int64_t cou
   Arena arena{reinterpret_cast<uintptr_t>(memory)};
   ScanScratch scratch(model.modes, model.complex_modes, arena);
   const int groups = static_cast<int>(round_up(model.channels, kLanes) / kLanes);
+  int64_t longest = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    longest = rows[i].length > longest ? rows[i].length : longest;
+  }
   for (int g = 0; g < groups; ++g) {
-    scratch.groups[g].tables.fill(part_of(model, g), adjoint);
+    scratch.groups[g].tables.fill(part_of(model, g), adjoint, longest);
   }
   for (const ScanRow* row = rows; row < rows + count; ++row) {
     for (int g = 0; g < groups; ++g) {

@@ -16,7 +16,7 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-constexpr int64_t kMinModesPerThread = 1 << 13;  // below this starting a thread costs more than it saves
+constexpr int64_t kMinModesPerThread = 1 << 15;  // below this starting a thread costs more than it saves
 
 const StepKernel& kernel_of_this_cpu() {
   switch (cpu_capability()) {

@@ -129,7 +129,7 @@ def _compare(
         yield Row(case, batch, channels, length, name, note=f"skipped, {reason}")
 
 
-@torch.no_grad()
+@torch.inference_mode()  # as one generates; under no_grad every call goes through autograd's layer for nothing
 def _step(sizes: Sizes, backend: str) -> Iterator[Row]:
     torch.manual_seed(0)
     channels = sizes.step_channels

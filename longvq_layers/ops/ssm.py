@@ -217,9 +217,8 @@ def _check_modes(op: str, log_decay: Tensor, weight: Tensor, name: str = "log_de
     check.size(op, "weight", weight, tuple(log_decay.shape), "H N")
     check.at_least_one(op, name, log_decay, 1, "mode N")
     if name == "log_decay" and check.values_are_readable(log_decay) and log_decay.numel():
-        real = log_decay.detach().real
-        if not bool((real <= 0).all()):
-            worst = float(real.max())
+        worst = float(log_decay.detach().real.max())
+        if not worst <= 0:  # also for NaN
             raise ValueError(f"{op}: the real part of log_decay must be ≤ 0 (a stable decay), got up to {worst:g}")
 
 
