@@ -47,7 +47,7 @@ inline void store(void* memory, Vector value) {
 // Keeps a value that several instructions need in a register: compilers would rather load it again for each of them.
 inline void keep(Floats& value) {
 #if defined(__x86_64__)
-  asm("" : "+x"(value));
+  asm("" : "+v"(value));
 #else
   (void)value;
 #endif

@@ -126,7 +126,9 @@ def vq_attention(
         # The assignment has kernels of its own: "auto" takes the fastest for it, a named backend is kept to.
         codes = vq_assign(k, codebook, backend=backend)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    arguments = (q, k, v, codebook.detach(), codes, bias, key_padding_mask)
+    precise = torch.promote_types(q.dtype, torch.float32)
+    bias = None if bias is None else bias.to(precise)
+    arguments = (q, k, v, codebook.detach().to(precise), codes, bias, key_padding_mask)
     options = (scale, bool(causal), int(window), activation, local_keys, key_grad)
     if chosen == "reference":
         return reference.vq_attention(*arguments, *options)

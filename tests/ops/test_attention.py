@@ -147,10 +147,11 @@ def test_extreme_logits_stay_finite(causal, window, activation, logit):
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("namespace", ["longvq", "longvq_torch"])
 def test_opcheck(activation, causal, namespace):
-    q, k, v = (torch.randn(1, 4, 70, 4, dtype=torch.float64, requires_grad=True) for _ in range(3))
-    codebook = torch.randn(4, 6, 4, dtype=torch.float64)
+    dtype = torch.float32 if namespace == "longvq" else torch.float64  # what the compiled kernel takes
+    q, k, v = (torch.randn(1, 4, 70, 4, dtype=dtype, requires_grad=True) for _ in range(3))
+    codebook = torch.randn(4, 6, 4, dtype=dtype)
     codes = ops.vq_assign(k, codebook)
-    bias = torch.randn(4, 3 if causal else 5, dtype=torch.float64, requires_grad=True)
+    bias = torch.randn(4, 3 if causal else 5, dtype=dtype, requires_grad=True)
     mask = torch.rand(1, 70) < 0.2
     op = getattr(torch.ops, namespace).vq_attention.default
     torch.library.opcheck(op, (q, k, v, codebook, codes, bias, mask, 0.5, causal, 3, activation, "exact", "cluster"))

@@ -306,7 +306,6 @@ class Attention(nn.Module):
         (TypeError, "window: got bool, expected an int", {"window": True}),
         (ValueError, "local_keys: got 'precise', expected 'exact' or 'quantized'", {"local_keys": "precise"}),
         (ValueError, "backend: got 'cuda', expected one of", {"backend": "cuda"}),
-        (NotImplementedError, "native", {"backend": "native"}),
         (TypeError, "filter_fn: got str, expected a callable", {"filter_fn": "layer"}),
         (TypeError, "filter_fn: got NoneType for 'encoder.layer.0", {"filter_fn": lambda module, name: None}),
         (TypeError, "filter_fn: got int for 'encoder.layer.0", {"filter_fn": lambda module, name: 1}),
@@ -329,6 +328,14 @@ def test_bad_options_raise_and_touch_nothing(error, message, options):
     before = snapshot(model)
     with pytest.raises(error, match=message):
         replace_attention(model, **{"num_codes": 8, "calibration": [tokens()], **options})
+    assert snapshot(model) == before
+
+
+def test_a_backend_without_a_kernel_for_the_model_is_refused():
+    model = bert().double()
+    before = snapshot(model)
+    with pytest.raises(NotImplementedError, match="compiled kernels for torch.float32, got torch.float64"):
+        replace_attention(model, num_codes=8, calibration=[tokens()], backend="native")
     assert snapshot(model) == before
 
 
