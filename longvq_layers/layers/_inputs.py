@@ -1,9 +1,13 @@
 """Checks of what a layer is called with, in the wording of the operators' checks."""
 
+from numbers import Real
+
 import torch
 from torch import Tensor
 
 from longvq_layers.ops import _checks as check
+
+_NUMBERS = (int, float, Real)  # Real: NumPy's scalars; the builtin types first, for its own check takes longer
 
 
 def sequence(layer: str, name: str, x: object, width: int, parameter: Tensor, mask: Tensor | None) -> None:
@@ -15,12 +19,17 @@ def sequence(layer: str, name: str, x: object, width: int, parameter: Tensor, ma
     check.real(layer, name, x)
     check.size(layer, name, x, (x.shape[0], x.shape[1], width), "B L d_model")
     check.same_device(layer, f"the layer's parameters and {name}", parameter, **{name: x})
+    layer_dtype(layer, name, x, parameter)
+    padding(layer, mask, x)
+
+
+def layer_dtype(layer: str, name: str, x: Tensor, parameter: Tensor) -> None:
+    """`x` has the dtype of the layer's `parameter`, or autocast is on."""
     if x.dtype != parameter.dtype and not torch.is_autocast_enabled(x.device.type):
         raise TypeError(
             f"{layer}: {name} must have the dtype of the layer, {parameter.dtype}, got {x.dtype}; convert one of them "
             f"(`{name}.to(dtype)` or `layer.to(dtype)`) or run under torch.autocast"
         )
-    padding(layer, mask, x)
 
 
 def padding(layer: str, mask: object, x: Tensor) -> None:
@@ -45,7 +54,7 @@ def floating(layer: str, dtype: object) -> None:
 
 
 def number(layer: str, name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if isinstance(value, bool) or not isinstance(value, _NUMBERS):
         raise TypeError(f"{layer}: {name} must be a number, got {value!r}")
 
 

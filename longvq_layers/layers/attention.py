@@ -113,6 +113,8 @@ class VQAttention(nn.Module):
             (B, L, embed_dim); exactly 0 at masked positions, also where the output projection has a bias.
         """
         _inputs.sequence("VQAttention", "x", x, self.embed_dim, self.q_proj.weight, key_padding_mask)
+        # Nobody has to fill padding with numbers: NaN there would reach the gradients of the projections as 0 · NaN.
+        x = _inputs.zero_padding(x, key_padding_mask)
         q, k, v = (
             rearrange(project(x), "b l (h d) -> b h l d", d=self.head_dim)
             for project in (self.q_proj, self.k_proj, self.v_proj)

@@ -146,6 +146,8 @@ class LongVQBlock(nn.Module):
             (B, L, d_model), exactly 0 at masked positions.
         """
         _inputs.sequence("LongVQBlock", "x", x, self.d_model, self.q_proj.weight, key_padding_mask)
+        # Nobody has to fill padding with numbers: NaN there would reach the gradients of the projections as 0 · NaN.
+        x = _inputs.zero_padding(x, key_padding_mask)
         if self.norm == "pre":
             y = self._gated_attention(x, self.norm1(x), key_padding_mask)
             y = y + self.ffn(self.norm2(y))

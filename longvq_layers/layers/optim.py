@@ -2,8 +2,9 @@
 
 from collections.abc import Mapping
 
-from torch import nn
+from torch import Tensor, nn
 
+from longvq_layers.layers import _inputs
 from longvq_layers.layers.ssm import TRAINABLE
 
 _SSM_LR = 1e-3
@@ -38,6 +39,7 @@ def optimizer_groups(
 
     Raises:
         ValueError: a negative rate or decay, an unknown name in `ssm_lr`.
+        TypeError: a rate or decay that is neither a number nor a tensor with one element.
 
     Example:
         >>> import torch, longvq_layers
@@ -57,6 +59,8 @@ def optimizer_groups(
     slow = {f"ssm_{kind}": ssm_lr.get(kind, _SSM_LR) for kind in TRAINABLE} if split else {"ssm": ssm_lr}
     given = {f"ssm_lr[{kind!r}]": rate for kind, rate in ssm_lr.items()} if split else {"ssm_lr": ssm_lr}
     for name, value in {"lr": lr, "weight_decay": weight_decay, **given}.items():
+        if not (isinstance(value, Tensor) and value.numel() == 1):  # torch's optimisers take those as well
+            _inputs.number("optimizer_groups", name, value)
         if not 0 <= value < float("inf"):
             raise ValueError(f"optimizer_groups: {name} must be a finite number, at least 0, got {value}")
     settings = {name: (min(lr, rate), 0.0) for name, rate in slow.items()}

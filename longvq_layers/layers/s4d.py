@@ -113,7 +113,7 @@ class S4DLayer(nn.Module):
         _inputs.sequence("S4DLayer", "x", x, self.d_model, self.out_proj.weight, key_padding_mask)
         result = self.ssm(x, key_padding_mask, initial_state=initial_state, return_state=return_state, rate=rate)
         y, state = result if return_state else (result, None)
-        y = _inputs.zero_padding(self._mix_channels(y), key_padding_mask)
+        y = _inputs.zero_padding(self._mix_channels(y, self.out_proj), key_padding_mask)
         return (y, state) if return_state else y
 
     def initial_state(self, batch: int) -> Tensor:
@@ -135,8 +135,14 @@ class S4DLayer(nn.Module):
             ValueError, TypeError: wrong shapes, dtypes or devices, a `rate` that is no finite number above 0.
             NotImplementedError: a bidirectional layer.
         """
+        out_proj = self.out_proj  # looked up once: attributes of a module take microseconds, for every token
+        weight = out_proj.weight
+        if getattr(x, "dtype", None) is not weight.dtype:  # the rest is checked by the SSM
+            check.tensor("S4DLayer.step", "x", x, "B d_model")
+            check.real("S4DLayer.step", "x", x)
+            _inputs.layer_dtype("S4DLayer.step", "x", x, weight)
         y, state = self.ssm.step(x, state, rate=rate)
-        return self._mix_channels(y), state
+        return self._mix_channels(y, out_proj), state
 
     @classmethod
     def from_minimal(
@@ -193,8 +199,8 @@ class S4DLayer(nn.Module):
         layer.load_state_dict(values, strict=False)  # B, if trained, starts at the 1 that the checkpoint means
         return layer
 
-    def _mix_channels(self, y: Tensor) -> Tensor:
-        y = self.out_proj(self.dropout(self.act(y)))
+    def _mix_channels(self, y: Tensor, out_proj: nn.Module) -> Tensor:
+        y = out_proj(self.dropout(self.act(y)))
         return nn.functional.glu(y, dim=-1) if self.glu else y
 
     def extra_repr(self) -> str:

@@ -88,6 +88,8 @@ class DiagonalSSM(KeepsFloat32):
         check.one_of("DiagonalSSM", "init", init, ("lin", "inv", "real"))
         check.one_of("DiagonalSSM", "discretization", discretization, ("zoh", "bilinear"))
         check.one_of("DiagonalSSM", "backend", backend, BACKENDS)
+        _inputs.number("DiagonalSSM", "dt_min", dt_min)
+        _inputs.number("DiagonalSSM", "dt_max", dt_max)
         if not 0 < dt_min <= dt_max < float("inf"):
             raise ValueError(f"DiagonalSSM: dt_min and dt_max must be 0 < dt_min <= dt_max, got {dt_min}, {dt_max}")
         self.channels, self.d_state, self.causal = channels, d_state, bool(causal)
@@ -174,7 +176,7 @@ class DiagonalSSM(KeepsFloat32):
         check.size("DiagonalSSM", "u", u, (u.shape[0], u.shape[1], self.channels), "B L H")
         _inputs.padding("DiagonalSSM", key_padding_mask, u)
         if initial_state is not None or return_state:
-            self._need_causal("initial_state and return_state")
+            self._need_causal("initial_state and return_state need")
         _check_rate(rate)
         self._forget_step()
         log_decay, weight, skip = self.discrete(_arithmetic(u), rate)
@@ -189,6 +191,11 @@ class DiagonalSSM(KeepsFloat32):
 
     def initial_state(self, batch: int, dtype: torch.dtype = torch.float32) -> Tensor:
         """The zero state (batch, H, N), complex; `dtype` float64 for float64 inputs."""
+        # Not isinstance(batch, int): sizes are also NumPy's integers and, under a tracer, symbols and tensors.
+        if isinstance(batch, bool) or not hasattr(type(batch), "__index__"):
+            raise TypeError(f"DiagonalSSM.initial_state: batch must be an int, got {type(batch).__name__}")
+        if batch < 0:
+            raise ValueError(f"DiagonalSSM.initial_state: batch must be 0 or more, got {batch}")
         self._forget_step()
         complex_dtype = torch.complex128 if dtype == torch.float64 else torch.complex64
         shape = (batch, self.channels, self.d_state // 2)
@@ -214,7 +221,7 @@ class DiagonalSSM(KeepsFloat32):
             ValueError, TypeError: wrong shapes, dtypes or devices, a `rate` that is no finite number above 0.
             NotImplementedError: a bidirectional model.
         """
-        self._need_causal("step()")
+        self._need_causal("step() needs")
         if not isinstance(u, Tensor) or u.shape[1:] != (self.channels,):  # the rest is checked by `ops.ssm_step`
             check.tensor("DiagonalSSM.step", "u", u, "B H")
             check.size("DiagonalSSM.step", "u", u, (u.shape[0], self.channels), "B H")
@@ -267,7 +274,7 @@ class DiagonalSSM(KeepsFloat32):
     def _need_causal(self, what: str) -> None:
         if not self.causal:
             raise NotImplementedError(
-                f"DiagonalSSM: {what} needs causal=True; a bidirectional model's outputs depend on inputs to come"
+                f"DiagonalSSM: {what} causal=True; a bidirectional model's outputs depend on inputs to come"
             )
 
     def extra_repr(self) -> str:

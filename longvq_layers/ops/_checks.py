@@ -60,5 +60,13 @@ def one_of(op: str, name: str, value: object, choices: tuple[str, ...]) -> None:
 
 
 def values_are_readable(x: Tensor) -> bool:
-    """Whether looking at the values is cheap and possible: on the CPU, not while tracing."""
-    return x.device.type == "cpu" and type(x) in (Tensor, torch.nn.Parameter) and not torch.compiler.is_compiling()
+    """Whether looking at the values is cheap and possible: on the CPU, not while tracing or inside `torch.func`."""
+    if x.device.type != "cpu" or type(x) not in (Tensor, torch.nn.Parameter):
+        return False
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return False
+    try:
+        x.data_ptr()  # the wrappers of `torch.func` are of type Tensor, but have no storage of their own
+    except RuntimeError:
+        return False
+    return True

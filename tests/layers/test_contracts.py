@@ -98,6 +98,25 @@ def test_masked_inputs_get_no_gradient_and_teach_nothing(name):
 
 @each_layer
 @each_direction
+@pytest.mark.parametrize("filler", [float("nan"), float("inf")])
+def test_anything_may_stand_at_masked_positions(name, causal, filler):
+    layer = trained(name, causal=causal)
+    x = torch.randn(2, 12, WIDTH)
+    mask = torch.zeros(2, 12, dtype=torch.bool)
+    mask[0, 7:] = mask[1, :3] = True
+    results = []
+    for value in (0.0, filler):
+        layer.zero_grad()
+        leaf = x.masked_fill(mask.unsqueeze(-1), value).requires_grad_()
+        y = layer(leaf, key_padding_mask=mask)
+        y[~mask].square().sum().backward()
+        results.append([y, leaf.grad, *(p.grad for p in layer.parameters())])
+    for first, second in zip(*results, strict=True):
+        assert second.isfinite().all() and torch.equal(first, second)
+
+
+@each_layer
+@each_direction
 def test_gradients_reach_every_parameter(name, causal):
     layer = LAYERS[name](causal=causal)
     (layer(torch.randn(2, 30, WIDTH)).square().mean() + commitment_loss(layer)).backward()

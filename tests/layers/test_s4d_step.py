@@ -285,3 +285,20 @@ def test_a_cuda_graph_contains_the_discretisation(monkeypatch, count):
     with torch.no_grad():
         ssm.step(u, state), ssm.step(u, state)
         assert count() == 2 and ssm._step_cache is None
+
+
+def test_steps_take_the_dtype_of_the_layer():
+    layer = S4DLayer(4, d_state=6, causal=True)
+    x, state = torch.randn(2, 4), layer.initial_state(2)
+    for wrong in (torch.float16, torch.float64):
+        text = f"S4DLayer.step: x must have the dtype of the layer, torch.float32, got {wrong}"
+        with pytest.raises(TypeError, match=text):
+            layer.step(x.to(wrong), state)
+    with pytest.raises(TypeError, match=r"x must be a real floating-point tensor, got torch.int64"):
+        layer.step(x.long(), state)
+    with pytest.raises(TypeError, match=r"x must be a torch.Tensor .*got list"):
+        layer.step([1.0], state)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer.step(x.bfloat16(), state)[0].dtype == torch.bfloat16
+    y, _ = copy.deepcopy(layer).half().step(x.half(), state)
+    assert y.dtype == torch.float16

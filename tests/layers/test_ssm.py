@@ -2,12 +2,14 @@
 
 import math
 
+import numpy
 import pytest
 import torch
 from tolerances import assert_close
 
 from longvq_layers import ops
 from longvq_layers.layers import DiagonalSSM, S4DLayer, optimizer_groups
+from longvq_layers.ops import _checks as check
 
 each_init = pytest.mark.parametrize("init", ["lin", "inv", "real"])
 each_rule = pytest.mark.parametrize("rule", ["zoh", "bilinear"])
@@ -128,7 +130,7 @@ def test_what_a_bidirectional_layer_cannot_do():
     layer = S4DLayer(4, d_state=4)
     with pytest.raises(NotImplementedError, match=r"step\(\) needs causal=True.*depend on inputs to come"):
         layer.step(torch.randn(2, 4), layer.initial_state(2))
-    with pytest.raises(NotImplementedError, match="initial_state and return_state needs causal=True"):
+    with pytest.raises(NotImplementedError, match="initial_state and return_state need causal=True"):
         layer(torch.randn(2, 3, 4), return_state=True)
 
 
@@ -171,3 +173,59 @@ def test_optimizer_groups():
     torch.optim.AdamW(optimizer_groups(model, lr=1e-2, weight_decay=0.1))
     with pytest.raises(ValueError, match="lr must be a finite number, at least 0, got -1"):
         optimizer_groups(model, lr=-1, weight_decay=0)
+
+
+def test_arguments_of_the_wrong_type_are_named():
+    for name in ("dt_min", "dt_max"):
+        for wrong in ("a", None, True):
+            with pytest.raises(TypeError, match=f"{name} must be a number, got {wrong!r}"):
+                S4DLayer(8, **{name: wrong})
+    layer, right = S4DLayer(8, d_state=4), {"lr": 1e-3, "weight_decay": 0.0}
+    for name, wrong in (("lr", None), ("weight_decay", "x"), ("ssm_lr", "x"), ("ssm_lr", None), ("lr", torch.ones(2))):
+        with pytest.raises(TypeError, match=f"optimizer_groups: {name} must be a number, got "):
+            optimizer_groups(layer, **{**right, name: wrong})
+    with pytest.raises(TypeError, match=r"ssm_lr\['dt'\] must be a number, got 'x'"):
+        optimizer_groups(layer, **right, ssm_lr={"dt": "x"})
+
+
+def test_numbers_of_other_libraries_are_numbers():
+    number = numpy.float32(0.5)
+    layer = S4DLayer(8, d_state=4, causal=True, dt_min=numpy.float32(1e-3), dt_max=number)
+    assert {group["lr"] for group in optimizer_groups(layer, lr=number, weight_decay=number)} == {1e-3, 0.5}
+    assert optimizer_groups(layer, lr=torch.tensor(1e-4), weight_decay=0)[0]["lr"] == torch.tensor(1e-4)
+    assert layer.initial_state(numpy.int64(3)).shape == (3, 8, 2)
+
+
+@pytest.mark.parametrize("layer", [DiagonalSSM(4, d_state=4, causal=True), S4DLayer(4, d_state=4, causal=True)])
+def test_the_batch_of_a_state_is_checked(layer):
+    assert layer.initial_state(0).shape == (0, 4, 2)
+    with pytest.raises(ValueError, match="batch must be 0 or more, got -1"):
+        layer.initial_state(-1)
+    for wrong in (2.5, None, "2", True):
+        with pytest.raises(TypeError, match=f"batch must be an int, got {type(wrong).__name__}"):
+            layer.initial_state(wrong)
+
+
+@pytest.mark.parametrize("backend", ["reference", "torch", "auto"])
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "bidirectional"])
+def test_ensembles_by_vmap(backend, causal):
+    layers = [S4DLayer(6, d_state=4, causal=causal, backend=backend) for _ in range(3)]
+    x = torch.randn(2, 9, 6)
+    expected = torch.stack([layer(x) for layer in layers])
+    expected.square().sum().backward()
+    parameters, buffers = torch.func.stack_module_state(layers)
+    y = torch.vmap(lambda *own: torch.func.functional_call(layers[0], own, (x,)))(parameters, buffers)
+    assert_close(y, expected, "ensemble")
+    y.square().sum().backward()
+    for name, stacked in parameters.items():
+        assert_close(stacked.grad, torch.stack([dict(one.named_parameters())[name].grad for one in layers]), name)
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.trace. is deprecated:DeprecationWarning")
+def test_the_decay_is_read_where_it_can_be():
+    decay = torch.ones(3, 2)
+    seen = []
+    assert check.values_are_readable(decay) and check.values_are_readable(torch.nn.Parameter(decay))
+    torch.vmap(lambda x: seen.append(check.values_are_readable(x)) or x)(decay)
+    torch.jit.trace(lambda x: seen.append(check.values_are_readable(x)) or x + 0, decay, check_trace=False)
+    assert seen and not any(seen)

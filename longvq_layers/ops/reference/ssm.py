@@ -32,6 +32,8 @@ def ssm_scan(
         y = (weight * state).sum(-1).real
         outputs.append(y if skip is None else y + skip * inputs[:, t])
     y = torch.stack(outputs[::-1] if reverse else outputs, dim=1) if outputs else inputs
+    if not outputs:
+        state = state.clone()  # the caller may write into what it gets, and keeps its initial state
     if key_padding_mask is not None:
         y = y.masked_fill(key_padding_mask.unsqueeze(-1), 0)
     return y.to(u.dtype), state
@@ -54,9 +56,11 @@ def ssm_kernel(log_decay: Tensor, weight: Tensor, length: int) -> Tensor:
 def long_conv(u: Tensor, kernel: Tensor) -> Tensor:
     """``y_t = Σ_{l ≤ t} kernel_l u_{t−l}`` from the dense (H, L, L) Toeplitz matrix."""
     length, taps = u.shape[1], kernel.shape[1]
-    precise = torch.promote_types(u.dtype, torch.float32)
-    t = torch.arange(length, device=u.device)
-    lag = t[:, None] - t[None, :]
-    kernel = torch.nn.functional.pad(kernel.to(precise), (0, max(length - taps, 0)))
-    toeplitz = kernel[:, lag.clamp(min=0)] * (lag >= 0)
-    return torch.einsum("hts,bsh->bth", toeplitz, u.to(precise)).to(u.dtype)
+    kind = u.device.type if torch.amp.is_autocast_available(u.device.type) else "cpu"  # the meta device has none
+    with torch.autocast(kind, enabled=False):  # it would run the einsum in half precision
+        precise = torch.promote_types(u.dtype, torch.float32)
+        t = torch.arange(length, device=u.device)
+        lag = t[:, None] - t[None, :]
+        kernel = torch.nn.functional.pad(kernel.to(precise), (0, max(length - taps, 0)))
+        toeplitz = kernel[:, lag.clamp(min=0)] * (lag >= 0)
+        return torch.einsum("hts,bsh->bth", toeplitz, u.to(precise)).to(u.dtype)
