@@ -54,11 +54,12 @@ inline void keep(Floats& value) {
 }
 
 // While it lives, results too small for a normal number become zero: decaying states would otherwise spend long in
-// subnormal numbers, which are slow on many processors. Subnormal inputs keep their value.
+// subnormal numbers, which are slow on many processors. Subnormal inputs keep their value, also where the caller has
+// them taken for zero. Elsewhere than on x86 nothing changes.
 class FlushToZero {
 #if defined(__x86_64__)
  public:
-  FlushToZero() : saved_(__builtin_ia32_stmxcsr()) { __builtin_ia32_ldmxcsr(saved_ | 0x8000u); }
+  FlushToZero() : saved_(__builtin_ia32_stmxcsr()) { __builtin_ia32_ldmxcsr((saved_ | 0x8000u) & ~0x40u); }
   ~FlushToZero() { __builtin_ia32_ldmxcsr(saved_); }
 
  private:

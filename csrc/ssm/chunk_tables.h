@@ -164,9 +164,9 @@ struct ChunkTables {
     table[entry(mode, h) + 1] = value.im;
   }
 
-  // For rows of at most `longest` steps: of a short one only the beginning of the tables is used.
-  void fill(const ScanModel& model, bool adjoint, int64_t longest) {
-    const int steps = longest < kChunk ? static_cast<int>(longest) : kChunk;
+  void fill(const ScanModel& model, bool adjoint) {
+    // Of a short sequence only the beginning of the tables is used.
+    const int steps = model.length < kChunk ? static_cast<int>(model.length) : kChunk;
     if (steps < kChunk || padded_columns > columns) {
       for (int64_t i = 0; i < kChunk * padded_columns; ++i) {
         into[i] = Floats{};

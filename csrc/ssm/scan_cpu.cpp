@@ -4,11 +4,11 @@
 #include <torch/headeronly/util/Exception.h>
 
 #include <algorithm>
-#include <atomic>
 #include <vector>
 
 #include "../aligned.h"
 #include "../cpu_capability.h"
+#include "../share_out.h"
 #include "scan_kernel.h"
 
 namespace longvq {
@@ -18,20 +18,7 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
-const ScanKernel& kernel_of_this_cpu() {
-  switch (cpu_capability()) {
-#ifdef LONGVQ_HAVE_AVX512
-    case CpuCapability::kAvx512:
-      return scan_kernel_avx512;
-#endif
-#ifdef LONGVQ_HAVE_AVX2
-    case CpuCapability::kAvx2:
-      return scan_kernel_avx2;
-#endif
-    default:
-      return scan_kernel_default;
-  }
-}
+LONGVQ_DEFINE_KERNEL_OF_THIS_CPU(ScanKernel, scan_kernel)
 
 SeriesType series_type(const Tensor& x) {
   switch (x.scalar_type()) {
@@ -121,6 +108,7 @@ struct Arguments {
 
   ScanModel model(int64_t channel, int64_t line) const {
     ScanModel model{};
+    model.length = length;
     model.channels = std::min(line, channels - channel);
     model.modes = modes;
     model.complex_modes = complex_modes;
@@ -157,7 +145,6 @@ struct Arguments {
       const Tensor& in, const Tensor& out, const OptionalTensor& start, const OptionalTensor& end, int64_t row,
       int64_t channel, bool backwards) const {
     ScanRow result{};
-    result.length = length;
     result.in = series(in, row, channel, backwards);
     result.out = series(out, row, channel, backwards);
     result.mask = mask(row, backwards, result.mask_stride);
@@ -180,21 +167,13 @@ struct Partition {
     blocks = (batch + rows_per_block - 1) / rows_per_block;
   }
 
-  // call(channel, first_row, rows, block, scratch) for every item; threads take the next one when they are free.
+  // call(channel, first_row, rows, block, scratch) for every item.
   template <typename Call>
   void run(int64_t scratch_bytes, const Call& call) const {
-    std::atomic<int64_t> next{0};
-    const int64_t items = lines * blocks;
-    torch::stable::parallel_for(0, items, 1, [&](int64_t, int64_t) {
-      int64_t item = next.fetch_add(1);
-      if (item >= items) {
-        return;
-      }
-      const AlignedArray<char> scratch = aligned_array<char>(scratch_bytes);
-      for (; item < items; item = next.fetch_add(1)) {
-        const int64_t block = item % blocks, first_row = block * rows_per_block;
-        call(item / blocks * line, first_row, std::min(rows_per_block, batch - first_row), block, scratch.get());
-      }
+    const auto setup = [&] { return aligned_array<char>(scratch_bytes); };
+    share_out(lines * blocks, setup, [&](int64_t item, const AlignedArray<char>& scratch) {
+      const int64_t block = item % blocks, first_row = block * rows_per_block;
+      call(item / blocks * line, first_row, std::min(rows_per_block, batch - first_row), block, scratch.get());
     });
   }
 };
@@ -230,18 +209,21 @@ std::tuple<Tensor, Tensor> ssm_scan_cpu(
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> ssm_scan_backward_cpu(
     const Tensor& grad_y, const Tensor& grad_state, const Tensor& u, const Tensor& log_decay, const Tensor& weight,
     const OptionalTensor& skip, const OptionalTensor& initial_state, const OptionalTensor& key_padding_mask,
-    bool reverse) {
+    bool reverse, bool need_inputs, bool need_parameters) {
   const Arguments args(u, log_decay, weight, skip, initial_state, key_padding_mask, reverse);
   args.check_series(grad_y, "grad_y");
   args.check_state(grad_state, "grad_state");
   const ScalarType family = log_decay.scalar_type();
-  const std::vector<int64_t> per_row{args.batch, args.channels, args.modes}, per_mode{args.channels, args.modes};
-  Tensor du = new_tensor(u, {args.batch, args.length, args.channels}, u.scalar_type());
-  Tensor dlog = new_tensor(log_decay, per_mode, family), dweight = new_tensor(log_decay, per_mode, family);
-  Tensor dskip = new_tensor(log_decay, {skip.has_value() ? args.channels : 0}, ScalarType::Float);
-  Tensor dinitial =
-      new_tensor(log_decay, initial_state.has_value() ? per_row : std::vector<int64_t>{0}, family);
-  const OptionalTensor end = initial_state.has_value() ? OptionalTensor(dinitial) : std::nullopt;
+  const auto new_if = [](bool wanted, const Tensor& like, const std::vector<int64_t>& shape, ScalarType type) {
+    return new_tensor(like, wanted ? shape : std::vector<int64_t>{0}, type);
+  };
+  const bool has_dskip = need_parameters && skip.has_value(), has_dinitial = need_inputs && initial_state.has_value();
+  Tensor du = new_if(need_inputs, u, {args.batch, args.length, args.channels}, u.scalar_type());
+  Tensor dlog = new_if(need_parameters, log_decay, {args.channels, args.modes}, family);
+  Tensor dweight = new_if(need_parameters, log_decay, {args.channels, args.modes}, family);
+  Tensor dskip = new_if(has_dskip, log_decay, {args.channels}, ScalarType::Float);
+  Tensor dinitial = new_if(has_dinitial, log_decay, {args.batch, args.channels, args.modes}, family);
+  const OptionalTensor end = has_dinitial ? OptionalTensor(dinitial) : std::nullopt;
   if (args.batch == 0 || args.channels == 0) {
     for (Tensor* empty : {&dlog, &dweight, &dskip}) {
       torch::stable::zero_(*empty);
@@ -254,17 +236,24 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> ssm_scan_backward_cpu(
   const Partition work(args.batch, args.channels, line);
   // Sums of each block of rows: log_decay, weight (columns, line) and skip (line,), added up in order below.
   const int64_t per_item = (2 * columns + 1) * line;
-  const AlignedArray<double> sums = aligned_array<double>(work.lines * work.blocks * per_item);
+  const AlignedArray<double> sums = aligned_array<double>(need_parameters ? work.lines * work.blocks * per_item : 0);
   work.run(
       kernel.scratch_bytes(args.modes, args.complex_modes),
       [&](int64_t channel, int64_t first_row, int64_t count, int64_t block, void* scratch) {
         const ScanModel model = args.model(channel, line);
         std::vector<ScanRow> rows;
+        for (int64_t row = first_row; need_inputs && row < first_row + count; ++row) {
+          rows.push_back(args.row(grad_y, du, grad_state, end, row, channel, true));
+        }
+        if (need_inputs) {
+          kernel.scan(model, true, rows.data(), count, scratch);
+        }
+        if (!need_parameters) {
+          return;
+        }
         std::vector<ScanGradientRow> gradient_rows;
         for (int64_t row = first_row; row < first_row + count; ++row) {
-          rows.push_back(args.row(grad_y, du, grad_state, end, row, channel, true));
           ScanGradientRow gradient{};
-          gradient.length = args.length;
           gradient.u = args.series(u, row, channel, false);
           gradient.grad_y = args.series(grad_y, row, channel, false);
           gradient.mask = args.mask(row, false, gradient.mask_stride);
@@ -272,12 +261,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> ssm_scan_backward_cpu(
           gradient.grad_state = modes_of(grad_state, row, channel);
           gradient_rows.push_back(gradient);
         }
-        kernel.scan(model, true, rows.data(), count, scratch);
         double* item = sums.get() + (channel / line * work.blocks + block) * per_item;
         kernel.gradients(
             model, gradient_rows.data(), count, {item, item + columns * line, item + 2 * columns * line}, scratch);
       });
 
+  if (!need_parameters) {
+    return {du, dlog, dweight, dskip, dinitial};
+  }
   const auto total = [&](int64_t channel, int64_t offset) {
     const double* item = sums.get() + channel / line * work.blocks * per_item + offset + channel % line;
     double value = 0.0;
@@ -293,7 +284,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> ssm_scan_backward_cpu(
       log_out[channel * columns + column] = total(channel, column * line);
       weight_out[channel * columns + column] = total(channel, (columns + column) * line);
     }
-    if (skip.has_value()) {
+    if (has_dskip) {
       static_cast<float*>(dskip.mutable_data_ptr())[channel] = total(channel, 2 * columns * line);
     }
   }

@@ -7,7 +7,6 @@
 //     dL/dw: sum_l lambda^l c_l + sum_c Q X,    dL/dlog_decay: w (sum_l l lambda^l c_l + sum_c (Q Z + Q' X))
 // and Z moves on by lambda^T (Z + T X) + sum_t (T-1-t) lambda^(T-1-t) u_t. All four sums over a chunk go over the table
 // `into`, since lambda^(t+1) is lambda times that table backwards. One pass in the order of the sequence, no states kept.
-
 #pragma once
 
 #include "../simd.h"
@@ -17,7 +16,8 @@ namespace longvq {
 namespace {
 
 enum Role { kU, kWeightedU, kG, kWeightedG, kRoles };  // g in reverse order; weighted: times the factors above
-//// Of one register of channels.
+
+// Of one register of channels.
 struct GradientGroup {
   ChunkTables tables;
   Doubles *x, *z;         // states
@@ -195,8 +195,8 @@ void add_row(const ScanModel& model, const ScanGradientRow& row, GradientScratch
     }
   }
   const Mask mask{row.mask, row.mask_stride};
-  for (int64_t first = 0; first < row.length; first += kSegmentSteps) {
-    const int64_t steps = row.length - first < kSegmentSteps ? row.length - first : kSegmentSteps;
+  for (int64_t first = 0; first < model.length; first += kSegmentSteps) {
+    const int64_t steps = model.length - first < kSegmentSteps ? model.length - first : kSegmentSteps;
     read_steps(row.u, model.channels, mask, first, steps, scratch.u, kSegmentSteps);
     read_steps(row.grad_y, model.channels, mask, first, steps, scratch.g, kSegmentSteps);
     for (int g = 0; g < groups; ++g) {
@@ -205,8 +205,8 @@ void add_row(const ScanModel& model, const ScanGradientRow& row, GradientScratch
     }
   }
   if (row.grad_state.data != nullptr) {
-    const int64_t rest = row.length % kChunk;
-    const int64_t tail = (row.length - rest) % kSegmentSteps;  // where the unfinished chunk still lies
+    const int64_t rest = model.length % kChunk;
+    const int64_t tail = (model.length - rest) % kSegmentSteps;  // where the unfinished chunk still lies
     for (int g = 0; g < groups; ++g) {
       add_end<COMPLEX>(scratch.groups[g], part_of(row.grad_state, g), channels_of(model.channels, g),
                        scratch.u + g * kSegmentSteps + tail, rest);
@@ -254,7 +254,7 @@ void gradients(
   GradientScratch scratch(model.modes, model.complex_modes, arena);
   const int groups = static_cast<int>(round_up(model.channels, kLanes) / kLanes);
   for (int g = 0; g < groups; ++g) {
-    scratch.groups[g].tables.fill(part_of(model, g), false, kChunk);
+    scratch.groups[g].tables.fill(part_of(model, g), false);
     scratch.groups[g].clear();
   }
   for (int64_t i = 0; i < count; ++i) {

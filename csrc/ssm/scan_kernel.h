@@ -22,6 +22,7 @@ struct ModeMatrix {
 };
 
 struct ScanModel {
+  int64_t length;    // L, of all rows
   int64_t channels;  // of this line, 1 .. ScanKernel::line
   int64_t modes;     // N
   bool complex_modes;
@@ -31,7 +32,6 @@ struct ScanModel {
 };
 
 struct ScanRow {
-  int64_t length;  // L
   Series in, out;
   const bool* mask;  // true: the input counts as 0 and the output is 0; nullptr: none
   int64_t mask_stride;
@@ -39,7 +39,6 @@ struct ScanRow {
 };
 
 struct ScanGradientRow {
-  int64_t length;
   Series u, grad_y;
   const bool* mask;
   int64_t mask_stride;

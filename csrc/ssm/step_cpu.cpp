@@ -18,20 +18,7 @@ using torch::stable::Tensor;
 
 constexpr int64_t kMinModesPerThread = 1 << 15;  // below this starting a thread costs more than it saves
 
-const StepKernel& kernel_of_this_cpu() {
-  switch (cpu_capability()) {
-#ifdef LONGVQ_HAVE_AVX512
-    case CpuCapability::kAvx512:
-      return step_kernel_avx512;
-#endif
-#ifdef LONGVQ_HAVE_AVX2
-    case CpuCapability::kAvx2:
-      return step_kernel_avx2;
-#endif
-    default:
-      return step_kernel_default;
-  }
-}
+LONGVQ_DEFINE_KERNEL_OF_THIS_CPU(StepKernel, step_kernel)
 
 template <typename Scalar>
 void step(

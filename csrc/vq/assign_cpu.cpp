@@ -21,20 +21,7 @@ constexpr int64_t kMinFlopsPerThread = 1 << 20;  // below this starting a thread
 
 int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
 
-const AssignKernel& kernel_of_this_cpu() {
-  switch (cpu_capability()) {
-#ifdef LONGVQ_HAVE_AVX512
-    case CpuCapability::kAvx512:
-      return assign_kernel_avx512;
-#endif
-#ifdef LONGVQ_HAVE_AVX2
-    case CpuCapability::kAvx2:
-      return assign_kernel_avx2;
-#endif
-    default:
-      return assign_kernel_default;
-  }
-}
+LONGVQ_DEFINE_KERNEL_OF_THIS_CPU(AssignKernel, assign_kernel)
 
 struct Shape {
   int64_t batch, heads, length, depth, codes;

@@ -7,27 +7,21 @@
 // codewords get equal scores, and neither threads nor the block size change a result.
 #include "assign_kernel.h"
 
-#if !defined(LONGVQ_ISA)
-#error "LONGVQ_ISA must be one of default, avx2, avx512"
-#endif
-
-#define LONGVQ_JOIN_(a, b) a##b
-#define LONGVQ_JOIN(a, b) LONGVQ_JOIN_(a, b)
+#include "../simd.h"
 
 namespace longvq {
 namespace {
 
 // kRows * kVectors accumulators + kVectors codes + one broadcast key must fit the register file.
 #if defined(__AVX512F__)
-constexpr int kLanes = 16, kRows = 6, kVectors = 4;  // 24 + 4 + 1 of 32
+constexpr int kRows = 6, kVectors = 4;  // 24 + 4 + 1 of 32
 #elif defined(__AVX2__)
-constexpr int kLanes = 8, kRows = 6, kVectors = 2;  // 12 + 2 + 1 of 16
+constexpr int kRows = 6, kVectors = 2;  // 12 + 2 + 1 of 16
 #else
-constexpr int kLanes = 4, kRows = 4, kVectors = 2;  // 8 + 2 + 1 and one product of 16: no fused multiply-add
+constexpr int kRows = 4, kVectors = 2;  // 8 + 2 + 1 and one product of 16: no fused multiply-add
 #endif
 constexpr int kPanel = kLanes * kVectors;
 
-typedef float Floats __attribute__((vector_size(kLanes * sizeof(float)), may_alias));
 typedef int32_t Ints __attribute__((vector_size(kLanes * sizeof(int32_t)), may_alias));
 
 // ROWS keys against a panel of VECTORS * kLanes codes, the first of which is `first_code`.
