@@ -28,6 +28,20 @@ def _define(schema: str, default: Callable, fake: Callable) -> None:
         torch.library.register_fake(f"{namespace}::{name}", fake, lib=library)
 
 
+def _no_double_backward(name: str) -> None:
+    """Gradients of a backward operator would silently be missing; say so instead."""
+
+    def refuse(ctx, *grads):
+        raise NotImplementedError(
+            f'{name}: double backward is not supported by the compiled and the torch backend; use backend="reference"'
+        )
+
+    for namespace, library in _libraries.items():
+        torch.library.register_autograd(
+            f"{namespace}::{name}_backward", refuse, setup_context=lambda ctx, inputs, output: None, lib=library
+        )
+
+
 def _define_autograd(name: str, setup_context: Callable, backward: Callable) -> None:
     for namespace, library in _libraries.items():
         # Backward stays in the namespace of its forward.
@@ -87,6 +101,7 @@ _define(
     _vq_attention_backward_fake,
 )
 _define_autograd("vq_attention", _vq_attention_setup, _vq_attention_grad)
+_no_double_backward("vq_attention")
 
 # ---- ssm_scan -------------------------------------------------------------------------------------------------------
 
@@ -100,11 +115,14 @@ def _ssm_scan_fake(u, log_decay, weight, skip, initial_state, key_padding_mask, 
     return u.new_empty(u.shape), log_decay.new_empty(u.shape[0], *log_decay.shape)
 
 
-def _ssm_scan_backward_fake(grad_y, grad_state, u, log_decay, weight, skip, initial_state, key_padding_mask, reverse):
-    dskip = u.new_empty(0) if skip is None else skip.new_empty(skip.shape)
-    dinitial = u.new_empty(0) if initial_state is None else initial_state.new_empty(initial_state.shape)
-    empty_params = log_decay.new_empty(log_decay.shape)
-    return u.new_empty(u.shape), empty_params, torch.empty_like(empty_params), dskip, dinitial
+def _ssm_scan_backward_fake(
+    grad_y, grad_state, u, log_decay, weight, skip, initial_state, mask, reverse, need_inputs, need_parameters
+):
+    du = u.new_empty(u.shape if need_inputs else 0)
+    dlog, dweight = (log_decay.new_empty(log_decay.shape if need_parameters else 0) for _ in range(2))
+    has_dskip, has_dinitial = need_parameters and skip is not None, need_inputs and initial_state is not None
+    dskip = log_decay.new_empty(skip.shape if has_dskip else 0, dtype=log_decay.real.dtype)
+    return du, dlog, dweight, dskip, log_decay.new_empty(initial_state.shape if has_dinitial else 0)
 
 
 def _ssm_scan_setup(ctx, inputs, output):
@@ -113,19 +131,22 @@ def _ssm_scan_setup(ctx, inputs, output):
 
 
 def _ssm_scan_grad(ops, ctx, grad_y, grad_state):
-    _, _, _, skip, initial_state, _ = ctx.saved_tensors
-    du, dlog, dweight, dskip, dinitial = ops.ssm_scan_backward(grad_y, grad_state, *ctx.saved_tensors, ctx.reverse)
-    dskip, dinitial = None if skip is None else dskip, None if initial_state is None else dinitial
-    return du, dlog, dweight, dskip, dinitial, None, None
+    tensors = ctx.saved_tensors  # once: under checkpointing they are computed again at this moment
+    need_u, need_log_decay, need_weight, need_skip, need_initial = ctx.needs_input_grad[:5]
+    needed = need_u or need_initial, need_log_decay or need_weight or need_skip
+    gradients = ops.ssm_scan_backward(grad_y, grad_state, *tensors, ctx.reverse, *needed)
+    return *(g if need else None for g, need in zip(gradients, ctx.needs_input_grad, strict=False)), None, None
 
 
 _define(f"ssm_scan({_SCAN_INPUTS}) -> (Tensor, Tensor)", ssm_scan, _ssm_scan_fake)
 _define(
-    f"ssm_scan_backward(Tensor grad_y, Tensor grad_state, {_SCAN_INPUTS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f"ssm_scan_backward(Tensor grad_y, Tensor grad_state, {_SCAN_INPUTS}, bool need_inputs, bool need_parameters) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     ssm_scan_backward,
     _ssm_scan_backward_fake,
 )
 _define_autograd("ssm_scan", _ssm_scan_setup, _ssm_scan_grad)
+_no_double_backward("ssm_scan")
 
 # ---- ssm_step -------------------------------------------------------------------------------------------------------
 

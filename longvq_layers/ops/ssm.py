@@ -5,6 +5,7 @@ from torch import Tensor
 
 from longvq_layers.ops import _checks as check
 from longvq_layers.ops import _schema  # noqa: F401  defines the operators
+from longvq_layers.ops._derivatives import refuse_forward_mode
 from longvq_layers.ops._dispatch import choose
 from longvq_layers.ops.reference import ssm as reference
 from longvq_layers.ops.torch.conv import long_conv as _torch_conv
@@ -83,6 +84,8 @@ def ssm_scan(
     )
 
     chosen = choose(op, backend, u.device, (u.dtype,))
+    if chosen != "reference":
+        refuse_forward_mode(op, u, log_decay, weight, skip, initial_state)
     call = reference.ssm_scan if chosen == "reference" else _NAMESPACE[chosen].ssm_scan
     y, state = call(u, log_decay, weight, skip, initial_state, key_padding_mask, reverse)
     return (y, state) if return_state else y
@@ -130,6 +133,8 @@ def ssm_step(
         _check_state(op, "state", state, u, "decay", decay)
         check.same_device(op, "u", u, decay=decay, weight=weight, skip=skip, state=state)
     chosen = choose(op, backend, u.device, (u.dtype,))
+    if chosen != "reference":
+        refuse_forward_mode(op, u, decay, weight, skip, state)
     call = reference.ssm_step if chosen == "reference" else _NAMESPACE[chosen].ssm_step
     return call(u, decay, weight, skip, state)
 

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from longvq_layers.ops import _checks as check
 from longvq_layers.ops import _schema  # noqa: F401  defines the operators
+from longvq_layers.ops._derivatives import refuse_forward_mode
 from longvq_layers.ops._dispatch import choose
 from longvq_layers.ops.reference import vq as reference
 
@@ -132,6 +133,7 @@ def vq_attention(
     options = (scale, bool(causal), int(window), activation, local_keys, key_grad)
     if chosen == "reference":
         return reference.vq_attention(*arguments, *options)
+    refuse_forward_mode(op, q, k, v, bias)
     return _NAMESPACE[chosen].vq_attention(*arguments, *options)[0]
 
 

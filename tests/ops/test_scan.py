@@ -175,7 +175,7 @@ def test_no_buffer_of_modes_times_length():
     log_decay = torch.complex(-torch.rand(channels, modes), torch.randn(channels, modes))
     with LargestTensor() as mode:
         y, state = ops.torch.ssm.ssm_scan(u, log_decay, log_decay, None, None, None, False)
-        ops.torch.ssm.ssm_scan_backward(y, state, u, log_decay, log_decay, None, None, None, False)
+        ops.torch.ssm.ssm_scan_backward(y, state, u, log_decay, log_decay, None, None, None, False, True, True)
     assert mode.bytes <= 4 * u.numel() * 4  # bytes: four times the input, not `modes` times
 
 

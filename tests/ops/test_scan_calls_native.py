@@ -283,7 +283,7 @@ def test_the_kernel_itself_refuses_what_would_read_out_of_bounds(name):
     with pytest.raises(RuntimeError, match="ssm_scan: "):
         torch.ops.longvq.ssm_scan(*arguments)
     with pytest.raises(RuntimeError, match="ssm_scan: "):
-        torch.ops.longvq.ssm_scan_backward(arguments[0], STATE, *arguments)
+        torch.ops.longvq.ssm_scan_backward(arguments[0], STATE, *arguments, True, True)
 
 
 BAD_GRAD_Y = [U[:1], U[:, :4], U[..., :2], U[0], U.double(), U.bfloat16()]
@@ -294,6 +294,6 @@ BAD_GRAD_STATE = [STATE[:1], STATE[:, :2], STATE[..., :3], STATE[0], STATE.cfloa
     ("grad_y", "grad_state"), [*[(grad, STATE) for grad in BAD_GRAD_Y], *[(U, grad) for grad in BAD_GRAD_STATE]]
 )
 def test_the_kernel_itself_refuses_gradients_of_another_shape_or_type(grad_y, grad_state):
-    torch.ops.longvq.ssm_scan_backward(U, STATE, *GOOD.values(), False)
+    torch.ops.longvq.ssm_scan_backward(U, STATE, *GOOD.values(), False, True, True)
     with pytest.raises(RuntimeError, match="ssm_scan: grad_"):
-        torch.ops.longvq.ssm_scan_backward(grad_y, grad_state, *GOOD.values(), False)
+        torch.ops.longvq.ssm_scan_backward(grad_y, grad_state, *GOOD.values(), False, True, True)

@@ -24,6 +24,8 @@ def fast_length(n: int) -> int:
 class _RealTransform(torch.autograd.Function):
     """`torch.fft.rfft(x, n)`. Its own derivative takes a complex transform of full length; here it is a real one."""
 
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(x: Tensor, n: int) -> Tensor:
         return torch.fft.rfft(x, n=n)
@@ -32,6 +34,10 @@ class _RealTransform(torch.autograd.Function):
     def setup_context(ctx, inputs, output) -> None:
         x, ctx.n = inputs
         ctx.steps = x.shape[-1]
+
+    @staticmethod
+    def jvp(ctx, tangent: Tensor, _: None) -> Tensor:
+        return torch.fft.rfft(tangent, n=ctx.n)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:

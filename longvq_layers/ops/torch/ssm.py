@@ -130,7 +130,7 @@ def ssm_scan(
         state = _start(u, log_decay, initial_state)
         y = torch.empty(u.shape, dtype=u.dtype, device=u.device)
         if u.numel() == 0:
-            return y, state.to(log_decay.dtype)
+            return y, state.to(log_decay.dtype, copy=True).contiguous()  # never the caller's own
         for part, steps in pieces(u.shape[1]):
             tables = Tables(log_decay, weight, steps, dtype)
             chunks = to_chunks(u[:, part].to(dtype), steps)
@@ -139,7 +139,7 @@ def ssm_scan(
             out += by_channel(met, dtype) @ tables.from_state.transpose(1, 2)
             y_part = from_chunks(out, batch)
             y[:, part] = y_part if skip is None else y_part + skip * u[:, part]
-        return in_place(y, key_padding_mask, reverse), state.to(log_decay.dtype)
+        return in_place(y, key_padding_mask, reverse), state.to(log_decay.dtype).contiguous()
 
 
 def _start(u: Tensor, log_decay: Tensor, initial_state: Tensor | None) -> Tensor:
@@ -159,8 +159,13 @@ def ssm_scan_backward(
     initial_state: Tensor | None,
     key_padding_mask: Tensor | None,
     reverse: bool,
+    need_inputs: bool,
+    need_parameters: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of u, log_decay, weight, skip and initial_state (empty tensors for the optional ones not given).
+    """Gradients of u, log_decay, weight, skip and initial_state.
+
+    Empty tensors for optional ones not given, for u and initial_state unless ``need_inputs``, and for the others unless
+    ``need_parameters``.
 
     ``β`` below is dL/dX in the holomorphic sense, so PyTorch's gradient of a complex tensor is its conjugate. The
     states are computed again, chunk by chunk; the adjoint runs through the chunks backwards in the same form.
@@ -170,9 +175,8 @@ def ssm_scan_backward(
         u, grad_y = (in_order(x, key_padding_mask, reverse) for x in (u, grad_y))
         beta = grad_state.to(wide(log_decay.dtype, u.device)).conj().resolve_conj()
         du = torch.zeros(u.shape, dtype=u.dtype, device=u.device)
-        dlog = torch.zeros_like(log_decay, dtype=beta.dtype)
-        dweight = torch.zeros_like(dlog)
-        dskip = u.new_empty(0) if skip is None else torch.zeros_like(skip)
+        dlog, dweight = (beta.new_zeros(log_decay.shape) for _ in range(2))
+        dskip = log_decay.new_zeros(0 if skip is None else skip.shape, dtype=dtype)
         if u.numel():
             state, starts = _start(u, log_decay, initial_state), []
             parts = [(part, Tables(log_decay, weight, steps, dtype)) for part, steps in pieces(u.shape[1])]
@@ -194,10 +198,16 @@ def ssm_scan_backward(
                 du[:, part] = d_part if skip is None else d_part + skip * dy
                 if skip is not None:
                     dskip += (dy * inputs).sum((0, 1))
-                _parameter_grads(dlog, dweight, tables, chunks, dy_chunks, met, left)
-        dinitial = u.new_empty(0) if initial_state is None else beta.conj().resolve_conj().to(initial_state.dtype)
+                if need_parameters:
+                    _parameter_grads(dlog, dweight, tables, chunks, dy_chunks, met, left)
         dlog, dweight = (x.conj().resolve_conj().to(log_decay.dtype) for x in (dlog, dweight))
-        return in_place(du, key_padding_mask, reverse), dlog, dweight, dskip, dinitial
+        dinitial = log_decay.new_empty(0)
+        if initial_state is not None and need_inputs:
+            dinitial = beta.conj().resolve_conj().to(initial_state.dtype).contiguous()
+        du = in_place(du, key_padding_mask, reverse) if need_inputs else u.new_empty(0)
+        if not need_parameters:
+            dlog, dweight, dskip = (x.new_empty(0) for x in (dlog, dweight, dskip))
+        return du, dlog, dweight, dskip, dinitial
 
 
 def _conj(x: Tensor, like: Tensor) -> Tensor:

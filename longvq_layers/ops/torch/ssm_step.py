@@ -8,7 +8,7 @@ def ssm_step(u: Tensor, decay: Tensor, weight: Tensor, skip: Tensor | None, stat
     """y (B, H) in the dtype of ``u`` and the new state (B, H, N) in the dtype of ``state``."""
     with torch.autocast(u.device.type, enabled=False):
         inputs = u.to(decay.real.dtype)
-        state = torch.addcmul(inputs.unsqueeze(-1), decay, state)
+        state = torch.addcmul(inputs.unsqueeze(-1), decay, state).contiguous()
         y = (weight * state).sum(-1).real
         return (y if skip is None else torch.addcmul(y, skip, inputs)).to(u.dtype), state
 

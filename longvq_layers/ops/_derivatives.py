@@ -1,0 +1,16 @@
+"""Derivatives that the operators don't have: say so, where PyTorch would take them for zero."""
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+
+def refuse_forward_mode(op: str, *tensors: Tensor | None) -> None:
+    """Raises NotImplementedError if one of the tensors carries a forward-mode tangent.
+
+    An operator defined through ``torch.library`` passes tangents by when nothing requires a gradient.
+    """
+    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
+        return
+    if any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in tensors):
+        raise NotImplementedError(f'{op}: forward-mode derivatives are not supported; use backend="reference"')
