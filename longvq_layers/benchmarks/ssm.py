@@ -129,11 +129,16 @@ def _compare(
         yield Row(case, batch, channels, length, name, note=f"skipped, {reason}")
 
 
-@torch.inference_mode()  # as one generates; under no_grad every call goes through autograd's layer for nothing
-def _step(sizes: Sizes, backend: str) -> Iterator[Row]:
+def _step(sizes: Sizes, backend: str) -> list[Row]:
     torch.manual_seed(0)
+    ssm = DiagonalSSM(sizes.step_channels, d_state=D_STATE, causal=True, backend=backend).eval()
+    # As one generates; under no_grad every call would go through autograd's layer for nothing.
+    with torch.inference_mode():
+        return list(_time_steps(ssm, sizes))
+
+
+def _time_steps(ssm: DiagonalSSM, sizes: Sizes) -> Iterator[Row]:
     channels = sizes.step_channels
-    ssm = DiagonalSSM(channels, d_state=D_STATE, causal=True, backend=backend).eval()
     state, tokens = ssm.initial_state(1), torch.randn(64, 1, channels)
     times = []
     for i in range(_STEP_WARM_UP + sizes.step_tokens):
