@@ -251,6 +251,9 @@ struct Head {
     const int64_t place = (row * p.heads + kv_head * p.group + g) * p.length + i;
     float* out = p.out + place * p.values;
     float own = 1.0f, before = 0.0f;
+    if (total == 0.0f) {
+      top = -std::numeric_limits<float>::max();  // no key: whatever the other pass has found weighs more
+    }
     if (pass == Pass::kSecond) {
       const float other = p.lse[place], larger = std::max(top, other);
       own = p.weight == AttentionWeight::kSoftmax ? std::exp(top - larger) : 1.0f;
@@ -263,7 +266,7 @@ struct Head {
     }
     if (pass == Pass::kFirst) {
       totals[g * p.length + i] = total;
-      p.lse[place] = total == 0.0f ? -std::numeric_limits<float>::max() : top;
+      p.lse[place] = top;
       return;
     }
     float factor = keys.ignored(i) ? 0.0f : 1.0f;

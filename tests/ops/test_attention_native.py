@@ -75,7 +75,7 @@ def test_widths_around_the_registers(data):
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("window", [0, 40])
 @pytest.mark.parametrize(
-    "special", ["huge scores", "tiny scores", "one code", "equal keys", "no key", "far top masked"]
+    "special", ["huge scores", "tiny scores", "one code", "equal keys", "no key", "far top masked", "far below 0"]
 )
 def test_extremes(causal, window, special):
     q, k, v = (torch.randn(1, 2, 200, 16) for _ in range(3))
@@ -90,6 +90,9 @@ def test_extremes(causal, window, special):
         k[:] = 0.25
     elif special == "no key":
         mask[:] = True
+    elif special == "far below 0":  # every score: a side of the window without a far key must not outweigh them
+        q.abs_()
+        k, codebook = -300 * k.abs(), -300 * codebook.abs()
     else:  # the largest scores belong to masked keys only: they must not decide what underflows
         codebook[:, 0] = 100.0
         k[:, :, ::2] = 100.0
