@@ -157,30 +157,38 @@ void write_as(
   }
 }
 
+template <SeriesType TYPE>
+struct TypeConstant {
+  static constexpr SeriesType value = TYPE;
+};
+
+// call(TypeConstant) for a type known only now.
+template <typename Call>
+inline void for_type(SeriesType type, const Call& call) {
+  switch (type) {
+    case SeriesType::kFloat:
+      return call(TypeConstant<SeriesType::kFloat>{});
+    case SeriesType::kBFloat16:
+      return call(TypeConstant<SeriesType::kBFloat16>{});
+    case SeriesType::kHalf:
+      return call(TypeConstant<SeriesType::kHalf>{});
+  }
+}
+
 inline void read_steps(
     const Series& series, int64_t channels, const Mask& mask, int64_t first, int64_t count, Floats* out,
     int64_t out_stride) {
-  switch (series.type) {
-    case SeriesType::kFloat:
-      return read_as<SeriesType::kFloat>(series, channels, mask, first, count, out, out_stride);
-    case SeriesType::kBFloat16:
-      return read_as<SeriesType::kBFloat16>(series, channels, mask, first, count, out, out_stride);
-    case SeriesType::kHalf:
-      return read_as<SeriesType::kHalf>(series, channels, mask, first, count, out, out_stride);
-  }
+  for_type(series.type, [&](auto type) {
+    read_as<type.value>(series, channels, mask, first, count, out, out_stride);
+  });
 }
 
 inline void write_steps(
     const Series& series, int64_t channels, const Mask& mask, int64_t first, int64_t count, Floats* in,
     int64_t in_stride) {
-  switch (series.type) {
-    case SeriesType::kFloat:
-      return write_as<SeriesType::kFloat>(series, channels, mask, first, count, in, in_stride);
-    case SeriesType::kBFloat16:
-      return write_as<SeriesType::kBFloat16>(series, channels, mask, first, count, in, in_stride);
-    case SeriesType::kHalf:
-      return write_as<SeriesType::kHalf>(series, channels, mask, first, count, in, in_stride);
-  }
+  for_type(series.type, [&](auto type) {
+    write_as<type.value>(series, channels, mask, first, count, in, in_stride);
+  });
 }
 
 }  // namespace
