@@ -19,11 +19,11 @@ using torch::headeronly::ScalarType;
 LONGVQ_DEFINE_KERNEL_OF_THIS_CPU(AttentionKernel, attention_kernel)
 
 void run(const Problem& p) {
-  const int64_t pairs = p.batch * p.kv_heads;
+  const int64_t pairs = static_cast<int64_t>(p.documents.size()) * p.kv_heads;
   const auto scratch_of = [&] { return Scratch(p); };
   if (!p.everything_far()) {
     share_out(pairs, scratch_of, [&](int64_t item, Scratch& scratch) {
-      Head head(p, item / p.kv_heads, item % p.kv_heads);
+      Head head(p, p.documents[item / p.kv_heads], item % p.kv_heads);
       FarField far(p);
       head.from_start(far, scratch);
       if (!p.causal) {
@@ -36,23 +36,56 @@ void run(const Problem& p) {
   std::vector<std::unique_ptr<Head>> heads(pairs);
   std::vector<std::unique_ptr<FarField>> fields(pairs);
   share_out(pairs, [] { return 0; }, [&](int64_t item, int) {
-    heads[item] = std::make_unique<Head>(p, item / p.kv_heads, item % p.kv_heads);
+    heads[item] = std::make_unique<Head>(p, p.documents[item / p.kv_heads], item % p.kv_heads);
     fields[item] = std::make_unique<FarField>(p);
-    fields[item]->add(p, heads[item]->keys, 0, p.length);
+    fields[item]->add(p, heads[item]->keys, 0, heads[item]->length);
   });
-  const int64_t blocks = (p.length + kBlock - 1) / kBlock;
-  share_out(pairs * blocks, scratch_of, [&](int64_t item, Scratch& scratch) {
-    const int64_t pair = item / blocks, first = item % blocks * kBlock;
-    heads[pair]->attend(first, std::min(first + kBlock, p.length), *fields[pair], 0, 0, Pass::kOnly, scratch);
+  struct Block {
+    int64_t pair, first;
+  };
+  std::vector<Block> blocks;
+  for (int64_t pair = 0; pair < pairs; ++pair) {
+    for (int64_t first = 0; first < heads[pair]->length; first += kBlock) {
+      blocks.push_back({pair, first});
+    }
+  }
+  share_out(static_cast<int64_t>(blocks.size()), scratch_of, [&](int64_t item, Scratch& scratch) {
+    const auto [pair, first] = blocks[item];
+    const int64_t last = std::min(first + kBlock, heads[pair]->length);
+    heads[pair]->attend(first, last, *fields[pair], 0, 0, Pass::kOnly, scratch);
   });
+}
+
+std::vector<Document> documents_of(int64_t batch, int64_t length, const OptionalTensor& cu_seqlens) {
+  std::vector<Document> documents;
+  if (!cu_seqlens.has_value()) {
+    for (int64_t row = 0; row < batch; ++row) {
+      documents.push_back({row, 0, length});
+    }
+    return documents;
+  }
+  STD_TORCH_CHECK(
+      cu_seqlens->is_cpu() && cu_seqlens->dim() == 1 && cu_seqlens->scalar_type() == ScalarType::Int &&
+          cu_seqlens->size(0) >= 1 && batch == 1,
+      "vq_attention: cu_seqlens must be (N + 1,), int32, with a batch of one row");
+  const auto* offsets = static_cast<const int32_t*>(cu_seqlens->const_data_ptr());
+  const int64_t count = cu_seqlens->size(0) - 1, stride = cu_seqlens->stride(0);
+  STD_TORCH_CHECK(
+      offsets[0] == 0 && offsets[count * stride] == length, "vq_attention: cu_seqlens must run from 0 to L = ", length);
+  for (int64_t n = 0; n < count; ++n) {
+    const int64_t start = offsets[n * stride], end = offsets[(n + 1) * stride];
+    STD_TORCH_CHECK(start <= end, "vq_attention: cu_seqlens must not fall");
+    documents.push_back({0, start, end - start});
+  }
+  return documents;
 }
 
 }  // namespace
 
 std::tuple<Tensor, Tensor> vq_attention_cpu(
     const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& codebook, const Tensor& codes,
-    const OptionalTensor& bias, const OptionalTensor& key_padding_mask, double scale, bool causal, int64_t window,
-    const std::string& activation, const std::string& local_keys, const std::string&) {
+    const OptionalTensor& bias, const OptionalTensor& key_padding_mask, const OptionalTensor& cu_seqlens, double scale,
+    bool causal, int64_t window, const std::string& activation, const std::string& local_keys, const std::string&) {
   // Python has checked them with better messages: these only keep wrong calls of the bare operator from memory.
   for (const Tensor* x : {&q, &k, &v}) {
     STD_TORCH_CHECK(
@@ -63,7 +96,7 @@ std::tuple<Tensor, Tensor> vq_attention_cpu(
       codebook.is_cpu() && codebook.dim() == 3 && codebook.scalar_type() == ScalarType::Float,
       "vq_attention: codebook must be (Hkv, S, D), float32");
   const AttentionKernel& kernel = kernel_of_this_cpu();
-  Problem p{q, k, v, codebook, codes, bias, key_padding_mask, static_cast<float>(scale), causal, window,
+  Problem p{q, k, v, codebook, codes, bias, key_padding_mask, {}, static_cast<float>(scale), causal, window,
             activation == "laplace" ? AttentionWeight::kLaplace : AttentionWeight::kSoftmax,
             local_keys == "exact" && window > 0, q.size(0), q.size(1), k.size(1), 0, q.size(2), q.size(3), v.size(3),
             codebook.size(1), 0, kernel, 0, 0, 0, nullptr, nullptr};
@@ -90,6 +123,7 @@ std::tuple<Tensor, Tensor> vq_attention_cpu(
            key_padding_mask->size(1) == p.length && key_padding_mask->scalar_type() == ScalarType::Bool),
       "vq_attention: key_padding_mask must be (B, L), bool");
 
+  p.documents = documents_of(p.batch, p.length, cu_seqlens);
   for (int64_t row = 0; row < p.batch; ++row) {
     for (int64_t head = 0; head < p.kv_heads; ++head) {
       const auto* of = static_cast<const int64_t*>(codes.const_data_ptr()) + row * codes.stride(0) + head * codes.stride(1);

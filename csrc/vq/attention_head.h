@@ -1,4 +1,4 @@
-// One head of one batch row: its keys, the field of its far ones, and its queries block by block. For attention_cpu.cpp.
+// One head of one document: its keys, the field of its far ones, and its queries block by block. For attention_cpu.cpp.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
@@ -22,9 +22,16 @@ constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 inline int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
 
+// Positions start .. start + length of batch row `row`, which are attended by themselves: a whole row, or a part of the
+// one row that holds several packed documents.
+struct Document {
+  int64_t row, start, length;
+};
+
 struct Problem {
   const Tensor &q, &k, &v, &codebook, &codes;
   const OptionalTensor &bias, &mask;
+  std::vector<Document> documents;
   float scale;
   bool causal;
   int64_t window;
@@ -39,13 +46,21 @@ struct Problem {
 
   bool everything_far() const { return window == 0 && !causal; }
 
-  const bool* masked(int64_t row) const {
-    return mask.has_value() ? static_cast<const bool*>(mask->const_data_ptr()) + row * mask->stride(0) : nullptr;
+  Matrix matrix_of(const Tensor& x, const Document& document, int64_t head) const {
+    return {static_cast<const float*>(x.const_data_ptr()) + document.row * x.stride(0) + head * x.stride(1) +
+                document.start * x.stride(2),
+            x.stride(2), x.stride(3)};
+  }
+
+  const bool* masked(const Document& document) const {
+    return mask.has_value() ? static_cast<const bool*>(mask->const_data_ptr()) + document.row * mask->stride(0) +
+                                  document.start * mask->stride(1)
+                            : nullptr;
   }
   int64_t mask_stride() const { return mask.has_value() ? mask->stride(1) : 0; }
 };
 
-// The keys of one batch row and key-value head.
+// The keys of one document and key-value head.
 struct Keys {
   Matrix k, v, codebook;
   const int64_t* codes;
@@ -53,12 +68,13 @@ struct Keys {
   const bool* masked;
   int64_t mask_stride;
 
-  Keys(const Problem& p, int64_t row, int64_t head)
-      : k(matrix_of(p.k, row, head)), v(matrix_of(p.v, row, head)),
+  Keys(const Problem& p, const Document& document, int64_t head)
+      : k(p.matrix_of(p.k, document, head)), v(p.matrix_of(p.v, document, head)),
         codebook{static_cast<const float*>(p.codebook.const_data_ptr()) + head * p.codebook.stride(0),
                  p.codebook.stride(1), p.codebook.stride(2)},
-        codes(static_cast<const int64_t*>(p.codes.const_data_ptr()) + row * p.codes.stride(0) + head * p.codes.stride(1)),
-        code_stride(p.codes.stride(2)), masked(p.masked(row)), mask_stride(p.mask_stride()) {}
+        codes(static_cast<const int64_t*>(p.codes.const_data_ptr()) + document.row * p.codes.stride(0) +
+              head * p.codes.stride(1) + document.start * p.codes.stride(2)),
+        code_stride(p.codes.stride(2)), masked(p.masked(document)), mask_stride(p.mask_stride()) {}
 
   int64_t code(int64_t j) const { return codes[j * code_stride]; }
   bool ignored(int64_t j) const { return masked != nullptr && masked[j * mask_stride]; }
@@ -167,39 +183,41 @@ inline std::vector<float> bias_of(const Problem& p, int64_t head) {
 }
 
 // One over the number of keys that each query may attend, for laplace.
-inline std::vector<float> units_of(const Problem& p, int64_t row) {
-  std::vector<float> units(p.length);
-  const bool* masked = p.masked(row);
+inline std::vector<float> units_of(const Problem& p, const Document& document) {
+  std::vector<float> units(document.length);
+  const bool* masked = p.masked(document);
   int64_t count = 0;
-  for (int64_t i = 0; i < p.length; ++i) {
+  for (int64_t i = 0; i < document.length; ++i) {
     count += masked == nullptr || !masked[i * p.mask_stride()];
     units[i] = 1.0f / static_cast<float>(std::max<int64_t>(count, 1));
   }
-  if (!p.causal && p.length > 0) {
+  if (!p.causal && document.length > 0) {
     std::fill(units.begin(), units.end(), units.back());
   }
   return units;
 }
 
-// What a first pass over a row has left for a second: out and lse hold numerators and largest scores until then.
+// What a first pass over a document has left for a second: out and lse hold numerators and largest scores until then.
 enum class Pass { kOnly, kFirst, kSecond };
 
 struct Head {
   const Problem& p;
-  int64_t row, kv_head;
+  Document document;
+  int64_t length, kv_head;
   Keys keys;
   Panels codebook;
   std::vector<std::vector<float>> bias;  // of each query head of the group
   std::vector<float> units;
   std::vector<float> totals;  // (group, L) denominators between two passes
 
-  Head(const Problem& p, int64_t row, int64_t kv_head)
-      : p(p), row(row), kv_head(kv_head), keys(p, row, kv_head), codebook(pack_codebook(p, kv_head)) {
+  Head(const Problem& p, const Document& document, int64_t kv_head)
+      : p(p), document(document), length(document.length), kv_head(kv_head), keys(p, document, kv_head),
+        codebook(pack_codebook(p, kv_head)) {
     for (int64_t g = 0; g < p.group; ++g) {
       bias.push_back(bias_of(p, kv_head * p.group + g));
     }
     if (p.weight == AttentionWeight::kLaplace) {
-      units = units_of(p, row);
+      units = units_of(p, document);
     }
   }
 
@@ -231,7 +249,7 @@ struct Head {
     block.top = scratch.top.get();
     for (int64_t g = 0; g < p.group; ++g) {
       const int64_t head = kv_head * p.group + g;
-      const Matrix q = matrix_of(p.q, row, head);
+      const Matrix q = p.matrix_of(p.q, document, head);
       for (int64_t i = first; i < last; ++i) {
         const float unit = units.empty() ? p.scale : units[i];
         for (int64_t d = 0; d < p.depth; ++d) {
@@ -248,7 +266,7 @@ struct Head {
   }
 
   void finish(int64_t g, int64_t i, const float* sums, float total, float top, Pass pass) {
-    const int64_t place = (row * p.heads + kv_head * p.group + g) * p.length + i;
+    const int64_t place = (document.row * p.heads + kv_head * p.group + g) * p.length + document.start + i;
     float* out = p.out + place * p.values;
     float own = 1.0f, before = 0.0f;
     if (total == 0.0f) {
@@ -258,14 +276,14 @@ struct Head {
       const float other = p.lse[place], larger = std::max(top, other);
       own = p.weight == AttentionWeight::kSoftmax ? std::exp(top - larger) : 1.0f;
       before = p.weight == AttentionWeight::kSoftmax ? std::exp(other - larger) : 1.0f;
-      total = total * own + totals[g * p.length + i] * before;
+      total = total * own + totals[g * length + i] * before;
       top = larger;
     }
     for (int64_t e = 0; e < p.values; ++e) {
       out[e] = sums[e] * own + (pass == Pass::kSecond ? out[e] * before : 0.0f);
     }
     if (pass == Pass::kFirst) {
-      totals[g * p.length + i] = total;
+      totals[g * length + i] = total;
       p.lse[place] = top;
       return;
     }
@@ -284,14 +302,14 @@ struct Head {
   void from_start(FarField& far, Scratch& scratch) {
     const bool two_passes = !p.causal;
     if (two_passes) {
-      totals.assign(p.group * p.length, 0.0f);
+      totals.assign(p.group * length, 0.0f);
     }
     int64_t added = 0;
-    for (int64_t first = 0; first < p.length; first += kBlock) {
-      const int64_t last = std::min(first + kBlock, p.length), near_first = std::max<int64_t>(0, first - p.reach);
+    for (int64_t first = 0; first < length; first += kBlock) {
+      const int64_t last = std::min(first + kBlock, length), near_first = std::max<int64_t>(0, first - p.reach);
       far.add(p, keys, added, near_first);
       added = near_first;
-      const int64_t near_last = p.causal ? last : std::min(p.length, last + p.reach);
+      const int64_t near_last = p.causal ? last : std::min(length, last + p.reach);
       attend(first, last, far, near_first, near_last, two_passes ? Pass::kFirst : Pass::kOnly, scratch);
     }
   }
@@ -299,9 +317,9 @@ struct Head {
   // Bidirectional: blocks from the end see what is far behind them.
   void from_end(FarField& far, Scratch& scratch) {
     far.clear(p);
-    int64_t added = p.length;
-    for (int64_t first = (p.length - 1) / kBlock * kBlock; first >= 0; first -= kBlock) {
-      const int64_t last = std::min(first + kBlock, p.length), far_first = std::min(p.length, last + p.reach);
+    int64_t added = length;
+    for (int64_t first = (length - 1) / kBlock * kBlock; first >= 0; first -= kBlock) {
+      const int64_t last = std::min(first + kBlock, length), far_first = std::min(length, last + p.reach);
       far.add(p, keys, far_first, added);
       added = far_first;
       attend(first, last, far, 0, 0, Pass::kSecond, scratch);

@@ -1,8 +1,6 @@
 // Matrices of one head with strides, and in the panels that the kernel reads (attention_kernel.h).
 #pragma once
 
-#include <torch/csrc/stable/tensor.h>
-
 #include <algorithm>
 #include <cstdint>
 
@@ -10,18 +8,13 @@
 
 namespace longvq {
 
-// A (rows, columns) matrix with strides, of one batch row and head.
+// A (rows, columns) matrix with strides.
 struct Matrix {
   const float* data;
   int64_t row_stride, column_stride;
 
   const float* row(int64_t i) const { return data + i * row_stride; }
 };
-
-inline Matrix matrix_of(const torch::stable::Tensor& x, int64_t batch, int64_t head) {
-  return {static_cast<const float*>(x.const_data_ptr()) + batch * x.stride(0) + head * x.stride(1), x.stride(2),
-          x.stride(3)};
-}
 
 // A (depth, columns) matrix in panels, see attention_kernel.h.
 struct Panels {

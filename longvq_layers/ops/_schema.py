@@ -67,22 +67,22 @@ _define("vq_assign(Tensor k, Tensor codebook) -> Tensor", vq_assign, _vq_assign_
 
 _ATTENTION_INPUTS = (
     "Tensor q, Tensor k, Tensor v, Tensor codebook, Tensor codes, Tensor? bias, Tensor? key_padding_mask, "
-    "float scale, bool causal, int window, str activation, str local_keys, str key_grad"
+    "Tensor? cu_seqlens, float scale, bool causal, int window, str activation, str local_keys, str key_grad"
 )
 
 
-def _vq_attention_fake(q, k, v, codebook, codes, bias, key_padding_mask, *options):
+def _vq_attention_fake(q, k, v, codebook, codes, bias, key_padding_mask, cu_seqlens, *options):
     lse_dtype = torch.promote_types(q.dtype, torch.float32)
     return v.new_empty(*q.shape[:3], v.shape[-1]), q.new_empty(q.shape[:3], dtype=lse_dtype)
 
 
-def _vq_attention_backward_fake(grad, out, lse, q, k, v, codebook, codes, bias, key_padding_mask, *options):
+def _vq_attention_backward_fake(grad, out, lse, q, k, v, codebook, codes, bias, *rest):
     dbias = q.new_empty(0) if bias is None else bias.new_empty(bias.shape)
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), dbias
 
 
 def _vq_attention_setup(ctx, inputs, output):
-    tensors, ctx.options = inputs[:7], inputs[7:]
+    tensors, ctx.options = inputs[:8], inputs[8:]
     ctx.save_for_backward(*output, *tensors)
 
 
@@ -90,7 +90,7 @@ def _vq_attention_grad(ops, ctx, grad, grad_lse):
     out, lse, *tensors = ctx.saved_tensors
     dq, dk, dv, dbias = ops.vq_attention_backward(grad, out, lse, *tensors, *ctx.options)
     has_bias = tensors[5] is not None
-    return dq, dk, dv, None, None, dbias if has_bias else None, None, *[None] * len(ctx.options)
+    return dq, dk, dv, None, None, dbias if has_bias else None, None, None, *[None] * len(ctx.options)
 
 
 _define(f"vq_attention({_ATTENTION_INPUTS}) -> (Tensor, Tensor)", vq_attention, _vq_attention_fake)

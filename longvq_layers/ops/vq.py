@@ -129,7 +129,7 @@ def vq_attention(
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     precise = torch.promote_types(q.dtype, torch.float32)
     bias = None if bias is None else bias.to(precise)
-    arguments = (q, k, v, codebook.detach().to(precise), codes, bias, key_padding_mask)
+    arguments = (q, k, v, codebook.detach().to(precise), codes, bias, key_padding_mask, None)
     options = (scale, bool(causal), int(window), activation, local_keys, key_grad)
     if chosen == "reference":
         return reference.vq_attention(*arguments, *options)

@@ -31,6 +31,7 @@ def vq_attention(
     codes: Tensor,
     bias: Tensor | None,
     key_padding_mask: Tensor | None,
+    cu_seqlens: Tensor | None,
     scale: float,
     causal: bool,
     window: int,

@@ -36,6 +36,7 @@ def vq_attention_backward(
     codes: Tensor,
     bias: Tensor | None,
     key_padding_mask: Tensor | None,
+    cu_seqlens: Tensor | None,
     scale: float,
     causal: bool,
     window: int,
