@@ -197,7 +197,7 @@ def test_memory_is_linear_in_the_length():
         q, k, v = (torch.randn(1, 1, length, 8) for _ in range(3))
         codebook, codes = torch.randn(1, 64, 8), torch.randint(64, (1, 1, length))
         bias = torch.zeros(1, 16 if causal else 31)
-        arguments = (q, k, v, codebook, codes, bias, None, 0.3, causal, 16, "softmax", "exact", "cluster")
+        arguments = (q, k, v, codebook, codes, bias, None, None, 0.3, causal, 16, "softmax", "exact", "cluster")
         with LargestTensor() as mode:
             out, lse = ops.torch.attention.vq_attention(*arguments)
             ops.torch.attention_backward.vq_attention_backward(torch.ones_like(out), out, lse, *arguments)
