@@ -154,8 +154,12 @@ def test_opcheck(activation, causal, namespace):
     bias = torch.randn(4, 3 if causal else 5, dtype=dtype, requires_grad=True)
     mask = torch.rand(1, 70) < 0.2
     op = getattr(torch.ops, namespace).vq_attention.default
-    torch.library.opcheck(op, (q, k, v, codebook, codes, bias, mask, None, 0.5, causal, 3, activation, "exact", "cluster"))
-    torch.library.opcheck(op, (q, k, v, codebook, codes, None, None, None, 0.5, causal, 0, activation, "exact", "window"))
+    torch.library.opcheck(
+        op, (q, k, v, codebook, codes, bias, mask, None, 0.5, causal, 3, activation, "exact", "cluster")
+    )
+    torch.library.opcheck(
+        op, (q, k, v, codebook, codes, None, None, None, 0.5, causal, 0, activation, "exact", "window")
+    )
 
 
 @pytest.mark.parametrize("causal", [False, True])
