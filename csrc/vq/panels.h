@@ -1,19 +1,29 @@
-// Matrices of one head with strides, and in the panels that the kernel reads (attention_kernel.h).
+// Matrices with strides, and in the panels that the kernels read (attention_kernel.h).
 #pragma once
 
 #include <algorithm>
 #include <cstdint>
 
 #include "../aligned.h"
+#include "../element.h"
 
 namespace longvq {
 
 // A (rows, columns) matrix with strides.
 struct Matrix {
-  const float* data;
-  int64_t row_stride, column_stride;
+  const char* data;
+  int64_t row_stride, column_stride, columns;
+  ElementType type;
 
-  const float* row(int64_t i) const { return data + i * row_stride; }
+  // Row `i` as contiguous floats: in place where that is what it is, else in `buffer`.
+  const float* row(int64_t i, float* buffer) const {
+    const char* first = data + i * row_stride * element_size(type);
+    if (type == ElementType::kFloat && column_stride == 1) {
+      return reinterpret_cast<const float*>(first);
+    }
+    load_row(first, type, column_stride, columns, buffer);
+    return buffer;
+  }
 };
 
 // A (depth, columns) matrix in panels, see attention_kernel.h.
@@ -24,42 +34,53 @@ struct Panels {
   Panels(int64_t depth, int64_t columns, int64_t panel)
       : depth(depth), columns(columns), panel(panel), data(aligned_array<float>(depth * columns)) {}
 
-  int64_t width(int64_t first_column) const { return std::min(panel, columns - first_column); }
+  // Makes it smaller than, or as large as, it was made.
+  void resize(int64_t new_depth, int64_t new_columns) {
+    depth = new_depth;
+    columns = new_columns;
+  }
 
   void clear() { std::fill_n(data.get(), depth * columns, 0.0f); }
 
-  // Writes column `column`: `depth` numbers, `stride` apart.
-  void set_column(int64_t column, const float* values, int64_t stride) {
-    const int64_t first = column / panel * panel, width_ = width(first);
+  int64_t width(int64_t first_column) const { return std::min(panel, columns - first_column); }
+
+  // Column `column` becomes, or grows by, `depth` numbers.
+  void set_column(int64_t column, const float* values) {
+    const int64_t first = column / panel * panel, step = width(first);
     float* out = data.get() + first * depth + column - first;
     for (int64_t d = 0; d < depth; ++d) {
-      out[d * width_] = values[d * stride];
+      out[d * step] = values[d];
     }
   }
 
-  // Calls use(columns, first column, count) for the pieces of row `row`.
+  void add_to_column(int64_t column, const float* values) {
+    const int64_t first = column / panel * panel, step = width(first);
+    float* out = data.get() + first * depth + column - first;
+    for (int64_t d = 0; d < depth; ++d) {
+      out[d * step] += values[d];
+    }
+  }
+
+  // Row `row` becomes, or grows by, `count` numbers.
+  void set_row(int64_t row, const float* values, int64_t count) {
+    pieces(row, count, [&](float* out, int64_t first, int64_t n) { std::copy_n(values + first, n, out); });
+  }
+
+  void add_to_row(int64_t row, const float* values, int64_t count) {
+    pieces(row, count, [&](float* out, int64_t first, int64_t n) {
+      for (int64_t i = 0; i < n; ++i) {
+        out[i] += values[first + i];
+      }
+    });
+  }
+
+ private:
+  // use(numbers of the row in a panel, its first column, their count)
   template <typename Use>
   void pieces(int64_t row, int64_t count, const Use& use) {
     for (int64_t first = 0; first < count; first += panel) {
       use(data.get() + first * depth + row * width(first), first, std::min(panel, count - first));
     }
-  }
-
-  // Row `row` becomes, or grows by, `values`.
-  void set_row(int64_t row, const float* values, int64_t stride, int64_t count) {
-    pieces(row, count, [&](float* out, int64_t first, int64_t n) {
-      for (int64_t i = 0; i < n; ++i) {
-        out[i] = values[(first + i) * stride];
-      }
-    });
-  }
-
-  void add_to_row(int64_t row, const float* values, int64_t stride, int64_t count) {
-    pieces(row, count, [&](float* out, int64_t first, int64_t n) {
-      for (int64_t i = 0; i < n; ++i) {
-        out[i] += values[(first + i) * stride];
-      }
-    });
   }
 };
 

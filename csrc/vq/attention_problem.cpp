@@ -1,0 +1,153 @@
+#include "attention_problem.h"
+
+#include <torch/csrc/stable/ops.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <algorithm>
+
+#include "../cpu_capability.h"
+#include "../element_type.h"
+
+namespace longvq {
+namespace {
+
+using torch::headeronly::ScalarType;
+
+LONGVQ_DEFINE_KERNEL_OF_THIS_CPU(AttentionKernel, attention_kernel)
+
+ElementType type_of(const Tensor& q) {
+  const std::optional<ElementType> type = element_type(q);
+  STD_TORCH_CHECK(
+      type.has_value(), "vq_attention: the compiled CPU kernel takes q, k and v in float32, bfloat16 or float16");
+  return *type;
+}
+
+std::vector<Document> documents_of(int64_t batch, int64_t length, const OptionalTensor& cu_seqlens) {
+  std::vector<Document> documents;
+  if (!cu_seqlens.has_value()) {
+    for (int64_t row = 0; row < batch; ++row) {
+      documents.push_back({row, 0, length});
+    }
+    return documents;
+  }
+  STD_TORCH_CHECK(
+      cu_seqlens->is_cpu() && cu_seqlens->dim() == 1 && cu_seqlens->scalar_type() == ScalarType::Int &&
+          cu_seqlens->size(0) >= 1 && batch == 1,
+      "vq_attention: cu_seqlens must be (N + 1,), int32, with a batch of one row");
+  const auto* offsets = static_cast<const int32_t*>(cu_seqlens->const_data_ptr());
+  const int64_t count = cu_seqlens->size(0) - 1, stride = cu_seqlens->stride(0);
+  STD_TORCH_CHECK(
+      offsets[0] == 0 && offsets[count * stride] == length, "vq_attention: cu_seqlens must run from 0 to L = ", length);
+  for (int64_t n = 0; n < count; ++n) {
+    const int64_t start = offsets[n * stride], end = offsets[(n + 1) * stride];
+    STD_TORCH_CHECK(start <= end, "vq_attention: cu_seqlens must not fall");
+    documents.push_back({0, start, end - start});
+  }
+  return documents;
+}
+
+}  // namespace
+
+Problem::Problem(
+    const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& codebook, const Tensor& codes,
+    const OptionalTensor& bias, const OptionalTensor& mask, const OptionalTensor& cu_seqlens, double scale, bool causal,
+    int64_t window_, const std::string& activation, const std::string& local_keys, const std::string& key_grad)
+    : q(q), k(k), v(v), codebook(codebook), codes(codes), bias(bias), mask(mask), type(type_of(q)),
+      scale(static_cast<float>(scale)), causal(causal), window(window_),
+      weight(activation == "laplace" ? AttentionWeight::kLaplace : AttentionWeight::kSoftmax),
+      exact(local_keys == "exact" && window > 0), cluster(key_grad == "cluster"), kernel(kernel_of_this_cpu()) {
+  for (const Tensor* x : {&q, &k, &v}) {
+    STD_TORCH_CHECK(
+        x->is_cpu() && x->dim() == 4 && x->scalar_type() == q.scalar_type(),
+        "vq_attention: q, k and v must have four dimensions and one dtype");
+  }
+  STD_TORCH_CHECK(
+      codebook.is_cpu() && codebook.dim() == 3 && codebook.scalar_type() == ScalarType::Float,
+      "vq_attention: codebook must be (Hkv, S, D), float32");
+  batch = q.size(0), heads = q.size(1), length = q.size(2), depth = q.size(3);
+  kv_heads = k.size(1), values = v.size(3), num_codes = codebook.size(1);
+  STD_TORCH_CHECK(
+      kv_heads >= 1 && heads % kv_heads == 0 && depth >= 1 && values >= 1 && num_codes >= 1 && window >= 0,
+      "vq_attention: wrong sizes");
+  STD_TORCH_CHECK(
+      k.size(0) == batch && k.size(2) == length && k.size(3) == depth && v.size(0) == batch && v.size(1) == kv_heads &&
+          v.size(2) == length && codebook.size(0) == kv_heads && codebook.size(2) == depth,
+      "vq_attention: shapes of q, k, v and codebook do not fit each other");
+  STD_TORCH_CHECK(
+      codes.is_cpu() && codes.dim() == 3 && codes.scalar_type() == ScalarType::Long && codes.size(0) == batch &&
+          codes.size(1) == kv_heads && codes.size(2) == length,
+      "vq_attention: codes must be (B, Hkv, L), int64");
+  STD_TORCH_CHECK(
+      !bias.has_value() ||
+          (bias->is_cpu() && bias->dim() == 2 && bias->scalar_type() == ScalarType::Float && bias->size(0) == heads &&
+           (window == 0 || bias->size(1) == (causal ? window : 2 * window - 1))),
+      "vq_attention: bias must be (H, W) or (H, 2W - 1), float32");
+  STD_TORCH_CHECK(
+      !mask.has_value() || (mask->is_cpu() && mask->dim() == 2 && mask->size(0) == batch && mask->size(1) == length &&
+                            mask->scalar_type() == ScalarType::Bool),
+      "vq_attention: key_padding_mask must be (B, L), bool");
+  for (int64_t row = 0; row < batch; ++row) {
+    for (int64_t head = 0; head < kv_heads; ++head) {
+      const auto* of = static_cast<const int64_t*>(codes.const_data_ptr()) + row * codes.stride(0) + head * codes.stride(1);
+      for (int64_t i = 0; i < length; ++i) {
+        const int64_t code = of[i * codes.stride(2)];
+        STD_TORCH_CHECK(code >= 0 && code < num_codes, "vq_attention: codes must lie in [0, S), got ", code);
+      }
+    }
+  }
+  documents = documents_of(batch, length, cu_seqlens);
+  window = std::min(window, length);  // a wider window sees no more
+  group = heads / kv_heads;
+  reach = std::max<int64_t>(window - 1, 0);
+  far_columns = round_up(num_codes, kernel.lanes);
+  value_columns = round_up(values, kernel.lanes);
+  depth_columns = round_up(depth, kernel.lanes);
+}
+
+Keys::Keys(const Problem& p, const Document& document, int64_t head)
+    : k(p.matrix_of(p.k, document, head)), v(p.matrix_of(p.v, document, head)),
+      codebook{static_cast<const char*>(p.codebook.const_data_ptr()) + head * p.codebook.stride(0) * 4,
+               p.codebook.stride(1), p.codebook.stride(2), p.depth, ElementType::kFloat},
+      codes(static_cast<const int64_t*>(p.codes.const_data_ptr()) + document.row * p.codes.stride(0) +
+            head * p.codes.stride(1) + document.start * p.codes.stride(2)),
+      code_stride(p.codes.stride(2)), masked(nullptr), mask_stride(0) {
+  if (p.mask.has_value()) {
+    mask_stride = p.mask->stride(1);
+    masked = static_cast<const bool*>(p.mask->const_data_ptr()) + document.row * p.mask->stride(0) +
+             document.start * mask_stride;
+  }
+}
+
+int64_t bias_column(const Problem& p, int64_t i) {
+  // Of a bidirectional window wider than the sequence the middle is left.
+  return p.causal ? p.window - 1 - i : i + (p.bias->size(1) + 1) / 2 - p.window;
+}
+
+std::vector<float> bias_of(const Problem& p, int64_t head) {
+  std::vector<float> values;
+  if (p.bias.has_value() && p.window > 0) {
+    values.assign(2 * p.window - 1, 0.0f);
+    const float* data = static_cast<const float*>(p.bias->const_data_ptr()) + head * p.bias->stride(0);
+    for (int64_t i = 0; i < p.bias_columns(); ++i) {
+      values[i] = data[bias_column(p, i) * p.bias->stride(1)];
+    }
+  }
+  return values;
+}
+
+std::vector<float> units_of(const Problem& p, const Document& document, const Keys& keys) {
+  std::vector<float> units;
+  if (p.weight == AttentionWeight::kLaplace) {
+    int64_t count = 0;
+    for (int64_t i = 0; i < document.length; ++i) {
+      count += !keys.ignored(i);
+      units.push_back(1.0f / static_cast<float>(std::max<int64_t>(count, 1)));
+    }
+    if (!p.causal && !units.empty()) {
+      std::fill(units.begin(), units.end(), units.back());
+    }
+  }
+  return units;
+}
+
+}  // namespace longvq
