@@ -28,19 +28,15 @@ void run(const Problem& p, const GradientTensors& tensors, BiasGradients& d_bias
   });
 }
 
-// One far field serves all queries of a head: its blocks are independent but for the sums of gradients, of which each of
-// a few parts has its own. How many doesn't depend on the threads, so neither does the result.
+// Without a window blocks are independent but for the sums of gradients, of which each of a few parts has its own. How many doesn't depend on the threads, so neither does the result.
 void run_everything_far(const Problem& p, const GradientTensors& tensors) {
   struct Part {
-    int64_t pair, first, last;
+    int64_t pair, first, last;  // blocks
     std::unique_ptr<CodeGradients> codes;
   };
   std::vector<std::unique_ptr<GradientHead>> heads(p.pairs());
-  std::vector<std::unique_ptr<FarField>> fields(p.pairs());
   share_out(p.pairs(), [] { return 0; }, [&](int64_t item, int) {
     heads[item] = std::make_unique<GradientHead>(p, tensors, p.documents[item / p.kv_heads], item % p.kv_heads);
-    fields[item] = std::make_unique<FarField>(p, Sums::kColumns);
-    fields[item]->add(p, heads[item]->keys, 0, heads[item]->length);
   });
   constexpr int64_t kParts = 16;  // enough to share out evenly
   std::vector<Part> parts;
@@ -50,9 +46,9 @@ void run_everything_far(const Problem& p, const GradientTensors& tensors) {
     const int64_t length = heads[pair]->length;
     // No shorter than the codes are many: the sums take the memory of the values, at most.
     const int64_t wanted = std::max<int64_t>(1, std::min((kParts + p.pairs() - 1) / p.pairs(), length / p.num_codes));
-    const int64_t step = round_up(std::max<int64_t>(1, (length + wanted - 1) / wanted), kGradientBlock);
-    for (int64_t first = 0; first < length; first += step) {
-      parts.push_back({pair, first, std::min(first + step, length), nullptr});
+    const int64_t blocks = (length + kBlock - 1) / kBlock, step = std::max<int64_t>(1, (blocks + wanted - 1) / wanted);
+    for (int64_t first = 0; first < blocks; first += step) {
+      parts.push_back({pair, first, std::min(first + step, blocks), nullptr});
     }
   }
   first_part.push_back(static_cast<int64_t>(parts.size()));
@@ -61,16 +57,14 @@ void run_everything_far(const Problem& p, const GradientTensors& tensors) {
     GradientHead& head = *heads[part.pair];
     part.codes = std::make_unique<CodeGradients>(p);
     std::vector<float> row(p.depth);
-    for (int64_t first = part.first; first < part.last; first += kGradientBlock) {
-      const int64_t last = std::min(first + kGradientBlock, part.last);
-      head.attend(
-          first, last, *fields[part.pair], 0, 0, *part.codes, scratch, [&](int64_t g, int64_t i, const float* gradient) {
-            for (int64_t d = 0; d < p.depth; ++d) {
-              row[d] = head.unit(i) * gradient[d];
-            }
-            const int64_t place = p.place(head.document, head.kv_head * p.group + g, p.heads) + i;
-            store_row(row.data(), p.depth, element_at(tensors.dq, p.type, place * p.depth), p.type, 1);
-          });
+    for (int64_t block = part.first; block < part.last; ++block) {
+      head.attend(block, false, *part.codes, scratch, [&](int64_t g, int64_t i, const float* gradient) {
+        for (int64_t d = 0; d < p.depth; ++d) {
+          row[d] = head.unit(i) * gradient[d];
+        }
+        const int64_t place = p.place(head.document, head.kv_head * p.group + g, p.heads) + i;
+        store_row(row.data(), p.depth, element_at(tensors.dq, p.type, place * p.depth), p.type, 1);
+      });
     }
   });
   share_out(p.pairs(), [] { return 0; }, [&](int64_t pair, int) {

@@ -13,42 +13,22 @@ namespace {
 using torch::headeronly::ScalarType;
 
 void run(const Problem& p, void* out, float* lse) {
-  const auto scratch_of = [&] { return Scratch(p); };
-  const auto head_of = [&](int64_t item) {
-    return Head(p, out, lse, p.documents[item / p.kv_heads], item % p.kv_heads);
-  };
-  if (!p.everything_far()) {
-    share_out(p.pairs(), scratch_of, [&](int64_t item, Scratch& scratch) {
-      Head head = head_of(item);
-      FarField far(p, Sums::kRows);
-      head.from_start(far, scratch);
-      if (!p.causal && head.length > 0) {
-        head.from_end(far, scratch);
-      }
-    });
-    return;
-  }
-  // One far field serves all queries of a head, which then are independent.
   std::vector<std::unique_ptr<Head>> heads(p.pairs());
-  std::vector<std::unique_ptr<FarField>> fields(p.pairs());
   share_out(p.pairs(), [] { return 0; }, [&](int64_t item, int) {
-    heads[item] = std::make_unique<Head>(head_of(item));
-    fields[item] = std::make_unique<FarField>(p, Sums::kRows);
-    fields[item]->add(p, heads[item]->keys, 0, heads[item]->length);
+    heads[item] = std::make_unique<Head>(p, out, lse, p.documents[item / p.kv_heads], item % p.kv_heads);
   });
   struct Block {
-    int64_t pair, first;
+    const Head* head;
+    int64_t number;
   };
   std::vector<Block> blocks;
-  for (int64_t pair = 0; pair < p.pairs(); ++pair) {
-    for (int64_t first = 0; first < heads[pair]->length; first += kBlock) {
-      blocks.push_back({pair, first});
+  for (const auto& head : heads) {
+    for (int64_t number = 0; number * kBlock < head->length; ++number) {
+      blocks.push_back({head.get(), number});
     }
   }
-  share_out(static_cast<int64_t>(blocks.size()), scratch_of, [&](int64_t item, Scratch& scratch) {
-    const auto [pair, first] = blocks[item];
-    const int64_t last = std::min(first + kBlock, heads[pair]->length);
-    heads[pair]->attend(first, last, *fields[pair], 0, 0, Pass::kOnly, scratch);
+  share_out(static_cast<int64_t>(blocks.size()), [&] { return Scratch(p); }, [&](int64_t item, Scratch& scratch) {
+    blocks[item].head->attend(blocks[item].number, scratch);
   });
 }
 

@@ -1,13 +1,9 @@
 // Backward of one head of one document, block of queries by block. For attention_backward_cpu.cpp.
 #pragma once
 
-#include <memory>
-
 #include "attention_keys.h"
 
 namespace longvq {
-
-constexpr int64_t kGradientBlock = 72;  // queries of a block, a multiple of the rows of every kernel
 
 // What the backward is given besides the arguments of the forward, and where its results go (contiguous).
 struct GradientTensors {
@@ -76,54 +72,29 @@ struct GradientScratch {
   AlignedArray<float> d_near_values, d_inside, d_outside;
   Panels query_panels, grad_panels;
   NearKeys near;
+  FarField far;
   std::vector<float> buffer;
 
-  explicit GradientScratch(const Problem& p) : GradientScratch(p, p.near_columns(kGradientBlock)) {}
+  explicit GradientScratch(const Problem& p) : GradientScratch(p, p.near_columns(kBlock)) {}
 
   GradientScratch(const Problem& p, int64_t most)
-      : queries(aligned_array<float>(kGradientBlock * p.depth)),
-        out(aligned_array<float>(kGradientBlock * p.value_columns)),
-        grad(aligned_array<float>(kGradientBlock * p.value_columns)), lse(aligned_array<float>(kGradientBlock)),
-        delta(aligned_array<float>(kGradientBlock)), scores(aligned_array<float>(kGradientBlock * kChunkStride)),
-        slopes(aligned_array<float>(kGradientBlock * kChunkStride)),
-        inside(aligned_array<float>(kGradientBlock * kChunkStride)),
-        d_queries(aligned_array<float>(kGradientBlock * p.depth_columns)),
+      : queries(aligned_array<float>(kBlock * p.depth)),
+        out(aligned_array<float>(kBlock * p.value_columns)),
+        grad(aligned_array<float>(kBlock * p.value_columns)), lse(aligned_array<float>(kBlock)),
+        delta(aligned_array<float>(kBlock)), scores(aligned_array<float>(kBlock * kChunkStride)),
+        slopes(aligned_array<float>(kBlock * kChunkStride)),
+        inside(aligned_array<float>(kBlock * kChunkStride)),
+        d_queries(aligned_array<float>(kBlock * p.depth_columns)),
         d_near_values(aligned_array<float>(most * p.value_columns)),
         d_inside(aligned_array<float>(most * p.depth_columns)), d_outside(aligned_array<float>(most * p.depth_columns)),
-        query_panels(kGradientBlock, p.depth_columns, p.kernel.panel),
-        grad_panels(kGradientBlock, p.value_columns, p.kernel.panel), near(p, most, true),
-        buffer(std::max(p.depth, p.values)) {}
+        query_panels(kBlock, p.depth_columns, p.kernel.panel),
+        grad_panels(kBlock, p.value_columns, p.kernel.panel), near(p, most, true),
+        far(p, Sums::kColumns), buffer(std::max(p.depth, p.values)) {}
 
   void clear_near(const Problem& p) {
     std::fill_n(d_near_values.get(), near.columns * p.value_columns, 0.0f);
     std::fill_n(d_inside.get(), near.columns * p.depth_columns, 0.0f);
     std::fill_n(d_outside.get(), near.columns * p.depth_columns, 0.0f);
-  }
-};
-
-// The far keys on one side of the blocks. Step by step they grow: before block 0, 1, .. or behind the last, the last but
-// one, ...
-struct Side {
-  bool behind;
-  int64_t length, reach, steps;
-
-  Side(const Problem& p, int64_t length, bool behind)
-      : behind(behind), length(length), reach(p.reach), steps((length + kGradientBlock - 1) / kGradientBlock) {}
-
-  int64_t block(int64_t step) const { return behind ? steps - 1 - step : step; }
-
-  // Where the far keys of a step end (or, behind, begin).
-  int64_t edge(int64_t step) const {
-    const int64_t first = block(step) * kGradientBlock;
-    return behind ? std::min(length, std::min(first + kGradientBlock, length) + reach)
-                  : std::max<int64_t>(0, first - reach);
-  }
-
-  // use(first, last) of the keys that are far at step `later` and were not at step `earlier`; -1: at no step.
-  template <typename Use>
-  void keys_between(int64_t earlier, int64_t later, const Use& use) const {
-    const int64_t start = earlier < 0 ? (behind ? length : 0) : edge(earlier), end = edge(later);
-    use(std::min(start, end), std::max(start, end));
   }
 };
 
@@ -137,11 +108,12 @@ struct GradientHead {
   std::vector<std::vector<float>> bias;     // of each query head of the group
   std::vector<std::vector<double>> d_bias;  // the gradients of these
   std::vector<float> units;
+  FarFields fields;
 
   GradientHead(const Problem& p, const GradientTensors& tensors, const Document& document, int64_t kv_head)
       : p(p), tensors(tensors), document(document), length(document.length), kv_head(kv_head),
         keys(p, document, kv_head), codebook(pack_codebook(p, keys, false)), codebook_rows(pack_codebook(p, keys, true)),
-        units(units_of(p, document, keys)) {
+        units(units_of(p, document, keys)), fields(p, keys, document.length, Sums::kColumns) {
     for (int64_t g = 0; g < p.group; ++g) {
       bias.push_back(bias_of(p, kv_head * p.group + g));
       d_bias.emplace_back(bias.back().size(), 0.0);
@@ -152,14 +124,23 @@ struct GradientHead {
     return GradientRows(tensor, p.type, p.place(document, head, of_heads), length, columns);
   }
 
-  // One block; d_query(g, query, gradient by the scaled query) is called for each of its queries.
+  GradientHead(const GradientHead&) = delete;  // the far fields refer to the keys
+
+  // One block; d_query(g, query, gradient by the scaled query) is called for each of its queries. With `only_values` only
+  // the gradients of the far values are made.
   template <typename DQuery>
-  void attend(int64_t first, int64_t last, const FarField& far, int64_t near_first, int64_t near_last,
-              CodeGradients& codes, GradientScratch& scratch, const DQuery& d_query) {
+  void attend(int64_t number, bool only_values, CodeGradients& codes, GradientScratch& scratch, const DQuery& d_query) {
+    const int64_t first = number * kBlock, last = std::min(first + kBlock, length);
+    const FarField& far = fields.of_block(number, scratch.far);
     AttentionGradientBlock block{};
-    scratch.near.gather(p, keys, near_first, near_last);
+    if (only_values) {
+      scratch.near.columns = 0;
+    } else {
+      scratch.near.gather(p, keys, first, last, length);
+    }
     scratch.clear_near(p);
-    see(block, p, codebook, far, scratch.near, near_first - first);
+    see(block, p, codebook, far, scratch.near, first);
+    block.only_values = only_values;
     block.rows = last - first;
     block.queries = scratch.queries.get();
     block.values = p.values;
@@ -192,7 +173,7 @@ struct GradientHead {
       block.d_bias = d_bias[g].data();
       std::fill_n(scratch.d_queries.get(), block.rows * p.depth_columns, 0.0f);
       p.kernel.backward(block);
-      for (int64_t i = first; i < last; ++i) {
+      for (int64_t i = first; i < last && !only_values; ++i) {
         d_query(g, i, scratch.d_queries.get() + (i - first) * p.depth_columns);
       }
     }
@@ -255,8 +236,8 @@ struct GradientHead {
     }
   }
 
-  void take_near(int64_t first, CodeGradients& codes, const GradientScratch& scratch, GradientRows& dk,
-                 GradientRows& dv) const {
+  void take_near(CodeGradients& codes, const GradientScratch& scratch, GradientRows& dk, GradientRows& dv) const {
+    const int64_t first = scratch.near.first;
     for (int64_t c = 0; c < scratch.near.columns; ++c) {
       if (scratch.near.offsets[c] != 0.0f) {  // masked or padding
         continue;
@@ -280,10 +261,21 @@ struct GradientHead {
     GradientRows dk = rows_of(tensors.dk, kv_head, p.kv_heads, p.depth);
     GradientRows dv = rows_of(tensors.dv, kv_head, p.kv_heads, p.values);
     CodeGradients codes(p);
-    one_side(Side(p, length, false), true, codes, scratch, dq, dk, dv);
-    if (!p.causal) {
+    // From the last block to the first: a key has its gradient when it stops being far.
+    const Side before(p, length, false), behind(p, length, true);
+    for (int64_t block = before.steps - 1; block >= 0; --block) {
+      attend(block, false, codes, scratch, [&](int64_t g, int64_t i, const float* gradient) {
+        dq[g].add(i, gradient, unit(i));
+      });
+      take_near(codes, scratch, dk, dv);
+      before.keys_between(block - 1, block, [&](int64_t a, int64_t b) { take_far_values(a, b, codes, dv); });
+    }
+    if (!p.causal) {  // and from the first to the last for keys that are far behind
       codes.clear_values(p);
-      one_side(Side(p, length, true), false, codes, scratch, dq, dk, dv);
+      for (int64_t step = behind.steps - 1; step >= 0; --step) {
+        attend(behind.block(step), true, codes, scratch, [](int64_t, int64_t, const float*) {});
+        behind.keys_between(step - 1, step, [&](int64_t a, int64_t b) { take_far_values(a, b, codes, dv); });
+      }
     }
     if (p.cluster) {
       take_codewords(codes, dk);
@@ -293,46 +285,6 @@ struct GradientHead {
     }
     dk.finish();
     dv.finish();
-  }
-
-  // From the last step to the first, so that a key has its gradient when it stops being far. The far fields grow in the
-  // other direction, and are made again from a few that were kept: a sum that keys were taken out of would be inexact.
-  void one_side(const Side& side, bool with_near, CodeGradients& codes, GradientScratch& scratch,
-                std::vector<GradientRows>& dq, GradientRows& dk, GradientRows& dv) {
-    if (length == 0) {
-      return;
-    }
-    // About as many keys between two as there are codes: they take the memory of the values, at most.
-    const int64_t spacing = std::max<int64_t>(4, (p.num_codes + kGradientBlock - 1) / kGradientBlock);
-    std::vector<std::unique_ptr<FarField>> kept;
-    for (int64_t step = 0; step < side.steps; step += spacing) {
-      auto field = std::make_unique<FarField>(p, Sums::kColumns);
-      if (step > 0) {
-        field->copy(p, *kept.back());
-      }
-      side.keys_between(
-          step > 0 ? step - spacing : -1, step, [&](int64_t a, int64_t b) { field->add(p, keys, a, b); });
-      kept.push_back(std::move(field));
-    }
-    FarField far(p, Sums::kColumns);
-    for (int64_t step = side.steps - 1; step >= 0; --step) {
-      const int64_t from = step / spacing * spacing;
-      far.copy(p, *kept[step / spacing]);
-      side.keys_between(from, step, [&](int64_t a, int64_t b) { far.add(p, keys, a, b); });
-      const int64_t first = side.block(step) * kGradientBlock, last = std::min(first + kGradientBlock, length);
-      const int64_t near_first = with_near ? std::max<int64_t>(0, first - p.reach) : 0;
-      const int64_t near_last = with_near ? (p.causal ? last : std::min(length, last + p.reach)) : 0;
-      attend(first, last, far, near_first, near_last, codes, scratch, [&](int64_t g, int64_t i, const float* gradient) {
-        dq[g].add(i, gradient, unit(i));
-      });
-      if (with_near) {
-        take_near(near_first, codes, scratch, dk, dv);
-      }
-      side.keys_between(step - 1, step, [&](int64_t a, int64_t b) { take_far_values(a, b, codes, dv); });
-      if (step == from) {
-        kept.pop_back();
-      }
-    }
   }
 };
 

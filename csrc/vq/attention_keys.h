@@ -1,65 +1,12 @@
-// What a block of queries sees of the keys: their codes' sums from afar, and the near ones one by one.
+// What a block of queries sees: the codebook, the keys near it one by one, and all others through their codes.
 #pragma once
 
 #include <algorithm>
 #include <vector>
 
-#include "attention_problem.h"
+#include "far_field.h"
 
 namespace longvq {
-
-// The layout of the sums: by codes as rows for weights times sums, as columns for gradients times sums.
-enum class Sums { kRows, kColumns };
-
-// Numbers of the far keys of each code and sums of their values.
-struct FarField {
-  Sums layout;
-  Panels sums;
-  AlignedArray<float> counts, offsets;
-  std::vector<float> buffer;
-  int64_t keys = 0;
-
-  FarField(const Problem& p, Sums layout)
-      : layout(layout), sums(
-            layout == Sums::kRows ? p.far_columns : p.values, layout == Sums::kRows ? p.value_columns : p.far_columns,
-            p.kernel.panel),
-        counts(aligned_array<float>(p.far_columns)), offsets(aligned_array<float>(p.far_columns)), buffer(p.values) {
-    clear(p);
-  }
-
-  void clear(const Problem& p) {
-    sums.clear();
-    std::fill_n(counts.get(), p.far_columns, 0.0f);
-    // Under softmax a code without a far key must not set the largest score.
-    std::fill_n(offsets.get(), p.far_columns, p.weight == AttentionWeight::kSoftmax ? -kInfinity : 0.0f);
-    keys = 0;
-  }
-
-  void copy(const Problem& p, const FarField& other) {
-    std::copy_n(other.sums.data.get(), sums.depth * sums.columns, sums.data.get());
-    std::copy_n(other.counts.get(), p.far_columns, counts.get());
-    std::copy_n(other.offsets.get(), p.far_columns, offsets.get());
-    keys = other.keys;
-  }
-
-  void add(const Problem& p, const Keys& of, int64_t first, int64_t last) {
-    for (int64_t j = first; j < last; ++j) {
-      if (of.ignored(j)) {
-        continue;
-      }
-      const int64_t code = of.code(j);
-      const float* value = of.v.row(j, buffer.data());
-      if (layout == Sums::kRows) {
-        sums.add_to_row(code, value, p.values);
-      } else {
-        sums.add_to_column(code, value);
-      }
-      counts[code] += 1.0f;
-      offsets[code] = 0.0f;
-      ++keys;
-    }
-  }
-};
 
 // The codebook of a head, (D, far_columns) or, as rows, (far_columns, depth_columns).
 inline Panels pack_codebook(const Problem& p, const Keys& keys, bool as_rows) {
@@ -80,7 +27,7 @@ inline Panels pack_codebook(const Problem& p, const Keys& keys, bool as_rows) {
 
 // The near keys of a block as the kernels read them. Those of the backward have both layouts.
 struct NearKeys {
-  int64_t columns = 0;  // padded
+  int64_t first = 0, columns = 0;  // position of the first; their padded number
   Panels codewords, exact_keys, values;
   Panels codeword_rows, exact_rows;
   AlignedArray<float> offsets;
@@ -94,7 +41,10 @@ struct NearKeys {
         exact_rows(backward && p.exact ? most : 0, p.depth_columns, p.kernel.panel),
         offsets(aligned_array<float>(most)), backward(backward), buffer(std::max(p.depth, p.values)) {}
 
-  void gather(const Problem& p, const Keys& keys, int64_t first, int64_t last) {
+  // Of the block of queries first_query .. last_query.
+  void gather(const Problem& p, const Keys& keys, int64_t first_query, int64_t last_query, int64_t length) {
+    first = p.everything_far() ? 0 : std::max<int64_t>(0, first_query - p.reach);
+    const int64_t last = p.everything_far() ? 0 : p.causal ? last_query : std::min(length, last_query + p.reach);
     const int64_t count = last - first;
     columns = round_up(count, p.kernel.lanes);
     codewords.resize(p.depth, columns);
@@ -141,7 +91,7 @@ struct NearKeys {
 // Fills in what decides the scores of a block, except the queries' own and the bias.
 inline void see(
     AttentionScores& block, const Problem& p, const Panels& codebook, const FarField& far, const NearKeys& near,
-    int64_t first_key) {
+    int64_t first_query) {
   block.depth = p.depth;
   block.far_columns = far.keys > 0 ? p.far_columns : 0;
   block.near_columns = near.columns;
@@ -152,7 +102,7 @@ inline void see(
   block.codewords = near.codewords.data.get();
   block.exact_keys = p.exact && near.columns > 0 ? near.exact_keys.data.get() : nullptr;
   block.near_offsets = near.offsets.get();
-  block.first_key = first_key;
+  block.first_key = near.first - first_query;
   block.window = p.window;
   block.causal = p.causal;
 }

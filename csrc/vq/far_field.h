@@ -1,0 +1,167 @@
+// Sums over the keys that a block of queries sees only through their codes.
+#pragma once
+
+#include <algorithm>
+#include <memory>
+#include <vector>
+
+#include "attention_problem.h"
+
+namespace longvq {
+
+constexpr int64_t kBlock = 72;  // queries of a block, a multiple of the rows of every kernel
+
+// The layout of the sums: by codes as rows for weights times sums, as columns for gradients times sums.
+enum class Sums { kRows, kColumns };
+
+// Numbers of the far keys of each code and sums of their values.
+struct FarField {
+  Sums layout;
+  Panels sums;
+  AlignedArray<float> counts, offsets;
+  std::vector<float> buffer;
+  int64_t keys = 0;
+
+  FarField(const Problem& p, Sums layout)
+      : layout(layout), sums(
+            layout == Sums::kRows ? p.far_columns : p.values, layout == Sums::kRows ? p.value_columns : p.far_columns,
+            p.kernel.panel),
+        counts(aligned_array<float>(p.far_columns)), offsets(aligned_array<float>(p.far_columns)), buffer(p.values) {
+    clear(p);
+  }
+
+  void clear(const Problem& p) {
+    sums.clear();
+    std::fill_n(counts.get(), p.far_columns, 0.0f);
+    // Under softmax a code without a far key must not set the largest score.
+    std::fill_n(offsets.get(), p.far_columns, p.weight == AttentionWeight::kSoftmax ? -kInfinity : 0.0f);
+    keys = 0;
+  }
+
+  void copy(const Problem& p, const FarField& other) {
+    std::copy_n(other.sums.data.get(), sums.depth * sums.columns, sums.data.get());
+    std::copy_n(other.counts.get(), p.far_columns, counts.get());
+    std::copy_n(other.offsets.get(), p.far_columns, offsets.get());
+    keys = other.keys;
+  }
+
+  void add(const Problem& p, const FarField& other) {
+    for (int64_t i = 0; i < sums.depth * sums.columns; ++i) {
+      sums.data[i] += other.sums.data[i];
+    }
+    for (int64_t code = 0; code < p.far_columns; ++code) {
+      counts[code] += other.counts[code];
+      offsets[code] = std::max(offsets[code], other.offsets[code]);
+    }
+    keys += other.keys;
+  }
+
+  void add(const Problem& p, const Keys& of, int64_t first, int64_t last) {
+    for (int64_t j = first; j < last; ++j) {
+      if (of.ignored(j)) {
+        continue;
+      }
+      const int64_t code = of.code(j);
+      const float* value = of.v.row(j, buffer.data());
+      if (layout == Sums::kRows) {
+        sums.add_to_row(code, value, p.values);
+      } else {
+        sums.add_to_column(code, value);
+      }
+      counts[code] += 1.0f;
+      offsets[code] = 0.0f;
+      ++keys;
+    }
+  }
+};
+
+// The far keys on one side of the blocks. Step by step they grow: before block 0, 1, .. or behind the last, the last but
+// one, ...
+struct Side {
+  bool behind;
+  int64_t length, reach, steps;
+
+  Side(const Problem& p, int64_t length, bool behind)
+      : behind(behind), length(length), reach(p.reach), steps((length + kBlock - 1) / kBlock) {}
+
+  // Its own inverse.
+  int64_t block(int64_t step) const { return behind ? steps - 1 - step : step; }
+
+  // Where the far keys of a step end (or, behind, begin); of step -1, before the first, there are none.
+  int64_t edge(int64_t step) const {
+    const int64_t first = block(step) * kBlock;
+    return behind ? std::min(length, first + kBlock + reach) : std::max<int64_t>(0, first - reach);
+  }
+
+  // use(first, last) of the keys that are far at step `later` and were not at step `earlier`, -1 for none.
+  template <typename Use>
+  void keys_between(int64_t earlier, int64_t later, const Use& use) const {
+    const int64_t start = earlier >= 0 ? edge(earlier) : behind ? length : 0, end = edge(later);
+    use(std::min(start, end), std::max(start, end));
+  }
+};
+
+// The far fields of all blocks of a head. A few are kept; the one of a block is the last kept before it and the keys in
+// between. Nothing is ever taken out of a sum, which would leave the rounding of what is gone.
+class FarFields {
+ public:
+  FarFields(const Problem& p, const Keys& keys, int64_t length, Sums layout)
+      : p_(p), keys_(keys), before_(p, length, false), behind_(p, length, true),
+        // About twice as many keys between two as there are codes: they take half the memory of the values.
+        spacing_(std::max<int64_t>(4, 2 * p.num_codes / kBlock)) {
+    if (p.everything_far()) {
+      kept_before_.push_back(std::make_unique<FarField>(p, layout));
+      kept_before_.back()->add(p, keys, 0, length);
+      return;
+    }
+    kept_before_ = keep(before_, layout);
+    if (!p.causal) {
+      kept_behind_ = keep(behind_, layout);
+    }
+  }
+
+  // In `field` or, where one serves all blocks, in place.
+  const FarField& of_block(int64_t block, FarField& field) const {
+    if (p_.everything_far()) {
+      return *kept_before_.front();
+    }
+    field.copy(p_, *kept_before_[block / spacing_]);
+    add_since(before_, block, field);
+    if (!p_.causal) {
+      const int64_t step = behind_.block(block);
+      field.add(p_, *kept_behind_[step / spacing_]);
+      add_since(behind_, step, field);
+    }
+    return field;
+  }
+
+ private:
+  using Kept = std::vector<std::unique_ptr<FarField>>;
+
+  Kept keep(const Side& side, Sums layout) const {
+    Kept kept;
+    for (int64_t step = 0; step < side.steps; step += spacing_) {
+      auto field = std::make_unique<FarField>(p_, layout);
+      if (step > 0) {
+        field->copy(p_, *kept.back());
+      }
+      side.keys_between(
+          step > 0 ? step - spacing_ : -1, step, [&](int64_t a, int64_t b) { field->add(p_, keys_, a, b); });
+      kept.push_back(std::move(field));
+    }
+    return kept;
+  }
+
+  void add_since(const Side& side, int64_t step, FarField& field) const {
+    side.keys_between(
+        step / spacing_ * spacing_, step, [&](int64_t a, int64_t b) { field.add(p_, keys_, a, b); });
+  }
+
+  const Problem& p_;
+  const Keys& keys_;
+  Side before_, behind_;
+  int64_t spacing_;  // blocks from one kept field to the next
+  Kept kept_before_, kept_behind_;
+};
+
+}  // namespace longvq
