@@ -5,13 +5,12 @@ against torch's own float32 matrix product, measured in the same rounds.
 """
 
 import argparse
-import platform
 import sys
 
 import torch
 
-import longvq_layers
 from longvq_layers import _extension, ops
+from longvq_layers.benchmarks import results
 from longvq_layers.benchmarks.timing import interleaved_medians
 
 MATMUL_SIZE = 2048
@@ -31,9 +30,8 @@ def run(args: argparse.Namespace) -> None:
         sys.exit(f"there is no native kernel to measure: {_extension.load_error()}")
     torch.set_num_threads(args.threads)
     print(
-        f"longvq_layers {longvq_layers.__version__}, torch {torch.__version__}, {platform.processor() or 'CPU'} "
-        f"{platform.machine()}, {args.threads} threads, native instruction set {_extension.cpu_capability()}; "
-        f"float32, B = 1, H = {args.heads}, D = {args.width}, medians of {args.repeats} interleaved rounds.\n"
+        f"{results.machine(args.threads)}; float32, B = 1, H = {args.heads}, D = {args.width}, "
+        f"medians of {args.repeats} interleaved rounds.\n"
     )
     print("| L | S | matmul + argmax, ms | native, ms | speed-up | native, GFLOP/s | matmul, GFLOP/s | share of it |")
     print("|---:|---:|---:|---:|---:|---:|---:|---:|")
