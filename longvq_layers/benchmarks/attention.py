@@ -132,7 +132,7 @@ def _memory(args: argparse.Namespace, sizes: Sizes) -> Iterator[Row]:
 
 @torch.inference_mode()
 def _decode(args: argparse.Namespace, sizes: Sizes) -> list[Row]:
-    calls, cache_bytes = attention_decode.calls(sizes)
+    calls, cache_bytes = attention_decode.calls(sizes, args.backend)
     flops, moved = step_work(sizes)
     rows = []
     for name, values in interleaved_times(calls, args.repeats, args.budget).items():
@@ -141,7 +141,8 @@ def _decode(args: argparse.Namespace, sizes: Sizes) -> list[Row]:
         gflops, gbytes = (None, cache_bytes / seconds / 1e9) if peer else (flops / seconds / 1e9, moved / seconds / 1e9)
         length = sizes.cache if peer else int(name.removeprefix("after "))
         method = "sdpa" if peer else "ours"
-        rows.append(Row("decode", "causal", length, method, seconds, len(values), gflops, gbytes))
+        served = "torch" if peer else attention_cases.served_by("vq_attention_step", args.backend, torch.float32)
+        rows.append(Row("decode", "causal", length, method, seconds, len(values), gflops, gbytes, served=served))
     return rows
 
 

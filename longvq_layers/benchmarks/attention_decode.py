@@ -1,8 +1,5 @@
 """Decoding: one token after 1,024, 16,384 and 131,072 others, against one query over a cache of keys and values."""
 
-import copy
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention as sdpa
@@ -10,60 +7,57 @@ from torch.nn.functional import scaled_dot_product_attention as sdpa
 from longvq_layers import ops
 from longvq_layers.benchmarks.attention_cases import Calls, Sizes
 
-_TOKENS = 64  # different ones
-_CHECKED_TOKENS = 40
+_TOKENS = 4096  # different ones: enough to use all codes, as a text does
 TOLERANCE = 1e-4  # relative to the largest value
 
 
 class Decoder:
-    """Ours: a stream of random tokens."""
+    """Ours: a stream of random tokens, the same ones over and over."""
 
-    def __init__(self, sizes: Sizes):
+    def __init__(self, sizes: Sizes, backend: str):
         generator = torch.Generator().manual_seed(0)
         heads, width = sizes.heads, sizes.width
-        self.q, self.k, self.v = torch.randn(3, 1, heads, _TOKENS, width, generator=generator).unbind()
+        self.text = torch.randn(3, 1, heads, _TOKENS, width, generator=generator)  # q, k, v
         self.codebook = torch.randn(heads, sizes.codes, width, generator=generator)
-        self.bias = torch.randn(heads, sizes.window, generator=generator)
         self.window, self.width = sizes.window, width
-        # One tensor per token, as a model would have them.
-        self.tokens = [tuple(x[:, :, i : i + 1].clone() for x in (self.q, self.k, self.v)) for i in range(_TOKENS)]
+        self.options = {"bias": torch.randn(heads, sizes.window, generator=generator), "backend": backend}
+        # Tensors of their own, as a model has them.
+        self.tokens = [self.text[..., i : i + 1, :].clone().unbind() for i in range(_TOKENS)]
 
-    def start(self) -> object:
-        return ops.vq_attention_state(1, self.codebook, window=self.window, value_dim=self.width)
+    def start(self, tokens: int) -> object:
+        """The state after some tokens."""
+        state = ops.vq_attention_state(1, self.codebook, window=self.window, value_dim=self.width)
+        for start in range(0, tokens, _TOKENS):
+            piece = self.text[..., : min(tokens - start, _TOKENS), :].unbind()
+            ops.vq_attention_step(*piece, self.codebook, state, **self.options)
+        return state
 
-    def decode(self, state: object, tokens: int) -> Iterator[Tensor]:
-        for i in range(tokens):
-            yield ops.vq_attention_step(*self.tokens[i % _TOKENS], self.codebook, state, bias=self.bias)
-
-    def advance(self, state: object, tokens: int) -> None:
-        for _ in self.decode(state, tokens):
-            pass
+    def step(self, state: object, index: int) -> Tensor:
+        return ops.vq_attention_step(*self.tokens[index % _TOKENS], self.codebook, state, **self.options)
 
 
-def calls(sizes: Sizes) -> tuple[Calls, int]:
+def calls(sizes: Sizes, backend: str) -> tuple[Calls, int]:
     """Calls "after N" of `sizes.tokens` tokens and "sdpa" of one; and the bytes of the peer's cache."""
-    decoder = Decoder(sizes)
+    decoder = Decoder(sizes, backend)
     check(decoder)
-    found, state, done = {}, decoder.start(), 0
-    for position in sizes.positions:
-        decoder.advance(state, position - done)
-        done, at_position = position, copy.deepcopy(state)
-        found[f"after {position}"] = lambda state=at_position: decoder.advance(state, sizes.tokens)
+
+    def after(position: int):
+        state = decoder.start(position)
+        return lambda: [decoder.step(state, index) for index in range(sizes.tokens)]  # goes on from call to call
+
+    ours = {f"after {position}": after(position) for position in sizes.positions}
     cache = torch.randn(2, 1, sizes.heads, sizes.cache, sizes.width)
     query = decoder.tokens[0][0]
-    return {**found, "sdpa": lambda: sdpa(query, *cache)}, cache.nbytes
+    return {**ours, "sdpa": lambda: sdpa(query, *cache)}, cache.nbytes
 
 
 def check(decoder: Decoder) -> None:
     """Raises AssertionError if decoding differs from attention over the whole sequence."""
-    steps = torch.cat(list(decoder.decode(decoder.start(), _CHECKED_TOKENS)), dim=2)
-    whole = ops.vq_attention(
-        *(x[:, :, :_CHECKED_TOKENS] for x in (decoder.q, decoder.k, decoder.v)),
-        decoder.codebook,
-        causal=True,
-        window=decoder.window,
-        bias=decoder.bias,
-    )
-    difference = float((steps - whole).abs().max() / whole.abs().max())
+    before, tokens = 2 * decoder.window, decoder.window + 2  # more than the window, before and after
+    state = decoder.start(before)
+    steps = torch.cat([decoder.step(state, before + index) for index in range(tokens)], dim=2)
+    text = decoder.text[..., : before + tokens, :].unbind()
+    whole = ops.vq_attention(*text, decoder.codebook, causal=True, window=decoder.window, **decoder.options)
+    difference = float((steps - whole[:, :, before:]).abs().max() / whole.abs().max())
     if not difference <= TOLERANCE:  # also for NaN
         raise AssertionError(f"decoding differs from attention over the sequence by {difference:.2g}; it is not timed")

@@ -43,7 +43,7 @@ def peer_flops(case: str, sizes: Sizes, form: Form, length: int) -> float:
 
 
 def step_work(sizes: Sizes) -> tuple[float, float]:
-    """One decoded token: its code, then attention over codes and window; all of the codebook and state is read."""
+    """One decoded token: its code, then attention over codes and window. Codebook, sums and values are read."""
     seen = sizes.codes + sizes.window
     operations = 2 * sizes.codes * sizes.width + 2 * seen * 2 * sizes.width
-    return sizes.heads * operations, 4 * sizes.heads * 2 * seen * sizes.width
+    return sizes.heads * operations, 4 * sizes.heads * (sizes.codes + seen) * sizes.width
