@@ -5,13 +5,13 @@ against torch's own float32 matrix product, measured in the same rounds.
 """
 
 import argparse
-import platform
 import sys
+from collections.abc import Callable
 
 import torch
 
-import longvq_layers
 from longvq_layers import _extension, ops
+from longvq_layers.benchmarks import results
 from longvq_layers.benchmarks.timing import interleaved_medians
 
 MATMUL_SIZE = 2048
@@ -31,9 +31,8 @@ def run(args: argparse.Namespace) -> None:
         sys.exit(f"there is no native kernel to measure: {_extension.load_error()}")
     torch.set_num_threads(args.threads)
     print(
-        f"longvq_layers {longvq_layers.__version__}, torch {torch.__version__}, {platform.processor() or 'CPU'} "
-        f"{platform.machine()}, {args.threads} threads, native instruction set {_extension.cpu_capability()}; "
-        f"float32, B = 1, H = {args.heads}, D = {args.width}, medians of {args.repeats} interleaved rounds.\n"
+        f"{results.machine(args.threads)}; float32, B = 1, H = {args.heads}, D = {args.width}, "
+        f"medians of {args.repeats} interleaved rounds.\n"
     )
     print("| L | S | matmul + argmax, ms | native, ms | speed-up | native, GFLOP/s | matmul, GFLOP/s | share of it |")
     print("|---:|---:|---:|---:|---:|---:|---:|---:|")
@@ -46,23 +45,29 @@ def _row(heads: int, length: int, codes: int, width: int, repeats: int) -> str:
     generator = torch.Generator().manual_seed(0)
     k = torch.randn(1, heads, length, width, generator=generator)
     codebook = torch.randn(heads, codes, width, generator=generator)
-    half_squares = codebook.square().sum(-1).mul(0.5).unsqueeze(-2)
     square = torch.randn(MATMUL_SIZE, MATMUL_SIZE, generator=generator)
+    seconds = interleaved_medians({**calls(k, codebook, "native"), "matmul": lambda: square @ square}, repeats)
+    rate = 2 * heads * length * codes * width / seconds["ours"] / 1e9
+    peak = 2 * MATMUL_SIZE**3 / seconds["matmul"] / 1e9
+    plain, ours = seconds["matmul + argmax"], seconds["ours"]
+    return (
+        f"| {length} | {codes} | {plain * 1e3:.1f} | {ours * 1e3:.1f} "
+        f"| {plain / ours:.1f}x | {rate:.0f} | {peak:.0f} | {rate / peak:.0%} |"
+    )
 
-    def native() -> torch.Tensor:
-        return ops.vq_assign(k, codebook, backend="native")
+
+def calls(k: torch.Tensor, codebook: torch.Tensor, backend: str) -> dict[str, Callable[[], torch.Tensor]]:
+    """Calls "ours" and "matmul + argmax", checked to give the same."""
+    half_squares = codebook.square().sum(-1).mul(0.5).unsqueeze(-2)
+
+    def ours() -> torch.Tensor:
+        return ops.vq_assign(k, codebook, backend=backend)
 
     def plain() -> torch.Tensor:
         return (k @ codebook.mT - half_squares).argmax(-1)
 
-    _check_equal(k, codebook, native(), plain())
-    seconds = interleaved_medians({"native": native, "plain": plain, "matmul": lambda: square @ square}, repeats)
-    rate = 2 * heads * length * codes * width / seconds["native"] / 1e9
-    peak = 2 * MATMUL_SIZE**3 / seconds["matmul"] / 1e9
-    return (
-        f"| {length} | {codes} | {seconds['plain'] * 1e3:.1f} | {seconds['native'] * 1e3:.1f} "
-        f"| {seconds['plain'] / seconds['native']:.1f}x | {rate:.0f} | {peak:.0f} | {rate / peak:.0%} |"
-    )
+    _check_equal(k, codebook, ours(), plain())
+    return {"ours": ours, "matmul + argmax": plain}
 
 
 def _check_equal(k: torch.Tensor, codebook: torch.Tensor, ours: torch.Tensor, baseline: torch.Tensor) -> None:

@@ -5,7 +5,6 @@ checked to give the same result before anything is timed. Prints Markdown, write
 """
 
 import argparse
-import platform
 import statistics
 import sys
 import time
@@ -15,9 +14,8 @@ from pathlib import Path
 
 import torch
 
-import longvq_layers
-from longvq_layers import _extension, ops
-from longvq_layers.benchmarks import ssm_memory, ssm_report
+from longvq_layers import ops
+from longvq_layers.benchmarks import memory, results, ssm_memory, ssm_report
 from longvq_layers.benchmarks.ssm_peers import D_STATE, Problem
 from longvq_layers.benchmarks.ssm_report import Row, work
 from longvq_layers.benchmarks.timing import interleaved_times
@@ -66,14 +64,12 @@ def run(args: argparse.Namespace) -> None:
         sys.exit(f"there is nothing to measure: {error}")
     sizes = QUICK if args.quick else FULL
     print(
-        f"longvq_layers {longvq_layers.__version__}, torch {torch.__version__}, {platform.processor() or 'CPU'} "
-        f"{platform.machine()}, {args.threads} threads, native instruction set {_extension.cpu_capability()}; "
-        f"ours is backend={args.backend!r}; float32, d_state = {D_STATE}, medians of {args.repeats} interleaved "
-        "rounds unless said otherwise.\n"
+        f"{results.machine(args.threads)}; ours is backend={args.backend!r}; float32, d_state = {D_STATE}, "
+        f"medians of {args.repeats} interleaved rounds unless said otherwise.\n"
     )
     rows = list(_measure(args, sizes))
     ssm_report.print_report(rows, judged=not args.quick)
-    _write(args, rows)
+    results.write("ssm", args.out, rows, backend=args.backend, threads=args.threads, torch=torch.__version__)
 
 
 def _try_backend(backend: str) -> None:
@@ -151,10 +147,10 @@ def _time_steps(ssm: DiagonalSSM, sizes: Sizes) -> Iterator[Row]:
     rates = flops / seconds / 1e9, moved / seconds / 1e9
     yield Row("step", 1, channels, 1, "ours", seconds, sizes.step_tokens, *rates)
 
-    before = ssm_memory.resident()
+    before = memory.resident()
     for i in range(sizes.growth_tokens):
         _, state = ssm.step(tokens[i % len(tokens)], state)
-    after = ssm_memory.resident()
+    after = memory.resident()
     growth = None if before is None or after is None else after - before
     yield Row("step memory", 1, channels, sizes.growth_tokens, "ours", extra_bytes=growth)
 
@@ -181,20 +177,6 @@ def _scaling(lengths: list[int], channels: int, backend: str, repeats: int) -> I
         note = "" if rounds == repeats else f"{rounds} rounds, {_BUDGET:g} s were up"
         rates = flops / seconds / 1e9, moved / seconds / 1e9
         yield Row("scaling", 1, channels, length, "ours", seconds, rounds, *rates, note=note)
-
-
-def _write(args: argparse.Namespace, rows: list[Row]) -> None:
-    args.out.mkdir(parents=True, exist_ok=True)
-    table = args.out / "results.csv"
-    ssm_report.write_csv(rows, table, backend=args.backend, threads=args.threads, torch=torch.__version__)
-    print(f"Written: {table}", end="")
-    try:
-        from longvq_layers.benchmarks import ssm_plot
-    except ImportError as error:
-        print(f"; no plot: {error} (pip install matplotlib)")
-        return
-    ssm_plot.draw(args.out / "ssm.png", rows)
-    print(f", {args.out / 'ssm.png'}")
 
 
 def _say(what: str) -> None:

@@ -1,19 +1,13 @@
 """Memory of the scan, in a process of its own: `python -m longvq_layers.benchmarks.ssm_memory` is the child.
 
 The peak is that of resident memory during forward and backward, above a baseline that holds u, the gradient of y and
-the parameters; y and the gradients count. How it is read: `longvq_layers/demo/memory.py`.
+the parameters; y and the gradients count. How it is read: `memory.py`.
 """
 
 import json
-import os
-import subprocess
 import sys
-from pathlib import Path
 
-from longvq_layers.demo.memory import peak_of
-
-# Every larger buffer is mapped by itself, so that freed memory leaves the process at once. glibc; ignored elsewhere.
-_ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+from longvq_layers.benchmarks.memory import in_own_process, peak_of
 
 
 def peak_of_backward(batch: int, channels: int, length: int, backend: str, threads: int) -> int | None:
@@ -22,23 +16,7 @@ def peak_of_backward(batch: int, channels: int, length: int, backend: str, threa
     Raises:
         RuntimeError: the measuring process failed.
     """
-    package_parent = str(Path(__file__).resolve().parents[2])
-    path = os.pathsep.join(filter(None, [package_parent, os.environ.get("PYTHONPATH")]))
-    child = subprocess.run(
-        [sys.executable, "-m", __name__, json.dumps([batch, channels, length, backend, threads])],
-        env={**os.environ, **_ALLOCATOR, "PYTHONPATH": path},
-        capture_output=True,
-        text=True,
-    )
-    if child.returncode != 0:
-        raise RuntimeError(f"the process that measures memory failed:\n{child.stderr[-2000:]}")
-    return json.loads(child.stdout.splitlines()[-1])
-
-
-def resident() -> int | None:
-    """Bytes of resident memory of this process now; None where `/proc` doesn't tell."""
-    status = Path("/proc/self/statm")
-    return int(status.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if status.exists() else None
+    return in_own_process(__name__, [batch, channels, length, backend, threads])
 
 
 def _child(batch: int, channels: int, length: int, backend: str, threads: int) -> int | None:

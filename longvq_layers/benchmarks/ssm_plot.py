@@ -2,18 +2,13 @@
 
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")  # no display needed
-
-from matplotlib import pyplot
 from matplotlib.axes import Axes
-from matplotlib.ticker import NullLocator
 
+from longvq_layers.benchmarks import plot
 from longvq_layers.benchmarks.ssm_report import SCALING_TARGET, TIMED, Row, find, per_element
 
 _COLOURS = {
-    "ours": "#1261a0",
+    "ours": plot.OURS,
     "vandermonde": "#8a8f98",
     "fft": "#b9791f",
     "torch": "#8fc1e3",
@@ -28,13 +23,7 @@ def draw(path: Path, rows: list[Row]) -> None:
     panels = ([lambda axes: _methods(axes, rows, cases)] if cases else []) + (
         [lambda axes: _scaling(axes, lengths)] if lengths else []
     )
-    with pyplot.rc_context({"axes.spines.right": False, "axes.spines.top": False, "axes.titlelocation": "left"}):
-        figure, grid = pyplot.subplots(1, max(len(panels), 1), figsize=(6.5 * max(len(panels), 1), 4.6), squeeze=False)
-        for axes, panel in zip(grid[0], panels, strict=False):
-            panel(axes)
-        figure.tight_layout(w_pad=2.5)
-        figure.savefig(path, dpi=150)
-        pyplot.close(figure)
+    plot.save(path, panels)
 
 
 def _methods(axes: Axes, rows: list[Row], cases: list[Row]) -> None:
@@ -57,10 +46,7 @@ def _scaling(axes: Axes, rows: list[Row]) -> None:
     lengths, times = [row.L for row in rows], [per_element(row) * 1e9 for row in rows]
     axes.plot(lengths, times, "o-", color=_COLOURS["ours"])
     axes.axhspan(min(times), SCALING_TARGET * min(times), color="#e6e8ec", zorder=0)
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(lengths, [f"{length:,}" for length in lengths])
-    axes.xaxis.set_minor_locator(NullLocator())
+    plot.length_axis(axes, lengths)
     axes.set_ylim(0, 1.2 * max(*times, SCALING_TARGET * min(times)))
-    axes.set_xlabel("length")
     axes.set_ylabel("forward, ns per element")
     axes.set_title(f"Time per element (shaded: up to {SCALING_TARGET} times the least)", pad=22)

@@ -1,10 +1,9 @@
-"""What the benchmark of the scan writes: rows, tables with targets, what bounds the time, CSV, a plot."""
+"""What the benchmark of the scan writes: rows, tables with targets, what bounds the time."""
 
-import csv
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, fields
-from pathlib import Path
+from dataclasses import dataclass
 
+from longvq_layers.benchmarks.results import met
 from longvq_layers.benchmarks.ssm_peers import MODES
 
 TIMED = ("forward", "forward + backward")
@@ -102,10 +101,10 @@ def _targets(rows: list[Row]) -> Iterable[tuple[str, str, str, str]]:
                 yield label, f"≥ {least}x", "skipped", "not measured"
             else:
                 factor = other.seconds / ours.seconds
-                yield label, f"≥ {least}x", f"{factor:.1f}x", _met(factor >= least)
+                yield label, f"≥ {least}x", f"{factor:.1f}x", met(factor >= least)
     if step := find(rows, "step"):
         label = f"step, H = {step.H}, one token"
-        yield label, f"< {STEP_TARGET * 1e6:.0f} µs", f"{step.seconds * 1e6:.1f} µs", _met(step.seconds < STEP_TARGET)
+        yield label, f"< {STEP_TARGET * 1e6:.0f} µs", f"{step.seconds * 1e6:.1f} µs", met(step.seconds < STEP_TARGET)
     if growth := find(rows, "step memory"):
         measured = "not readable here" if growth.extra_bytes is None else f"{growth.extra_bytes / 1024:.0f} KiB"
         yield f"growth of resident memory over {growth.L:,} tokens", "", measured, ""
@@ -113,18 +112,14 @@ def _targets(rows: list[Row]) -> Iterable[tuple[str, str, str, str]]:
         times = [per_element(r) for r in scaling]
         ratio = max(times) / min(times)
         label = f"forward time per element, L = {scaling[0].L:,} to {scaling[-1].L:,}, max / min"
-        yield label, f"≤ {SCALING_TARGET}x", f"{ratio:.2f}x", _met(ratio <= SCALING_TARGET)
+        yield label, f"≤ {SCALING_TARGET}x", f"{ratio:.2f}x", met(ratio <= SCALING_TARGET)
     for row in (r for r in rows if r.case == "memory"):
         label = f"extra memory of forward + backward, B = {row.B}, L = {row.L}, over the bytes of u"
         asked = f"≤ {MEMORY_TARGET:g}x"
         if row.extra_bytes is None:
             yield label, asked, "not readable here", "not measured"
         else:
-            yield label, asked, f"{memory_multiple(row):.2f}x", _met(memory_multiple(row) <= MEMORY_TARGET)
-
-
-def _met(met: bool) -> str:
-    return "met" if met else "not met"
+            yield label, asked, f"{memory_multiple(row):.2f}x", met(memory_multiple(row) <= MEMORY_TARGET)
 
 
 def per_element(row: Row) -> float:
@@ -159,11 +154,3 @@ def _gap(rows: list[Row], ours: Row) -> str:
         "neither that bound nor new memory: operations beyond the count, or arithmetic below the rate of the matrix "
         "product, which loads a number once for many multiply-adds.\n"
     )
-
-
-def write_csv(rows: list[Row], path: Path, **everywhere: object) -> None:
-    """One line per measurement; `everywhere` are columns with the same value in all of them."""
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, [*(field.name for field in fields(Row)), *everywhere])
-        writer.writeheader()
-        writer.writerows({**asdict(row), **everywhere} for row in rows)

@@ -1,22 +1,16 @@
 """Peak memory of one forward, measured in a process of its own: `python -m longvq_layers.demo.memory` is the child.
 
-Linux: the kernel's high-water mark of resident memory is reset before the forward (`/proc/self/clear_refs`), and the
-allocator is told to map every larger buffer by itself, so that freed memory leaves the process at once. Elsewhere: the
-process's maximum so far, which only ever grows; lengths are measured in rising order, so it is still that of the
-longest forward.
+How it is read: `longvq_layers/benchmarks/memory.py`. Lengths are measured in rising order, so where the high-water mark
+can't be reset it is still that of the longest forward.
 """
 
 import json
-import os
-import subprocess
 import sys
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
+from longvq_layers.benchmarks.memory import in_own_process, peak_of
 from longvq_layers.demo.settings import SpeedSettings
-
-_ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}  # bytes; glibc, ignored elsewhere
 
 
 def measure(settings: SpeedSettings, threads: int) -> dict[int, tuple[int, int]]:
@@ -25,42 +19,8 @@ def measure(settings: SpeedSettings, threads: int) -> dict[int, tuple[int, int]]
     Raises:
         RuntimeError: the measuring process failed.
     """
-    package_parent = str(Path(__file__).resolve().parents[2])
-    path = os.pathsep.join(filter(None, [package_parent, os.environ.get("PYTHONPATH")]))
-    child = subprocess.run(
-        [sys.executable, "-m", "longvq_layers.demo.memory", json.dumps({**asdict(settings), "threads": threads})],
-        env={**os.environ, **_ALLOCATOR, "PYTHONPATH": path},
-        capture_output=True,
-        text=True,
-    )
-    if child.returncode != 0:
-        raise RuntimeError(f"the process that measures memory failed:\n{child.stderr[-2000:]}")
-    rows = json.loads(child.stdout.splitlines()[-1])
+    rows = in_own_process(__name__, {**asdict(settings), "threads": threads})
     return {length: (own, our) for length, own, our in rows}
-
-
-def peak_of(forward: Callable[[], object]) -> int | None:
-    """Bytes of resident memory that one call needs on top of what is there before; None where that can't be read."""
-    if Path("/proc/self/clear_refs").exists():
-        Path("/proc/self/clear_refs").write_text("5")  # proc(5): resets the high-water mark VmHWM
-        before = _status("VmHWM")
-        forward()
-        return max(_status("VmHWM") - before, 0)
-    try:
-        import resource
-    except ImportError:  # Windows
-        return None
-    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss: bytes on macOS, KiB elsewhere
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    forward()
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * unit
-
-
-def _status(field: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field + ":"):
-            return int(line.split()[1]) * 1024  # given in KiB
-    raise RuntimeError(f"/proc/self/status has no field {field}")
 
 
 def _child(arguments: dict) -> list[tuple[int, int, int]]:

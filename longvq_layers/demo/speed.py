@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import BertConfig, BertModel
 
+from longvq_layers.benchmarks import break_even
 from longvq_layers.demo import memory
 from longvq_layers.demo.settings import SpeedResult, SpeedRow, SpeedSettings
 from longvq_layers.replace import replace_attention
@@ -69,16 +70,7 @@ def tokens(length: int) -> Tensor:
 
 def faster_from(rows: list[SpeedRow]) -> int | None:
     """The length at which ours becomes and stays faster, interpolated between measured lengths; None: never."""
-    slower = [index for index, row in enumerate(rows) if row.speed_up < 1]
-    if not slower:
-        return rows[0].length
-    if slower[-1] == len(rows) - 1:
-        return None
-    before, after = rows[slower[-1]], rows[slower[-1] + 1]
-    # straight line in log length and log speed-up
-    logs = [torch.tensor(row.speed_up).log().item() for row in (before, after)]
-    share = -logs[0] / (logs[1] - logs[0])
-    return round(before.length * (after.length / before.length) ** share)
+    return break_even.faster_from([row.length for row in rows], [row.speed_up for row in rows])
 
 
 @torch.inference_mode()
