@@ -109,7 +109,7 @@ Tensor bias_gradient(const Problem& p, const BiasGradients& d_bias) {
 }  // namespace
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> vq_attention_backward_cpu(
-    const Tensor& grad, const Tensor& out, const Tensor& lse, const Tensor& q, const Tensor& k, const Tensor& v,
+    const Tensor& grad, const Tensor& out, const Tensor& normalizers, const Tensor& q, const Tensor& k, const Tensor& v,
     const Tensor& codebook, const Tensor& codes, const OptionalTensor& bias, const OptionalTensor& key_padding_mask,
     const OptionalTensor& cu_seqlens, double scale, bool causal, int64_t window, const std::string& activation,
     const std::string& local_keys, const std::string& key_grad) {
@@ -119,15 +119,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> vq_attention_backward_cpu(
   check_result(p, grad, "grad");
   check_result(p, out, "out");
   STD_TORCH_CHECK(
-      lse.is_cpu() && lse.dim() == 3 && lse.size(0) == p.batch && lse.size(1) == p.heads && lse.size(2) == p.length &&
-          lse.scalar_type() == ScalarType::Float,
-      "vq_attention_backward: lse must be (B, H, L), float32");
+      normalizers.is_cpu() && normalizers.dim() == 4 && normalizers.size(0) == p.batch &&
+          normalizers.size(1) == p.heads && normalizers.size(2) == p.length && normalizers.size(3) == 2 &&
+          normalizers.scalar_type() == ScalarType::Float,
+      "vq_attention_backward: normalizers must be (B, H, L, 2), float32");
   Tensor dq = torch::stable::new_empty(q, {p.batch, p.heads, p.length, p.depth}, q.scalar_type());
   Tensor dk = torch::stable::new_empty(k, {p.batch, p.kv_heads, p.length, p.depth}, k.scalar_type());
   Tensor dv = torch::stable::new_empty(v, {p.batch, p.kv_heads, p.length, p.values}, v.scalar_type());
   BiasGradients d_bias(p.pairs());
   if (!p.empty()) {
-    const GradientTensors tensors{grad, out, lse, dq.mutable_data_ptr(), dk.mutable_data_ptr(), dv.mutable_data_ptr()};
+    const GradientTensors tensors{grad, out, normalizers, dq.mutable_data_ptr(), dk.mutable_data_ptr(), dv.mutable_data_ptr()};
     if (p.everything_far()) {
       run_everything_far(p, tensors);
     } else {

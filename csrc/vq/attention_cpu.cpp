@@ -12,10 +12,10 @@ namespace {
 
 using torch::headeronly::ScalarType;
 
-void run(const Problem& p, void* out, float* lse) {
+void run(const Problem& p, void* out, float* normalizers) {
   std::vector<std::unique_ptr<Head>> heads(p.pairs());
   share_out(p.pairs(), [] { return 0; }, [&](int64_t item, int) {
-    heads[item] = std::make_unique<Head>(p, out, lse, p.documents[item / p.kv_heads], item % p.kv_heads);
+    heads[item] = std::make_unique<Head>(p, out, normalizers, p.documents[item / p.kv_heads], item % p.kv_heads);
   });
   struct Block {
     const Head* head;
@@ -43,11 +43,11 @@ std::tuple<Tensor, Tensor> vq_attention_cpu(
       q, k, v, codebook, codes, bias, key_padding_mask, cu_seqlens, scale, causal, window, activation, local_keys,
       key_grad);
   Tensor out = torch::stable::new_empty(v, {p.batch, p.heads, p.length, p.values}, v.scalar_type());
-  Tensor lse = torch::stable::new_empty(q, {p.batch, p.heads, p.length}, ScalarType::Float);
+  Tensor normalizers = torch::stable::new_empty(q, {p.batch, p.heads, p.length, 2}, ScalarType::Float);
   if (!p.empty()) {
-    run(p, out.mutable_data_ptr(), static_cast<float*>(lse.mutable_data_ptr()));
+    run(p, out.mutable_data_ptr(), static_cast<float*>(normalizers.mutable_data_ptr()));
   }
-  return {out, lse};
+  return {out, normalizers};
 }
 
 }  // namespace longvq

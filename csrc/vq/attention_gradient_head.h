@@ -7,7 +7,7 @@ namespace longvq {
 
 // What the backward is given besides the arguments of the forward, and where its results go (contiguous).
 struct GradientTensors {
-  const Tensor &grad, &out, &lse;
+  const Tensor &grad, &out, &normalizers;
   void *dq, *dk, *dv;
 };
 
@@ -68,7 +68,7 @@ struct CodeGradients {
 
 // Per thread: one block and all that it needs.
 struct GradientScratch {
-  AlignedArray<float> queries, out, grad, lse, delta, scores, slopes, inside, d_queries;
+  AlignedArray<float> queries, out, grad, top, total, delta, scores, slopes, inside, d_queries;
   AlignedArray<float> d_near_values, d_inside, d_outside;
   Panels query_panels, grad_panels;
   NearKeys near;
@@ -80,7 +80,8 @@ struct GradientScratch {
   GradientScratch(const Problem& p, int64_t most)
       : queries(aligned_array<float>(kBlock * p.depth)),
         out(aligned_array<float>(kBlock * p.value_columns)),
-        grad(aligned_array<float>(kBlock * p.value_columns)), lse(aligned_array<float>(kBlock)),
+        grad(aligned_array<float>(kBlock * p.value_columns)), top(aligned_array<float>(kBlock)),
+        total(aligned_array<float>(kBlock)),
         delta(aligned_array<float>(kBlock)), scores(aligned_array<float>(kBlock * kChunkStride)),
         slopes(aligned_array<float>(kBlock * kChunkStride)),
         inside(aligned_array<float>(kBlock * kChunkStride)),
@@ -147,7 +148,8 @@ struct GradientHead {
     block.value_columns = p.value_columns;
     block.depth_columns = p.depth_columns;
     block.cluster = p.cluster;
-    block.lse = scratch.lse.get();
+    block.top = scratch.top.get();
+    block.total = scratch.total.get();
     block.delta = scratch.delta.get();
     block.out = scratch.out.get();
     block.grad = scratch.grad.get();
@@ -185,9 +187,9 @@ struct GradientHead {
     const int64_t head = kv_head * p.group + g;
     const Matrix q = p.matrix_of(p.q, document, head), grad = p.matrix_of(tensors.grad, document, head);
     const Matrix out = p.matrix_of(tensors.out, document, head);
-    const Tensor& lse = tensors.lse;
-    const float* lse_row = static_cast<const float*>(lse.const_data_ptr()) + document.row * lse.stride(0) +
-                           head * lse.stride(1) + document.start * lse.stride(2);
+    const Tensor& of = tensors.normalizers;
+    const float* normalizers = static_cast<const float*>(of.const_data_ptr()) + document.row * of.stride(0) +
+                               head * of.stride(1) + document.start * of.stride(2);
     scratch.query_panels.resize(last - first, p.depth_columns);
     scratch.grad_panels.resize(last - first, p.value_columns);
     scratch.query_panels.clear();
@@ -202,7 +204,8 @@ struct GradientHead {
         scaled[d] = unit(i) * query[d];
       }
       scratch.query_panels.set_row(r, scaled, p.depth);
-      scratch.lse[r] = lse_row[i * lse.stride(2)];
+      scratch.top[r] = normalizers[i * of.stride(2)];
+      scratch.total[r] = normalizers[i * of.stride(2) + of.stride(3)];
       if (keys.ignored(i)) {  // its output is 0 whatever the inputs
         continue;
       }

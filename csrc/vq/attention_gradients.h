@@ -22,11 +22,11 @@ inline void weigh_row(
     }
     return;
   }
-  const float lse = block.lse[row], delta = block.delta[row];
+  const float top = block.top[row], share = 1.0f / block.total[row], delta = block.delta[row];
   for (int64_t c = 0; c < columns; c += kLanes) {
-    Floats score = load<Floats>(scores + c) - lse;
+    Floats score = load<Floats>(scores + c) - top;
     score = offsets == nullptr ? score : score + load<Floats>(offsets + c);
-    const Floats weight = exp_negative(score);
+    const Floats weight = exp_negative(score) * share;
     const Floats removed = counts == nullptr ? Floats{} + delta : delta * load<Floats>(counts + c);
     store(scores + c, weight);
     store(slopes + c, weight * (load<Floats>(slopes + c) - removed));

@@ -1,8 +1,6 @@
 // Forward of one head of one document, block of queries by block. For attention_cpu.cpp.
 #pragma once
 
-#include <cmath>
-
 #include "attention_keys.h"
 
 namespace longvq {
@@ -26,7 +24,7 @@ struct Scratch {
 struct Head {
   const Problem& p;
   void* out;   // (B, H, L, E)
-  float* lse;  // (B, H, L)
+  float* normalizers;  // (B, H, L, 2)
   Document document;
   int64_t length, kv_head;
   Keys keys;
@@ -35,8 +33,8 @@ struct Head {
   std::vector<float> units;
   FarFields fields;
 
-  Head(const Problem& p, void* out, float* lse, const Document& document, int64_t kv_head)
-      : p(p), out(out), lse(lse), document(document), length(document.length), kv_head(kv_head),
+  Head(const Problem& p, void* out, float* normalizers, const Document& document, int64_t kv_head)
+      : p(p), out(out), normalizers(normalizers), document(document), length(document.length), kv_head(kv_head),
         keys(p, document, kv_head), codebook(pack_codebook(p, keys, false)), units(units_of(p, document, keys)),
         fields(p, keys, document.length, Sums::kRows) {
     for (int64_t g = 0; g < p.group; ++g) {
@@ -82,12 +80,10 @@ struct Head {
 
   void finish(int64_t g, int64_t i, float* sums, float total, float top) const {
     const int64_t place = p.place(document, kv_head * p.group + g, p.heads) + i;
-    float factor = keys.ignored(i) ? 0.0f : 1.0f;
-    lse[place] = 0.0f;
-    if (p.weight == AttentionWeight::kSoftmax) {
-      lse[place] = total == 0.0f ? kInfinity : top + std::log(total);
-      factor = total == 0.0f ? 0.0f : factor / total;
-    }
+    total = total == 0.0f ? 1.0f : total;  // no key: all sums are 0; laplace: not normalised
+    normalizers[2 * place] = top;
+    normalizers[2 * place + 1] = total;
+    const float factor = keys.ignored(i) ? 0.0f : 1.0f / total;
     for (int64_t e = 0; e < p.values; ++e) {
       sums[e] = factor == 0.0f ? 0.0f : sums[e] * factor;
     }

@@ -58,7 +58,7 @@ struct AttentionGradientBlock : AttentionScores {
   bool only_values;            // whether d_far_values is all that is wanted
   bool cluster;                // whether keys learn from outside the window: else d_codes and d_outside stay
 
-  const float* lse;            // (rows,) log-normalisers of softmax
+  const float *top, *total;    // (rows,) weights of softmax are exp(score - top) / total
   const float* out;            // (rows, value_columns) the outputs
   const float* grad;           // (rows, value_columns) of the outputs
   const float* grad_panels;    // panels (rows, value_columns), the same

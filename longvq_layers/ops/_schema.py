@@ -72,11 +72,11 @@ _ATTENTION_INPUTS = (
 
 
 def _vq_attention_fake(q, k, v, codebook, codes, bias, key_padding_mask, cu_seqlens, *options):
-    lse_dtype = torch.promote_types(q.dtype, torch.float32)
-    return v.new_empty(*q.shape[:3], v.shape[-1]), q.new_empty(q.shape[:3], dtype=lse_dtype)
+    precise = torch.promote_types(q.dtype, torch.float32)
+    return v.new_empty(*q.shape[:3], v.shape[-1]), q.new_empty(*q.shape[:3], 2, dtype=precise)
 
 
-def _vq_attention_backward_fake(grad, out, lse, q, k, v, codebook, codes, bias, *rest):
+def _vq_attention_backward_fake(grad, out, normalizers, q, k, v, codebook, codes, bias, *rest):
     dbias = q.new_empty(0) if bias is None else bias.new_empty(bias.shape)
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), dbias
 
@@ -86,16 +86,16 @@ def _vq_attention_setup(ctx, inputs, output):
     ctx.save_for_backward(*output, *tensors)
 
 
-def _vq_attention_grad(ops, ctx, grad, grad_lse):
-    out, lse, *tensors = ctx.saved_tensors
-    dq, dk, dv, dbias = ops.vq_attention_backward(grad, out, lse, *tensors, *ctx.options)
+def _vq_attention_grad(ops, ctx, grad, grad_normalizers):
+    out, normalizers, *tensors = ctx.saved_tensors
+    dq, dk, dv, dbias = ops.vq_attention_backward(grad, out, normalizers, *tensors, *ctx.options)
     has_bias = tensors[5] is not None
     return dq, dk, dv, None, None, dbias if has_bias else None, None, None, *[None] * len(ctx.options)
 
 
 _define(f"vq_attention({_ATTENTION_INPUTS}) -> (Tensor, Tensor)", vq_attention, _vq_attention_fake)
 _define(
-    f"vq_attention_backward(Tensor grad, Tensor out, Tensor lse, {_ATTENTION_INPUTS}) "
+    f"vq_attention_backward(Tensor grad, Tensor out, Tensor normalizers, {_ATTENTION_INPUTS}) "
     "-> (Tensor, Tensor, Tensor, Tensor)",
     vq_attention_backward,
     _vq_attention_backward_fake,

@@ -28,15 +28,19 @@ def vq_attention(
     local_keys: str,
     key_grad: str,
 ) -> tuple[Tensor, Tensor]:
-    """Output (B, H, L, E) in the dtype of ``v``, and log-normalisers (B, H, L) for the backward."""
+    """Output (B, H, L, E) in the dtype of ``v``, and for the backward what softmax divided by, (B, H, L, 2).
+
+    That is (m, t) for weights ``exp(score − m) / t``: their logarithm ``m + log t`` would lose the digits of ``t`` where
+    scores are large.
+    """
     if q.numel() == 0:
         precise = torch.promote_types(q.dtype, torch.float32)
-        return q.new_zeros(*q.shape[:3], v.shape[-1]), q.new_zeros(q.shape[:3], dtype=precise)
+        return q.new_zeros(*q.shape[:3], v.shape[-1]), q.new_zeros(*q.shape[:3], 2, dtype=precise)
     options = Options(scale, causal, window, activation, local_keys, key_grad)
     with torch.autocast(q.device.type, enabled=False):
         s = Scores(q, k, v, codebook, codes, bias, key_padding_mask, options)
         out = s.v.new_empty(s.batch, s.kv_heads, s.group, s.length, s.value_width)
-        lse = s.v.new_zeros(s.batch, s.kv_heads, s.group, s.length, 1)
+        normalizers = s.v.new_zeros(s.batch, s.kv_heads, s.group, s.length, 2)
         for block in range(s.blocks.count):
             rows, keys = s.blocks.rows(block), s.blocks.near(block)
             q_block = s.rows_of(s.q, rows)
@@ -49,15 +53,14 @@ def vq_attention(
                 top.masked_fill_(top == -torch.inf, 0)  # no allowed key at all: every weight is exp(−inf) = 0
                 near, far = near.sub_(top).exp_(), far.sub_(top).exp_()
                 total = near.sum(-1, keepdim=True) + far.sum(-1, keepdim=True)
-                none = total == 0
-                lse_block = top + total.log()
-                lse[..., rows, :] = lse_block.masked_fill_(none, torch.inf).view(*lse.shape[:3], -1, 1)
+                total.masked_fill_(total == 0, 1)
+                normalizers[..., rows, :] = torch.cat([top, total], -1).view(*normalizers.shape[:3], -1, 2)
                 result = near @ s.v[:, :, keys] + far @ s.far_values[s.far_index(block)]
-                result /= total.masked_fill_(none, 1)
+                result /= total
             else:
                 result = laplace(near) @ s.v[:, :, keys] + laplace(far) @ s.far_values[s.far_index(block)]
             out[..., rows, :] = result.view(*out.shape[:3], -1, s.value_width)
-        out, lse = out.flatten(1, 2), lse.flatten(1, 2).squeeze(-1)
+        out = out.flatten(1, 2)
         if key_padding_mask is not None:
             out.masked_fill_(key_padding_mask[:, None, :, None], 0)
-        return out.to(v.dtype), lse
+        return out.to(v.dtype), normalizers.flatten(1, 2)

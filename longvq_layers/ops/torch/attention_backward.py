@@ -28,7 +28,7 @@ def diagonal_sums(x: Tensor) -> Tensor:
 def vq_attention_backward(
     grad: Tensor,
     out: Tensor,
-    lse: Tensor,
+    normalizers: Tensor,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -60,7 +60,7 @@ def vq_attention_backward(
         def grouped(x: Tensor) -> Tensor:
             return x.unflatten(1, (s.kv_heads, s.group))
 
-        grad, delta, lse = grouped(grad), grouped(delta), grouped(lse.unsqueeze(-1))
+        grad, delta, normalizers = grouped(grad), grouped(delta), grouped(normalizers)
         dq = torch.empty_like(s.q, memory_format=torch.contiguous_format)
         dv = torch.zeros_like(s.v, memory_format=torch.contiguous_format)
         dk_window = s.v.new_zeros(s.batch, s.kv_heads, s.length, s.width)
@@ -77,8 +77,8 @@ def vq_attention_backward(
             near, far = s.near(q_block, codewords, rows, keys), s.far(q_block, block)
             dp_near, dp_far = do @ values.transpose(2, 3), do @ far_values.transpose(2, 3)
             if activation == "softmax":
-                lse_block = s.rows_of(lse, rows)
-                p_near, p_far = near.sub_(lse_block).exp_(), far.sub_(lse_block).exp_()
+                top, total = s.rows_of(normalizers, rows).split(1, -1)
+                p_near, p_far = near.sub_(top).exp_().div_(total), far.sub_(top).exp_().div_(total)
                 ds_near, ds_far = dp_near.sub_(d).mul_(p_near), dp_far.sub_(d).mul_(p_far)
             else:
                 p_near, p_far = laplace(near), laplace(far)
