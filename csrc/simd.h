@@ -1,15 +1,12 @@
-// Vectors of one register, for files that are compiled once per instruction set (*_kernel.cpp) and the headers that only
-// they include. Everything is in an anonymous namespace: the linker keeps one copy of a shared inline function, and it
-// could be the one with instructions that this CPU lacks.
+// Vectors of one register of the instruction set that the file is compiled for: *_kernel.cpp, once per instruction set,
+// and others, which have the baseline's. Everything is in an anonymous namespace: the linker keeps one copy of a shared
+// inline function, and it could be the one with instructions that this CPU lacks.
 #pragma once
 
 #include <cstdint>
 #include <cstring>
 
-#if !defined(LONGVQ_ISA)
-#error "LONGVQ_ISA must be one of default, avx2, avx512"
-#endif
-
+// LONGVQ_JOIN(assign_kernel_, LONGVQ_ISA) is the name of a variant, in *_kernel.cpp.
 #define LONGVQ_JOIN_(a, b) a##b
 #define LONGVQ_JOIN(a, b) LONGVQ_JOIN_(a, b)
 
@@ -27,6 +24,7 @@ constexpr int kHalf = kLanes / 2;  // a register of floats holds the values of t
 
 typedef float Floats __attribute__((vector_size(kLanes * sizeof(float)), may_alias));
 typedef uint32_t Words __attribute__((vector_size(kLanes * sizeof(uint32_t)), may_alias));
+typedef int32_t SignedWords __attribute__((vector_size(kLanes * sizeof(int32_t)), may_alias));
 typedef uint16_t Shorts __attribute__((vector_size(kLanes * sizeof(uint16_t)), may_alias));
 typedef float HalfFloats __attribute__((vector_size(kHalf * sizeof(float)), may_alias));
 typedef double Doubles __attribute__((vector_size(kHalf * sizeof(double)), may_alias));
