@@ -8,6 +8,7 @@
 
 #include "../aligned.h"
 #include "../cpu_capability.h"
+#include "../element_type.h"
 #include "../share_out.h"
 #include "scan_kernel.h"
 
@@ -20,20 +21,11 @@ using OptionalTensor = std::optional<Tensor>;
 
 LONGVQ_DEFINE_KERNEL_OF_THIS_CPU(ScanKernel, scan_kernel)
 
-SeriesType series_type(const Tensor& x) {
-  switch (x.scalar_type()) {
-    case ScalarType::Float:
-      return SeriesType::kFloat;
-    case ScalarType::BFloat16:
-      return SeriesType::kBFloat16;
-    case ScalarType::Half:
-      return SeriesType::kHalf;
-    default:
-      STD_TORCH_CHECK(false, "ssm_scan: the compiled CPU kernel takes u in float32, bfloat16 or float16");
-  }
+ElementType series_type(const Tensor& x) {
+  const std::optional<ElementType> type = element_type(x);
+  STD_TORCH_CHECK(type.has_value(), "ssm_scan: the compiled CPU kernel takes u in float32, bfloat16 or float16");
+  return *type;
 }
-
-int64_t element_size(SeriesType type) { return type == SeriesType::kFloat ? 4 : 2; }
 
 void* data_of(const Tensor& x) { return const_cast<void*>(x.const_data_ptr()); }
 
@@ -123,12 +115,11 @@ struct Arguments {
 
   // Row `row` of a (B, L, H) tensor in the order of the recurrence, or, `backwards`, of its adjoint.
   Series series(const Tensor& x, int64_t row, int64_t channel, bool backwards) const {
-    const SeriesType type = series_type(x);
+    const ElementType type = series_type(x);
     const bool from_end = reverse != backwards;
     const int64_t first = from_end && length > 0 ? length - 1 : 0;
     const int64_t offset = row * x.stride(0) + first * x.stride(1) + channel * x.stride(2);
-    return {static_cast<char*>(data_of(x)) + offset * element_size(type), from_end ? -x.stride(1) : x.stride(1),
-            x.stride(2), type};
+    return {element_at(data_of(x), type, offset), from_end ? -x.stride(1) : x.stride(1), x.stride(2), type};
   }
 
   const bool* mask(int64_t row, bool backwards, int64_t& stride) const {

@@ -4,15 +4,15 @@
 
 #include <cstdint>
 
-namespace longvq {
+#include "../element.h"
 
-enum class SeriesType { kFloat, kBFloat16, kHalf };
+namespace longvq {
 
 // One sequence of the channels of a line, in the order of the recurrence. Strides count elements and may be negative.
 struct Series {
   void* data;  // first step, first channel
   int64_t step_stride, channel_stride;
-  SeriesType type;
+  ElementType type;
 };
 
 // A (channel, mode) matrix of a line: float32, or pairs re, im if the modes are complex. Strides count floats.

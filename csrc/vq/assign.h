@@ -5,7 +5,7 @@
 
 namespace longvq {
 
-// k (B, H, L, D) and codebook (H, S, D), float32 on the CPU, any strides -> (B, H, L) int64.
+// k (B, H, L, D) and codebook (H, S, D) on the CPU, float32, bfloat16 or float16, any strides -> (B, H, L) int64.
 torch::stable::Tensor vq_assign_cpu(const torch::stable::Tensor& k, const torch::stable::Tensor& codebook);
 
 }  // namespace longvq

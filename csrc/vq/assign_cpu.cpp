@@ -4,12 +4,13 @@
 #include <torch/headeronly/util/Exception.h>
 
 #include <algorithm>
-#include <cstring>
 #include <limits>
 
-#include "../aligned.h"
 #include "../cpu_capability.h"
+#include "../element_type.h"
+#include "assign_few.h"
 #include "assign_kernel.h"
+#include "assign_problem.h"
 
 namespace longvq {
 namespace {
@@ -17,26 +18,10 @@ namespace {
 using torch::stable::Tensor;
 
 constexpr int64_t kBlockRows = 96;              // keys that go over the codebook together, see assign_block
-constexpr int64_t kMinFlopsPerThread = 1 << 20;  // below this starting a thread costs more than it saves
 
 int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
 
 LONGVQ_DEFINE_KERNEL_OF_THIS_CPU(AssignKernel, assign_kernel)
-
-struct Shape {
-  int64_t batch, heads, length, depth, codes;
-};
-
-// Strides in elements.
-struct Keys {
-  const float* data;
-  int64_t batch_stride, head_stride, length_stride, depth_stride;
-};
-
-struct Codebook {
-  const float* data;
-  int64_t head_stride, code_stride, depth_stride;
-};
 
 // The codebook as AssignBlock wants it, for every head.
 struct PackedCodebook {
@@ -67,7 +52,7 @@ float half_square(const float* code, int64_t stride, int64_t depth) {
 }
 
 void pack_panel(
-    const Codebook& codebook, const Shape& shape, const AssignKernel& kernel, int64_t head, int64_t first_code,
+    const AssignCodebook& codebook, const AssignShape& shape, const AssignKernel& kernel, int64_t head, int64_t first_code,
     PackedCodebook& packed) {
   const int64_t width = std::min(kernel.panel, packed.codes - first_code);
   const int64_t present = std::min(width, shape.codes - first_code);
@@ -102,7 +87,7 @@ void pack_panel(
   }
 }
 
-PackedCodebook pack_codebook(const Codebook& codebook, const Shape& shape, const AssignKernel& kernel) {
+PackedCodebook pack_codebook(const AssignCodebook& codebook, const AssignShape& shape, const AssignKernel& kernel) {
   PackedCodebook packed;
   packed.codes = round_up(shape.codes, kernel.lanes);
   packed.panels = aligned_array<float>(shape.heads * packed.codes * shape.depth);
@@ -117,32 +102,13 @@ PackedCodebook pack_codebook(const Codebook& codebook, const Shape& shape, const
   return packed;
 }
 
-// Copies one key and returns whether all of it is finite.
-bool copy_key(const float* key, int64_t stride, int64_t depth, float* out) {
-  constexpr uint32_t kExponent = 0x7f800000u;
-  uint32_t not_finite = 0;
-  if (stride == 1) {
-    std::memcpy(out, key, static_cast<std::size_t>(depth) * sizeof(float));
-  } else {
-    for (int64_t d = 0; d < depth; ++d) {
-      out[d] = key[d * stride];
-    }
-  }
-  for (int64_t d = 0; d < depth; ++d) {
-    uint32_t bits;
-    std::memcpy(&bits, out + d, sizeof bits);
-    not_finite |= (bits & kExponent) == kExponent;
-  }
-  return not_finite == 0;
-}
-
 // Per thread: a block's keys, packed, and what the kernel needs for them.
 struct Scratch {
   AlignedArray<float> keys, best;
   AlignedArray<int32_t> best_code, out;
   bool finite[kBlockRows];
 
-  Scratch(const Shape& shape, const AssignKernel& kernel)
+  Scratch(const AssignShape& shape, const AssignKernel& kernel)
       : keys(aligned_array<float>(round_up(kBlockRows, kernel.row_step) * shape.depth)),
         best(aligned_array<float>(round_up(kBlockRows, kernel.row_step) * kernel.lanes)),
         best_code(aligned_array<int32_t>(round_up(kBlockRows, kernel.row_step) * kernel.lanes)),
@@ -151,23 +117,13 @@ struct Scratch {
   }
 };
 
-// Keys first_row .. first_row + rows of one head, rows counted over batch and length. Together they stay in the L2
-// cache while each panel of the codebook is read from memory once and from the L1 cache rows / row_step times.
+// Keys first_row .. first_row + rows of one head. Together they stay in the L2 cache while each panel of the codebook is
+// read from memory once and from the L1 cache rows / row_step times.
 void assign_block(
-    const Keys& keys, const PackedCodebook& packed, const Shape& shape, const AssignKernel& kernel, int64_t head,
-    int64_t first_row, int64_t rows, Scratch& scratch, int64_t* out) {
-  int64_t batch = first_row / shape.length;
-  int64_t position = first_row % shape.length;
-  const auto advance = [&] {
-    if (++position == shape.length) {
-      position = 0;
-      ++batch;
-    }
-  };
-  for (int64_t row = 0; row < rows; ++row, advance()) {
-    const float* key =
-        keys.data + batch * keys.batch_stride + head * keys.head_stride + position * keys.length_stride;
-    scratch.finite[row] = copy_key(key, keys.depth_stride, shape.depth, scratch.keys.get() + row * shape.depth);
+    const AssignKeys& keys, const PackedCodebook& packed, const AssignShape& shape, const AssignKernel& kernel,
+    int64_t head, int64_t first_row, int64_t rows, Scratch& scratch, int64_t* codes) {
+  for (int64_t row = 0; row < rows; ++row) {
+    scratch.finite[row] = keys.load(shape, head, first_row + row, scratch.keys.get() + row * shape.depth);
   }
 
   AssignBlock block;
@@ -182,50 +138,17 @@ void assign_block(
   block.out = scratch.out.get();
   kernel.assign(block);
 
-  batch = first_row / shape.length;
-  position = first_row % shape.length;
-  for (int64_t row = 0; row < rows; ++row, advance()) {
-    // A key that is not finite has no nearest code; code 0 is at least one that exists.
-    out[(batch * shape.heads + head) * shape.length + position] = scratch.finite[row] ? block.out[row] : 0;
+  for (int64_t row = 0; row < rows; ++row) {
+    set_code(codes, shape, head, first_row + row, scratch.finite[row], block.out[row]);
   }
 }
 
-}  // namespace
-
-Tensor vq_assign_cpu(const Tensor& k, const Tensor& codebook) {
-  using torch::headeronly::ScalarType;
-  STD_TORCH_CHECK(k.dim() == 4, "vq_assign: k must be (B, H, L, D), got ", k.dim(), " dimensions");
-  STD_TORCH_CHECK(codebook.dim() == 3, "vq_assign: codebook must be (H, S, D), got ", codebook.dim(), " dimensions");
-  STD_TORCH_CHECK(k.is_cpu() && codebook.is_cpu(), "vq_assign: k and codebook must both be on the CPU");
-  STD_TORCH_CHECK(
-      k.scalar_type() == ScalarType::Float && codebook.scalar_type() == ScalarType::Float,
-      "vq_assign: the compiled CPU kernel takes float32 for k and codebook");
-  const Shape shape{k.size(0), k.size(1), k.size(2), k.size(3), codebook.size(1)};
-  STD_TORCH_CHECK(
-      codebook.size(0) == shape.heads && codebook.size(2) == shape.depth, "vq_assign: codebook must be (H, S, D) = (",
-      shape.heads, ", S, ", shape.depth, ") for this k, got (", codebook.size(0), ", ", shape.codes, ", ",
-      codebook.size(2), ")");
-  STD_TORCH_CHECK(shape.codes >= 1, "vq_assign: codebook must hold at least one code, got S = 0");
-  // Code indices travel through the kernel as 32-bit SIMD lanes.
-  STD_TORCH_CHECK(
-      shape.codes <= std::numeric_limits<int32_t>::max() - 1024, "vq_assign: too many codes, S = ", shape.codes);
-
-  Tensor out = torch::stable::new_empty(k, {shape.batch, shape.heads, shape.length}, ScalarType::Long);
-  const int64_t rows = shape.batch * shape.length;  // keys of one head
-  if (rows == 0 || shape.heads == 0) {
-    return out;
-  }
-
+// Threads share out the steps of all heads; each joins its own neighbouring steps into blocks.
+void assign_many_keys(
+    const AssignKeys& keys, const AssignCodebook& codebook, const AssignShape& shape, int64_t* codes) {
   const AssignKernel& kernel = kernel_of_this_cpu();
-  const Keys keys{
-      static_cast<const float*>(k.const_data_ptr()), k.stride(0), k.stride(1), k.stride(2), k.stride(3)};
-  const PackedCodebook packed = pack_codebook(
-      {static_cast<const float*>(codebook.const_data_ptr()), codebook.stride(0), codebook.stride(1),
-       codebook.stride(2)},
-      shape, kernel);
-  int64_t* codes = static_cast<int64_t*>(out.mutable_data_ptr());
-
-  // Threads share out the steps of all heads; each joins its own neighbouring steps into blocks.
+  const PackedCodebook packed = pack_codebook(codebook, shape, kernel);
+  const int64_t rows = shape.rows();
   const int64_t steps_per_head = (rows + kernel.row_step - 1) / kernel.row_step;
   const int64_t steps_per_block = kBlockRows / kernel.row_step;
   const double flops_per_step = 2.0 * static_cast<double>(kernel.row_step) * static_cast<double>(packed.codes) *
@@ -242,6 +165,53 @@ Tensor vq_assign_cpu(const Tensor& k, const Tensor& codebook) {
       step = next;
     }
   });
+}
+
+// A codebook of any type in float32; `copy` keeps it if it had to be converted.
+AssignCodebook as_float(
+    const Tensor& codebook, ElementType type, const AssignShape& shape, AlignedArray<float>& copy) {
+  const void* data = codebook.const_data_ptr();
+  if (type == ElementType::kFloat) {
+    return {static_cast<const float*>(data), codebook.stride(0), codebook.stride(1), codebook.stride(2)};
+  }
+  copy = aligned_array<float>(shape.heads * shape.codes * shape.depth);
+  for (int64_t i = 0; i < shape.heads * shape.codes; ++i) {
+    const int64_t offset = i / shape.codes * codebook.stride(0) + i % shape.codes * codebook.stride(1);
+    load_row(element_at(data, type, offset), type, codebook.stride(2), shape.depth, copy.get() + i * shape.depth);
+  }
+  return {copy.get(), shape.codes * shape.depth, shape.depth, 1};
+}
+
+}  // namespace
+
+Tensor vq_assign_cpu(const Tensor& k, const Tensor& codebook) {
+  using torch::headeronly::ScalarType;
+  STD_TORCH_CHECK(k.dim() == 4, "vq_assign: k must be (B, H, L, D), got ", k.dim(), " dimensions");
+  STD_TORCH_CHECK(codebook.dim() == 3, "vq_assign: codebook must be (H, S, D), got ", codebook.dim(), " dimensions");
+  STD_TORCH_CHECK(k.is_cpu() && codebook.is_cpu(), "vq_assign: k and codebook must both be on the CPU");
+  const std::optional<ElementType> key_type = element_type(k), code_type = element_type(codebook);
+  STD_TORCH_CHECK(
+      key_type.has_value() && code_type.has_value(),
+      "vq_assign: the compiled CPU kernel takes float32, bfloat16 or float16 for k and codebook");
+  const AssignShape shape{k.size(0), k.size(1), k.size(2), k.size(3), codebook.size(1)};
+  STD_TORCH_CHECK(
+      codebook.size(0) == shape.heads && codebook.size(2) == shape.depth, "vq_assign: codebook must be (H, S, D) = (",
+      shape.heads, ", S, ", shape.depth, ") for this k, got (", codebook.size(0), ", ", shape.codes, ", ",
+      codebook.size(2), ")");
+  STD_TORCH_CHECK(shape.codes >= 1, "vq_assign: codebook must hold at least one code, got S = 0");
+  // Code indices travel through the kernel as 32-bit SIMD lanes.
+  STD_TORCH_CHECK(
+      shape.codes <= std::numeric_limits<int32_t>::max() - 1024, "vq_assign: too many codes, S = ", shape.codes);
+
+  Tensor out = torch::stable::new_empty(k, {shape.batch, shape.heads, shape.length}, ScalarType::Long);
+  if (shape.rows() == 0 || shape.heads == 0) {
+    return out;
+  }
+  const AssignKeys keys{k.const_data_ptr(), *key_type, k.stride(0), k.stride(1), k.stride(2), k.stride(3)};
+  AlignedArray<float> copy;
+  const AssignCodebook codes = as_float(codebook, *code_type, shape, copy);
+  const auto assign = shape.rows() <= kFewKeys ? assign_few_keys : assign_many_keys;
+  assign(keys, codes, shape, static_cast<int64_t*>(out.mutable_data_ptr()));
   return out;
 }
 

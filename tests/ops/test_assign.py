@@ -26,7 +26,7 @@ def test_finds_a_nearest_codeword(backend, data):
     torch.manual_seed(data.draw(st.integers(0, 999)))
     batch, heads, length = data.draw(st.integers(0, 2)), data.draw(st.integers(1, 3)), data.draw(st.integers(0, 70))
     codes, width = data.draw(st.sampled_from([1, 2, 31, 100])), data.draw(st.sampled_from([1, 3, 16, 33]))
-    dtype = data.draw(st.sampled_from([torch.float32, torch.float64, torch.bfloat16]))
+    dtype = data.draw(st.sampled_from([torch.float32, torch.float64, torch.bfloat16, torch.float16]))
     k = layout(torch.randn(batch, heads, length, width).to(dtype), data.draw(st.sampled_from(LAYOUTS)))
     codebook = torch.randn(heads, codes, width)
     result = ops.vq_assign(k, codebook, backend=backend)
@@ -73,12 +73,14 @@ def test_no_gradient_and_not_affected_by_autocast():
 
 
 @pytest.mark.parametrize("namespace", ["longvq", "longvq_torch"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 def test_opcheck(namespace, dtype):
     if namespace == "longvq" and dtype == torch.float64:
         return  # Python never routes float64 there
     op = getattr(torch.ops, namespace).vq_assign.default
-    torch.library.opcheck(op, (torch.randn(2, 3, 7, 5, dtype=dtype), torch.randn(3, 4, 5, dtype=dtype)))
+    for length in (7, 20):  # few keys and more
+        k, codebook = torch.randn(2, 3, length, 5, dtype=dtype), torch.randn(3, 4, 5, dtype=dtype)
+        torch.library.opcheck(op, (k, codebook))
 
 
 def test_compiles_without_graph_breaks():

@@ -13,6 +13,9 @@ from hypothesis import given, settings
 from longvq_layers import _extension, ops
 
 CAPABILITIES = ("default", "avx2", "avx512")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# Rows a head on both sides of where another kernel takes over (16), and every way to make up so few keys from groups.
+FEW_AND_MORE = (1, 2, 3, 4, 5, 6, 7, 8, 15, 16, 17, 18, 40)
 
 
 def native(k: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
@@ -44,8 +47,8 @@ def assert_nearest(codes: torch.Tensor, k: torch.Tensor, codebook: torch.Tensor)
 
 @st.composite
 def problems(draw: st.DrawFn) -> tuple[torch.Tensor, torch.Tensor]:
-    """Keys and codebooks of any small shape, in every memory layout that a view can give them."""
-    b, h, length = draw(st.integers(0, 3)), draw(st.integers(1, 3)), draw(st.integers(0, 130))
+    """Keys and codebooks of any small shape and type, in every memory layout that a view can give them."""
+    b, h, length = draw(st.integers(0, 3)), draw(st.integers(1, 3)), draw(st.integers(0, 130) | st.integers(0, 9))
     codes, width = draw(st.integers(1, 150)), draw(st.integers(1, 70))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
     scale = draw(st.sampled_from([1.0, 1e-3, 1e3]))
@@ -54,8 +57,10 @@ def problems(draw: st.DrawFn) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _laid_out(draw: st.DrawFn, shape: tuple[int, ...], scale: float, generator: torch.Generator) -> torch.Tensor:
+    dtype = draw(st.sampled_from(DTYPES))
+
     def randn(*size: int) -> torch.Tensor:
-        return torch.randn(size, generator=generator) * scale
+        return (torch.randn(size, generator=generator) * scale).to(dtype)
 
     layout = draw(st.sampled_from(["contiguous", "permuted", "strided", "offset", "expanded"]))
     if layout == "permuted":
@@ -71,14 +76,17 @@ def _laid_out(draw: st.DrawFn, shape: tuple[int, ...], scale: float, generator: 
     return randn(*shape)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(problems())
-def test_finds_a_nearest_code_in_any_layout(problem):
+def test_finds_a_nearest_code_in_any_layout_and_type(problem):
     k, codebook = problem
-    assert_nearest(native(k, codebook), k, codebook)
+    codes = native(k, codebook)
+    assert_nearest(codes, k, codebook)
+    # Half types are exact in float32, and nothing else is computed with them.
+    assert torch.equal(codes, native(k.float(), codebook.float()))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(problems(), st.data())
 def test_exact_ties_go_to_the_lowest_code(problem, data):
     """Small integers make every score exact, so equal distances are equal scores."""
@@ -96,23 +104,52 @@ def test_exact_ties_go_to_the_lowest_code(problem, data):
         assert not ((distances == chosen) & lower).any()
 
 
-@pytest.mark.parametrize("codes", [1, 2, 15, 16, 17, 63, 64, 65, 130])
-def test_identical_codewords_give_the_first(codes):
+@pytest.mark.parametrize("codes", [1, 2, 3, 4, 5, 15, 16, 17, 63, 64, 65, 130])
+@pytest.mark.parametrize("width", [33, 64])
+def test_identical_codewords_give_the_first(codes, width):
     torch.manual_seed(codes)
-    k, codebook = torch.randn(2, 3, 50, 33), torch.randn(3, 1, 33).expand(3, codes, 33)
-    assert native(k, codebook).eq(0).all()
+    codebook = torch.randn(3, 1, width).expand(3, codes, width)
+    for rows in FEW_AND_MORE:
+        k = torch.randn(1, 3, rows, width)
+        assert native(k, codebook).eq(0).all()
+        assert native(k, codebook.contiguous()).eq(0).all()
+
+
+@pytest.mark.parametrize("rows", FEW_AND_MORE)
+def test_a_few_keys_get_a_nearest_code(rows):
+    torch.manual_seed(rows)
+    for codes, width in [(1, 8), (6, 64), (97, 40), (512, 64), (30, 1)]:
+        k, codebook = torch.randn(1, 2, rows, width), torch.randn(2, codes, width)
+        codes = native(k, codebook)
+        assert_nearest(codes, k, codebook)
+        assert torch.equal(native(k.permute(2, 1, 0, 3), codebook), codes.permute(2, 1, 0))  # rows along the batch
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("codes", [1, 5, 64, 100])
-def test_a_key_that_is_not_finite_gets_code_zero_and_disturbs_no_other(bad, codes):
+@pytest.mark.parametrize("length", [3, 8, 40])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_key_that_is_not_finite_gets_code_zero_and_disturbs_no_other(bad, codes, length, dtype):
     torch.manual_seed(0)
-    k, codebook = torch.randn(2, 2, 40, 19), torch.randn(2, codes, 19)
+    k, codebook = torch.randn(2, 2, length, 19).to(dtype), torch.randn(2, codes, 19)
     expected = native(k, codebook)
-    k[1, 0, 7, 3] = bad
-    k[0, 1, 39] = bad
-    expected[1, 0, 7] = expected[0, 1, 39] = 0
+    k[1, 0, 1, 3] = bad
+    k[0, 1, length - 1] = bad
+    expected[1, 0, 1] = expected[0, 1, length - 1] = 0
     assert torch.equal(native(k, codebook), expected)
+
+
+@pytest.mark.parametrize("heads", [1, 1024])
+def test_subnormal_halves_count_where_the_caller_has_denormals_flushed(heads):
+    k = (torch.arange(1024) * 2.0**-24).to(torch.float16).view(1, heads, 1024 // heads, 1)
+    codebook = (torch.arange(64) * 2.0**-20).view(1, 64, 1).expand(heads, 64, 1)
+    expected = squared_distances(k, codebook).argmin(-1)
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this processor does not flush denormals")
+    try:
+        assert torch.equal(native(k, codebook), expected)
+    finally:
+        torch.set_flush_denormal(False)
 
 
 def test_overflowing_scores_stay_in_range():
@@ -131,19 +168,27 @@ def test_odd_sizes(length, codes, width):
     assert_nearest(native(k, codebook), k, codebook)
 
 
-def test_a_key_gets_the_same_code_alone_as_in_a_batch():
-    """Blocks, remainders and batch size don't change a single result, not even between near ties."""
+@pytest.mark.parametrize("sizes", [(1, 2, 3, 4, 7, 8, 16), (17, 18, 40, 101)])
+def test_company_does_not_change_a_code(sizes):
+    """Of few keys or of many, blocks, remainders and batch size don't change a single result, not even of near ties."""
     torch.manual_seed(0)
-    k, codebook = torch.randn(2, 2, 101, 24).bfloat16().float(), torch.randn(2, 90, 24)
+    k, codebook = torch.randn(2, 101, 24).bfloat16().float(), torch.randn(2, 90, 24)
     codebook[:, 45:] = codebook[:, :45] * (1 + 1e-7)
-    whole = native(k, codebook)
-    alone = torch.stack([native(k[:, :, i : i + 1], codebook).squeeze(-1) for i in range(101)], dim=-1)
-    assert torch.equal(whole, alone)
+    results = []
+    for size in sizes:  # every key among `size`, the last ones together with their predecessors
+        codes = torch.empty(2, 101, dtype=torch.int64)
+        for start in range(0, 101, size):
+            part = slice(min(start, 101 - size), min(start, 101 - size) + size)
+            codes[:, part] = native(k[None, :, part], codebook)[0]
+        results.append(codes)
+    assert all(torch.equal(results[0], other) for other in results[1:])
+    assert_nearest(results[0][None], k[None], codebook)
 
 
-def test_threads_change_nothing():
+@pytest.mark.parametrize(("heads", "length", "dtype"), [(3, 1500, torch.float32), (64, 4, torch.bfloat16)])
+def test_threads_change_nothing(heads, length, dtype):
     torch.manual_seed(0)
-    k, codebook = torch.randn(2, 3, 1500, 40), torch.randn(3, 200, 40)
+    k, codebook = torch.randn(2, heads, length, 40).to(dtype), torch.randn(heads, 400, 40)
     before = torch.get_num_threads()
     try:
         results = []
@@ -182,7 +227,9 @@ def test_several_python_threads_at_once():
         (torch.zeros(1, 1, 2, 3), torch.zeros(2, 2, 3), "codebook must be .*, got \\(2, 2, 3\\)"),
         (torch.zeros(1, 1, 2, 3), torch.zeros(1, 2, 4), "codebook must be .*, got \\(1, 2, 4\\)"),
         (torch.zeros(1, 1, 2, 3), torch.zeros(1, 0, 3), "at least one code"),
-        (torch.zeros(1, 1, 2, 3).double(), torch.zeros(1, 2, 3).double(), "float32"),
+        (torch.zeros(1, 1, 2, 3).double(), torch.zeros(1, 2, 3), "takes float32, bfloat16 or float16"),
+        (torch.zeros(1, 1, 2, 3), torch.zeros(1, 2, 3).double(), "takes float32, bfloat16 or float16"),
+        (torch.zeros(1, 1, 2, 3), torch.zeros(1, 2, 3).long(), "takes float32, bfloat16 or float16"),
     ],
 )
 def test_the_kernel_itself_refuses_what_would_read_out_of_bounds(k, codebook, message):
@@ -204,8 +251,9 @@ torch.save((_extension.cpu_capability(), [ops.vq_assign(k, c, backend="native") 
 def test_every_instruction_set_finds_a_nearest_code(tmp_path):
     """Variants may differ from each other only where both answers are nearest up to rounding."""
     torch.manual_seed(0)
-    shapes = [(1, 1, 1, 1, 1), (2, 3, 77, 130, 33), (1, 2, 300, 512, 64), (1, 1, 9, 31, 300)]
+    shapes = [(1, 1, 1, 1, 1), (2, 3, 77, 130, 33), (1, 2, 300, 512, 64), (1, 1, 9, 31, 300), (1, 2, 7, 130, 64)]
     problems = [(torch.randn(b, h, n, d), torch.randn(h, s, d)) for b, h, n, s, d in shapes]
+    problems += [(k.to(dtype), codebook) for k, codebook in problems for dtype in DTYPES[1:]]
     tied = torch.randint(-2, 3, (1, 1, 200, 3)).float(), torch.randint(-1, 2, (1, 100, 3)).float()
     torch.save([*problems, tied], tmp_path / "problems.pt")
 

@@ -30,8 +30,8 @@ def vq_attention(
 ) -> tuple[Tensor, Tensor]:
     """Output (B, H, L, E) in the dtype of ``v``, and for the backward what softmax divided by, (B, H, L, 2).
 
-    That is (m, t) for weights ``exp(score − m) / t``: their logarithm ``m + log t`` would lose the digits of ``t`` where
-    scores are large.
+    That is (m, t) for weights ``exp(score − m) / t``: their logarithm ``m + log t`` would lose the digits of ``t``
+    where scores are large.
     """
     if q.numel() == 0:
         precise = torch.promote_types(q.dtype, torch.float32)

@@ -1,0 +1,13 @@
+// Codes for a few keys a head, as in generation, where packing the codebook would take longer than reading it.
+#pragma once
+
+#include "assign_few_kernel.h"
+#include "assign_problem.h"
+
+namespace longvq {
+
+// At most kFewKeys rows a head.
+void assign_few_keys(
+    const AssignKeys& keys, const AssignCodebook& codebook, const AssignShape& shape, int64_t* codes);
+
+}  // namespace longvq
