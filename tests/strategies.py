@@ -22,6 +22,16 @@ def layout(x: Tensor, kind: str) -> Tensor:
 LAYOUTS = ("contiguous", "transposed", "sliced")
 
 
+@st.composite
+def offsets(draw, length: int) -> Tensor:
+    """``cu_seqlens`` of a row: documents of any length, also none, one step, and all of it."""
+    if length == 0 and draw(st.booleans()):
+        return torch.zeros(1, dtype=torch.int32)  # no document at all
+    places = st.one_of(st.integers(0, length), st.sampled_from([0, length, min(length, 1), length // 2]))
+    cuts = sorted(draw(st.lists(places, max_size=6)))
+    return torch.tensor([0, *cuts, length], dtype=torch.int32)
+
+
 @dataclass
 class AttentionCase:
     q: Tensor
@@ -43,10 +53,10 @@ class AttentionCase:
 
 
 @st.composite
-def attention_cases(draw, max_length: int = 200, max_batch: int = 2) -> AttentionCase:
-    """Any valid call of ``vq_attention``, in float64."""
+def attention_cases(draw, max_length: int = 200, max_batch: int = 2, packed: bool = False) -> AttentionCase:
+    """Any valid call of ``vq_attention``, in float64; ``packed``: of one row with ``cu_seqlens``."""
     torch.manual_seed(draw(st.integers(0, 2**16)))
-    batch = draw(st.integers(0, max_batch))
+    batch = 1 if packed else draw(st.integers(0, max_batch))
     kv_heads, group = draw(st.integers(1, 2)), draw(st.integers(1, 3))
     length = draw(st.one_of(st.sampled_from([0, 1, 2, 63, 64, 65, 129]), st.integers(0, max_length)))
     width, value_width = draw(st.sampled_from([1, 3, 8])), draw(st.sampled_from([1, 5, 8]))
@@ -89,6 +99,8 @@ def attention_cases(draw, max_length: int = 200, max_batch: int = 2) -> Attentio
         "local_keys": draw(st.sampled_from(["quantized", "exact"])),
         "key_grad": draw(st.sampled_from(["cluster", "window"])),
     }
+    if packed:
+        options["cu_seqlens"] = draw(offsets(length))
     kind = draw(st.sampled_from(LAYOUTS))
     return AttentionCase(layout(q, kind), layout(k, kind), layout(v, kind), codebook, options)
 
@@ -118,10 +130,11 @@ class ScanCase:
 
 
 @st.composite
-def scan_cases(draw, max_length: int = 200) -> ScanCase:
-    """Any valid call of ``ssm_scan``, in float64."""
+def scan_cases(draw, max_length: int = 200, packed: bool = False) -> ScanCase:
+    """Any valid call of ``ssm_scan``, in float64; ``packed``: of one row with ``cu_seqlens``."""
     torch.manual_seed(draw(st.integers(0, 2**16)))
-    batch, channels = draw(st.integers(0, 2)), draw(st.sampled_from([1, 2, 3, 3, 17]))
+    batch = 1 if packed else draw(st.integers(0, 2))
+    channels = draw(st.sampled_from([1, 2, 3, 3, 17]))
     modes = draw(st.sampled_from([1, 2, 5]))
     length = draw(st.one_of(st.sampled_from([0, 1, 2, 63, 64, 65, 129]), st.integers(0, max_length)))
     family = draw(st.sampled_from([torch.float64, torch.complex128]))
@@ -131,12 +144,14 @@ def scan_cases(draw, max_length: int = 200) -> ScanCase:
         log_decay = torch.complex(log_decay, torch.randn(channels, modes, dtype=torch.float64) * 3)
     weight = torch.randn(channels, modes, dtype=family)
     skip = torch.randn(channels, dtype=torch.float64) if draw(st.booleans()) else None
-    state = torch.randn(batch, channels, modes, dtype=family) if draw(st.booleans()) else None
+    cu_seqlens = draw(offsets(length)) if packed else None
+    rows = len(cu_seqlens) - 1 if packed else batch
+    state = torch.randn(rows, channels, modes, dtype=family) if draw(st.booleans()) else None
     u = torch.randn(batch, length, channels, dtype=torch.float64)
     mask = None
     if draw(st.booleans()):
         mask = torch.rand(batch, length) < draw(st.sampled_from([0.1, 0.6]))
-    options = {"key_padding_mask": mask, "reverse": draw(st.booleans())}
+    options = {"key_padding_mask": mask, "cu_seqlens": cu_seqlens, "reverse": draw(st.booleans())}
     return ScanCase(layout(u, draw(st.sampled_from(LAYOUTS))), log_decay, weight, skip, state, options)
 
 
@@ -186,10 +201,13 @@ _EXPANDED = ("expanded0", "expanded2", "expanded1")  # along the batch, the chan
 
 
 @st.composite
-def native_scan_cases(draw, dtype: torch.dtype = torch.float32, max_length: int = 100) -> NativeScanCase:
+def native_scan_cases(
+    draw, dtype: torch.dtype = torch.float32, max_length: int = 100, packed: bool = False
+) -> NativeScanCase:
     """Shapes around the 16 channels of a line, the 32 or 64 steps of a chunk and its panels of modes; every layout."""
     torch.manual_seed(draw(st.integers(0, 2**16)))
-    batch, channels = draw(st.integers(0, 3)), draw(st.sampled_from([3, 1, 2, 15, 16, 17, 33]))
+    batch = 1 if packed else draw(st.integers(0, 3))
+    channels = draw(st.sampled_from([3, 1, 2, 15, 16, 17, 33]))
     modes = draw(st.sampled_from([1, 2, 3, 4, 5, 7, 16, 32]))
     length = draw(st.one_of(st.sampled_from([0, 1, 31, 32, 33, 63, 64, 65]), st.integers(0, max_length)))
     family = draw(st.sampled_from([torch.complex64, torch.float32]))
@@ -198,6 +216,8 @@ def native_scan_cases(draw, dtype: torch.dtype = torch.float32, max_length: int 
         log_decay *= torch.tensor([1.0, 1e-3, 1e-8])[torch.randint(3, (channels, modes))]
     if family.is_complex:
         log_decay = torch.complex(log_decay, torch.randn(channels, modes) * draw(st.sampled_from([1.0, 100.0, 1e6])))
+    cu_seqlens = draw(offsets(length)) if packed else None
+    rows = len(cu_seqlens) - 1 if packed else batch
     arguments = {
         "u": any_layout(draw, torch.randn(batch, length, channels).to(dtype), _EXPANDED),
         "log_decay": any_layout(draw, log_decay),
@@ -206,14 +226,14 @@ def native_scan_cases(draw, dtype: torch.dtype = torch.float32, max_length: int 
     if draw(st.booleans()):
         arguments["skip"] = any_layout(draw, torch.randn(channels))
     if draw(st.booleans()):
-        arguments["initial_state"] = any_layout(draw, torch.randn(batch, channels, modes, dtype=family), _EXPANDED)
+        arguments["initial_state"] = any_layout(draw, torch.randn(rows, channels, modes, dtype=family), _EXPANDED)
     mask = None
     if draw(st.booleans()):
         mask = torch.rand(batch, length) < draw(st.sampled_from([0.2, 0.7, 1.0]))
         mask = any_layout(draw, mask, _EXPANDED[:1])
     return NativeScanCase(
         arguments,
-        {"key_padding_mask": mask, "reverse": draw(st.booleans())},
+        {"key_padding_mask": mask, "cu_seqlens": cu_seqlens, "reverse": draw(st.booleans())},
         any_layout(draw, torch.randn(batch, length, channels).to(dtype), _EXPANDED),
-        any_layout(draw, torch.randn(batch, channels, modes, dtype=family), _EXPANDED),
+        any_layout(draw, torch.randn(rows, channels, modes, dtype=family), _EXPANDED),
     )

@@ -165,8 +165,8 @@ struct ChunkTables {
   }
 
   void fill(const ScanModel& model, bool adjoint) {
-    // Of a short sequence only the beginning of the tables is used.
-    const int steps = model.length < kChunk ? static_cast<int>(model.length) : kChunk;
+    // If all sequences are short only the beginning of the tables is used.
+    const int steps = model.longest < kChunk ? static_cast<int>(model.longest) : kChunk;
     if (steps < kChunk || padded_columns > columns) {
       for (int64_t i = 0; i < kChunk * padded_columns; ++i) {
         into[i] = Floats{};

@@ -13,7 +13,8 @@ namespace longvq {
 std::tuple<torch::stable::Tensor, torch::stable::Tensor> ssm_scan_cpu(
     const torch::stable::Tensor& u, const torch::stable::Tensor& log_decay, const torch::stable::Tensor& weight,
     const std::optional<torch::stable::Tensor>& skip, const std::optional<torch::stable::Tensor>& initial_state,
-    const std::optional<torch::stable::Tensor>& key_padding_mask, bool reverse);
+    const std::optional<torch::stable::Tensor>& key_padding_mask,
+    const std::optional<torch::stable::Tensor>& cu_seqlens, bool reverse);
 
 // Gradients of u, log_decay, weight, skip and initial_state; empty ones for optional arguments not given, for u and
 // initial_state unless need_inputs, for the others unless need_parameters.
@@ -23,7 +24,7 @@ ssm_scan_backward_cpu(
     const torch::stable::Tensor& grad_y, const torch::stable::Tensor& grad_state, const torch::stable::Tensor& u,
     const torch::stable::Tensor& log_decay, const torch::stable::Tensor& weight,
     const std::optional<torch::stable::Tensor>& skip, const std::optional<torch::stable::Tensor>& initial_state,
-    const std::optional<torch::stable::Tensor>& key_padding_mask, bool reverse,
-    bool need_inputs, bool need_parameters);
+    const std::optional<torch::stable::Tensor>& key_padding_mask,
+    const std::optional<torch::stable::Tensor>& cu_seqlens, bool reverse, bool need_inputs, bool need_parameters);
 
 }  // namespace longvq

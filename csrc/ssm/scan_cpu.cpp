@@ -8,6 +8,7 @@
 
 #include "../aligned.h"
 #include "../cpu_capability.h"
+#include "../documents.h"
 #include "../element_type.h"
 #include "../share_out.h"
 #include "scan_kernel.h"
@@ -44,12 +45,14 @@ struct Arguments {
   const Tensor &u, &log_decay, &weight;
   const OptionalTensor &skip, &initial_state, &key_padding_mask;
   bool reverse;
-  int64_t batch, length, channels, modes;
+  int64_t batch, length, channels, modes, longest = 0;
   bool complex_modes;
+  std::vector<Document> documents;  // what the kernel knows as rows
 
   Arguments(
       const Tensor& u, const Tensor& log_decay, const Tensor& weight, const OptionalTensor& skip,
-      const OptionalTensor& initial_state, const OptionalTensor& key_padding_mask, bool reverse)
+      const OptionalTensor& initial_state, const OptionalTensor& key_padding_mask, const OptionalTensor& cu_seqlens,
+      bool reverse)
       : u(u), log_decay(log_decay), weight(weight), skip(skip), initial_state(initial_state),
         key_padding_mask(key_padding_mask), reverse(reverse) {
     // Python has checked them with better messages: these only keep wrong calls of the bare operator from memory.
@@ -61,6 +64,10 @@ struct Arguments {
         complex_modes || family == ScalarType::Float, "ssm_scan: the compiled CPU kernel takes float32 or complex64 modes");
     series_type(u);
     STD_TORCH_CHECK(log_decay.size(0) == channels && modes >= 1, "ssm_scan: log_decay must be (H, N) for this u, N >= 1");
+    documents = documents_of("ssm_scan", batch, length, cu_seqlens);
+    for (const Document& document : documents) {
+      longest = std::max(longest, document.length);
+    }
     check_modes(weight, "weight");
     STD_TORCH_CHECK(weight.dim() == 2, "ssm_scan: weight must be (H, N)");
     if (initial_state.has_value()) {
@@ -78,6 +85,8 @@ struct Arguments {
     STD_TORCH_CHECK(u.is_cpu() && log_decay.is_cpu(), "ssm_scan: u and log_decay must be on the CPU");
   }
 
+  int64_t rows() const { return static_cast<int64_t>(documents.size()); }
+
   void check_modes(const Tensor& x, const char* name) const {
     const int64_t dims = x.dim();
     STD_TORCH_CHECK(
@@ -88,7 +97,8 @@ struct Arguments {
 
   void check_state(const Tensor& x, const char* name) const {
     check_modes(x, name);
-    STD_TORCH_CHECK(x.dim() == 3 && x.size(0) == batch, "ssm_scan: ", name, " must be (B, H, N)");
+    STD_TORCH_CHECK(
+        x.dim() == 3 && x.size(0) == rows(), "ssm_scan: ", name, " must be (B, H, N), with cu_seqlens one per document");
   }
 
   void check_series(const Tensor& x, const char* name) const {
@@ -100,7 +110,7 @@ struct Arguments {
 
   ScanModel model(int64_t channel, int64_t line) const {
     ScanModel model{};
-    model.length = length;
+    model.longest = longest;
     model.channels = std::min(line, channels - channel);
     model.modes = modes;
     model.complex_modes = complex_modes;
@@ -113,29 +123,37 @@ struct Arguments {
     return model;
   }
 
-  // Row `row` of a (B, L, H) tensor in the order of the recurrence, or, `backwards`, of its adjoint.
+  // Where document `row` starts in the order of the recurrence, or, `backwards`, of its adjoint.
+  int64_t first_step(int64_t row, bool from_end) const {
+    const Document& document = documents[row];
+    return document.start + (from_end && document.length > 0 ? document.length - 1 : 0);
+  }
+
+  // Document `row` of a (B, L, H) tensor in that order.
   Series series(const Tensor& x, int64_t row, int64_t channel, bool backwards) const {
     const ElementType type = series_type(x);
     const bool from_end = reverse != backwards;
-    const int64_t first = from_end && length > 0 ? length - 1 : 0;
-    const int64_t offset = row * x.stride(0) + first * x.stride(1) + channel * x.stride(2);
+    const int64_t offset =
+        documents[row].row * x.stride(0) + first_step(row, from_end) * x.stride(1) + channel * x.stride(2);
     return {element_at(data_of(x), type, offset), from_end ? -x.stride(1) : x.stride(1), x.stride(2), type};
   }
 
   const bool* mask(int64_t row, bool backwards, int64_t& stride) const {
-    if (!key_padding_mask.has_value() || length == 0) {
+    if (!key_padding_mask.has_value() || documents[row].length == 0) {
       return nullptr;
     }
     const Tensor& x = *key_padding_mask;
     const bool from_end = reverse != backwards;
     stride = from_end ? -x.stride(1) : x.stride(1);
-    return static_cast<const bool*>(x.const_data_ptr()) + row * x.stride(0) + (from_end ? (length - 1) * x.stride(1) : 0);
+    return static_cast<const bool*>(x.const_data_ptr()) + documents[row].row * x.stride(0) +
+           first_step(row, from_end) * x.stride(1);
   }
 
   ScanRow row(
       const Tensor& in, const Tensor& out, const OptionalTensor& start, const OptionalTensor& end, int64_t row,
       int64_t channel, bool backwards) const {
     ScanRow result{};
+    result.length = documents[row].length;
     result.in = series(in, row, channel, backwards);
     result.out = series(out, row, channel, backwards);
     result.mask = mask(row, backwards, result.mask_stride);
@@ -148,14 +166,14 @@ struct Arguments {
 // The work: lines of channels times blocks of rows, the same for any number of threads. A block shares its tables and,
 // backward, its sums.
 struct Partition {
-  int64_t line, lines, blocks, rows_per_block, batch;
+  int64_t line, lines, blocks, rows_per_block, rows;
 
-  Partition(int64_t batch, int64_t channels, int64_t line) : line(line), batch(batch) {
+  Partition(int64_t rows, int64_t channels, int64_t line) : line(line), rows(rows) {
     constexpr int64_t kItems = 32;  // enough to share out evenly
     lines = (channels + line - 1) / line;
-    const int64_t wanted = std::min(batch, (kItems + lines - 1) / lines);
-    rows_per_block = (batch + wanted - 1) / wanted;
-    blocks = (batch + rows_per_block - 1) / rows_per_block;
+    const int64_t wanted = std::min(rows, (kItems + lines - 1) / lines);
+    rows_per_block = (rows + wanted - 1) / wanted;
+    blocks = (rows + rows_per_block - 1) / rows_per_block;
   }
 
   // call(channel, first_row, rows, block, scratch) for every item.
@@ -164,7 +182,7 @@ struct Partition {
     const auto setup = [&] { return aligned_array<char>(scratch_bytes); };
     share_out(lines * blocks, setup, [&](int64_t item, const AlignedArray<char>& scratch) {
       const int64_t block = item % blocks, first_row = block * rows_per_block;
-      call(item / blocks * line, first_row, std::min(rows_per_block, batch - first_row), block, scratch.get());
+      call(item / blocks * line, first_row, std::min(rows_per_block, rows - first_row), block, scratch.get());
     });
   }
 };
@@ -177,13 +195,14 @@ Tensor new_tensor(const Tensor& like, const std::vector<int64_t>& shape, ScalarT
 
 std::tuple<Tensor, Tensor> ssm_scan_cpu(
     const Tensor& u, const Tensor& log_decay, const Tensor& weight, const OptionalTensor& skip,
-    const OptionalTensor& initial_state, const OptionalTensor& key_padding_mask, bool reverse) {
-  const Arguments args(u, log_decay, weight, skip, initial_state, key_padding_mask, reverse);
+    const OptionalTensor& initial_state, const OptionalTensor& key_padding_mask, const OptionalTensor& cu_seqlens,
+    bool reverse) {
+  const Arguments args(u, log_decay, weight, skip, initial_state, key_padding_mask, cu_seqlens, reverse);
   const Tensor y = new_tensor(u, {args.batch, args.length, args.channels}, u.scalar_type());
-  const Tensor state = new_tensor(log_decay, {args.batch, args.channels, args.modes}, log_decay.scalar_type());
-  if (args.batch > 0 && args.channels > 0) {
+  const Tensor state = new_tensor(log_decay, {args.rows(), args.channels, args.modes}, log_decay.scalar_type());
+  if (args.rows() > 0 && args.channels > 0) {
     const ScanKernel& kernel = kernel_of_this_cpu();
-    const Partition work(args.batch, args.channels, kernel.line);
+    const Partition work(args.rows(), args.channels, kernel.line);
     work.run(
         kernel.scratch_bytes(args.modes, args.complex_modes),
         [&](int64_t channel, int64_t first_row, int64_t count, int64_t, void* scratch) {
@@ -200,8 +219,8 @@ std::tuple<Tensor, Tensor> ssm_scan_cpu(
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> ssm_scan_backward_cpu(
     const Tensor& grad_y, const Tensor& grad_state, const Tensor& u, const Tensor& log_decay, const Tensor& weight,
     const OptionalTensor& skip, const OptionalTensor& initial_state, const OptionalTensor& key_padding_mask,
-    bool reverse, bool need_inputs, bool need_parameters) {
-  const Arguments args(u, log_decay, weight, skip, initial_state, key_padding_mask, reverse);
+    const OptionalTensor& cu_seqlens, bool reverse, bool need_inputs, bool need_parameters) {
+  const Arguments args(u, log_decay, weight, skip, initial_state, key_padding_mask, cu_seqlens, reverse);
   args.check_series(grad_y, "grad_y");
   args.check_state(grad_state, "grad_state");
   const ScalarType family = log_decay.scalar_type();
@@ -213,9 +232,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> ssm_scan_backward_cpu(
   Tensor dlog = new_if(need_parameters, log_decay, {args.channels, args.modes}, family);
   Tensor dweight = new_if(need_parameters, log_decay, {args.channels, args.modes}, family);
   Tensor dskip = new_if(has_dskip, log_decay, {args.channels}, ScalarType::Float);
-  Tensor dinitial = new_if(has_dinitial, log_decay, {args.batch, args.channels, args.modes}, family);
+  Tensor dinitial = new_if(has_dinitial, log_decay, {args.rows(), args.channels, args.modes}, family);
   const OptionalTensor end = has_dinitial ? OptionalTensor(dinitial) : std::nullopt;
-  if (args.batch == 0 || args.channels == 0) {
+  if (args.rows() == 0 || args.channels == 0) {
     for (Tensor* empty : {&dlog, &dweight, &dskip}) {
       torch::stable::zero_(*empty);
     }
@@ -224,7 +243,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> ssm_scan_backward_cpu(
 
   const ScanKernel& kernel = kernel_of_this_cpu();
   const int64_t line = kernel.line, columns = (args.complex_modes ? 2 : 1) * args.modes;
-  const Partition work(args.batch, args.channels, line);
+  const Partition work(args.rows(), args.channels, line);
   // Sums of each block of rows: log_decay, weight (columns, line) and skip (line,), added up in order below.
   const int64_t per_item = (2 * columns + 1) * line;
   const AlignedArray<double> sums = aligned_array<double>(need_parameters ? work.lines * work.blocks * per_item : 0);
@@ -245,6 +264,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> ssm_scan_backward_cpu(
         std::vector<ScanGradientRow> gradient_rows;
         for (int64_t row = first_row; row < first_row + count; ++row) {
           ScanGradientRow gradient{};
+          gradient.length = args.documents[row].length;
           gradient.u = args.series(u, row, channel, false);
           gradient.grad_y = args.series(grad_y, row, channel, false);
           gradient.mask = args.mask(row, false, gradient.mask_stride);

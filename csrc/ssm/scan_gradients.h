@@ -195,8 +195,8 @@ void add_row(const ScanModel& model, const ScanGradientRow& row, GradientScratch
     }
   }
   const Mask mask{row.mask, row.mask_stride};
-  for (int64_t first = 0; first < model.length; first += kSegmentSteps) {
-    const int64_t steps = model.length - first < kSegmentSteps ? model.length - first : kSegmentSteps;
+  for (int64_t first = 0; first < row.length; first += kSegmentSteps) {
+    const int64_t steps = row.length - first < kSegmentSteps ? row.length - first : kSegmentSteps;
     read_steps(row.u, model.channels, mask, first, steps, scratch.u, kSegmentSteps);
     read_steps(row.grad_y, model.channels, mask, first, steps, scratch.g, kSegmentSteps);
     for (int g = 0; g < groups; ++g) {
@@ -205,8 +205,8 @@ void add_row(const ScanModel& model, const ScanGradientRow& row, GradientScratch
     }
   }
   if (row.grad_state.data != nullptr) {
-    const int64_t rest = model.length % kChunk;
-    const int64_t tail = (model.length - rest) % kSegmentSteps;  // where the unfinished chunk still lies
+    const int64_t rest = row.length % kChunk;
+    const int64_t tail = (row.length - rest) % kSegmentSteps;  // where the unfinished chunk still lies
     for (int g = 0; g < groups; ++g) {
       add_end<COMPLEX>(scratch.groups[g], part_of(row.grad_state, g), channels_of(model.channels, g),
                        scratch.u + g * kSegmentSteps + tail, rest);

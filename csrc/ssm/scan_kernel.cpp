@@ -136,8 +136,8 @@ void scan(const ScanModel& model, bool adjoint, const ScanRow* rows, int64_t cou
       start(scratch.groups[g], part_of(row->initial_state, g), channels_of(model.channels, g), adjoint);
     }
     const Mask mask{row->mask, row->mask_stride};
-    for (int64_t first = 0; first < model.length; first += kSegmentSteps) {
-      const int64_t steps = model.length - first < kSegmentSteps ? model.length - first : kSegmentSteps;
+    for (int64_t first = 0; first < row->length; first += kSegmentSteps) {
+      const int64_t steps = row->length - first < kSegmentSteps ? row->length - first : kSegmentSteps;
       read_steps(row->in, model.channels, mask, first, steps, scratch.inputs, kSegmentSteps);
       for (int g = 0; g < groups; ++g) {
         scan_segment(
@@ -147,7 +147,7 @@ void scan(const ScanModel& model, bool adjoint, const ScanRow* rows, int64_t cou
     }
     if (row->final_state.data != nullptr) {
       for (int g = 0; g < groups; ++g) {
-        finish(scratch.groups[g], part_of(row->final_state, g), channels_of(model.channels, g), model.length % kChunk,
+        finish(scratch.groups[g], part_of(row->final_state, g), channels_of(model.channels, g), row->length % kChunk,
                adjoint);
       }
     }

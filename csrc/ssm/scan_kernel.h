@@ -22,7 +22,7 @@ struct ModeMatrix {
 };
 
 struct ScanModel {
-  int64_t length;    // L, of all rows
+  int64_t longest;   // steps of the longest row
   int64_t channels;  // of this line, 1 .. ScanKernel::line
   int64_t modes;     // N
   bool complex_modes;
@@ -32,6 +32,7 @@ struct ScanModel {
 };
 
 struct ScanRow {
+  int64_t length;  // steps
   Series in, out;
   const bool* mask;  // true: the input counts as 0 and the output is 0; nullptr: none
   int64_t mask_stride;
@@ -39,6 +40,7 @@ struct ScanRow {
 };
 
 struct ScanGradientRow {
+  int64_t length;
   Series u, grad_y;
   const bool* mask;
   int64_t mask_stride;

@@ -22,30 +22,6 @@ ElementType type_of(const Tensor& q) {
   return *type;
 }
 
-std::vector<Document> documents_of(int64_t batch, int64_t length, const OptionalTensor& cu_seqlens) {
-  std::vector<Document> documents;
-  if (!cu_seqlens.has_value()) {
-    for (int64_t row = 0; row < batch; ++row) {
-      documents.push_back({row, 0, length});
-    }
-    return documents;
-  }
-  STD_TORCH_CHECK(
-      cu_seqlens->is_cpu() && cu_seqlens->dim() == 1 && cu_seqlens->scalar_type() == ScalarType::Int &&
-          cu_seqlens->size(0) >= 1 && batch == 1,
-      "vq_attention: cu_seqlens must be (N + 1,), int32, with a batch of one row");
-  const auto* offsets = static_cast<const int32_t*>(cu_seqlens->const_data_ptr());
-  const int64_t count = cu_seqlens->size(0) - 1, stride = cu_seqlens->stride(0);
-  STD_TORCH_CHECK(
-      offsets[0] == 0 && offsets[count * stride] == length, "vq_attention: cu_seqlens must run from 0 to L = ", length);
-  for (int64_t n = 0; n < count; ++n) {
-    const int64_t start = offsets[n * stride], end = offsets[(n + 1) * stride];
-    STD_TORCH_CHECK(start <= end, "vq_attention: cu_seqlens must not fall");
-    documents.push_back({0, start, end - start});
-  }
-  return documents;
-}
-
 }  // namespace
 
 Problem::Problem(
@@ -95,7 +71,7 @@ Problem::Problem(
       }
     }
   }
-  documents = documents_of(batch, length, cu_seqlens);
+  documents = documents_of("vq_attention", batch, length, cu_seqlens);
   window = std::min(window, length);  // a wider window sees no more
   group = heads / kv_heads;
   reach = std::max<int64_t>(window - 1, 0);

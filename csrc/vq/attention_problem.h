@@ -8,6 +8,7 @@
 #include <string>
 #include <vector>
 
+#include "../documents.h"
 #include "attention_kernel.h"
 #include "panels.h"
 
@@ -19,12 +20,6 @@ using OptionalTensor = std::optional<Tensor>;
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 inline int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
-
-// Positions start .. start + length of batch row `row`, which are attended by themselves: a whole row, or a part of the
-// one row that holds several packed documents.
-struct Document {
-  int64_t row, start, length;
-};
 
 struct Problem {
   const Tensor &q, &k, &v, &codebook, &codes;

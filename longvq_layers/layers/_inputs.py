@@ -39,6 +39,12 @@ def padding(layer: str, mask: object, x: Tensor) -> None:
         check.same_device(layer, "the input", x, key_padding_mask=mask)
 
 
+def packed(layer: str, name: str, x: Tensor, cu_seqlens: object, axis: int = 1) -> None:
+    """`cu_seqlens` is None or the offsets of documents packed into the one row of x, whose length is that of `axis`."""
+    if cu_seqlens is not None:
+        check.cu_seqlens(layer, name, x, cu_seqlens, axis)
+
+
 def positive(layer: str, **sizes: int) -> None:
     for name, value in sizes.items():
         if isinstance(value, bool) or not isinstance(value, int):

@@ -102,24 +102,27 @@ class VQAttention(nn.Module):
         """The `Codebook` of the keys."""
         return self.attention.codebook
 
-    def forward(self, x: Tensor, key_padding_mask: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, key_padding_mask: Tensor | None = None, *, cu_seqlens: Tensor | None = None) -> Tensor:
         """Attend from every position to all others.
 
         Args:
             x: (B, L, embed_dim), dtype of the layer.
             key_padding_mask: (B, L) bool, True = ignore.
+            cu_seqlens: (N+1,) int32, offsets of N documents in one row (B = 1) that don't see each other, see
+                `ops.vq_attention`. Default none.
 
         Returns:
             (B, L, embed_dim); exactly 0 at masked positions, also where the output projection has a bias.
         """
         _inputs.sequence("VQAttention", "x", x, self.embed_dim, self.q_proj.weight, key_padding_mask)
+        _inputs.packed("VQAttention", "x", x, cu_seqlens)
         # Nobody has to fill padding with numbers: NaN there would reach the gradients of the projections as 0 · NaN.
         x = _inputs.zero_padding(x, key_padding_mask)
         q, k, v = (
             rearrange(project(x), "b l (h d) -> b h l d", d=self.head_dim)
             for project in (self.q_proj, self.k_proj, self.v_proj)
         )
-        out = self.attention(q, k, v, key_padding_mask)
+        out = self.attention(q, k, v, key_padding_mask, cu_seqlens=cu_seqlens)
         y = self.dropout(self.out_proj(rearrange(out, "b h l d -> b l (h d)")))
         return _inputs.zero_padding(y, key_padding_mask)
 

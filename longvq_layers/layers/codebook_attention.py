@@ -101,7 +101,15 @@ class CodebookAttention(nn.Module):
         if self.window_bias is not None:
             nn.init.zeros_(self.window_bias)
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, key_padding_mask: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        key_padding_mask: Tensor | None = None,
+        *,
+        cu_seqlens: Tensor | None = None,
+    ) -> Tensor:
         """Attend; in training also teach the codebook and store the commitment loss.
 
         Args:
@@ -109,12 +117,15 @@ class CodebookAttention(nn.Module):
             k: (B, Hkv, L, D), dtype of q.
             v: (B, Hkv, L, E), dtype of q.
             key_padding_mask: (B, L) bool, True = ignore.
+            cu_seqlens: (N+1,) int32, offsets of N documents in one row (B = 1) that don't see each other, see
+                `ops.vq_attention`. The codebook is one for all of them. Default none.
 
         Returns:
             (B, H, L, E), dtype of q; 0 at masked positions.
         """
         check.tensor("CodebookAttention", "q", q, "B H L D")
         check.size("CodebookAttention", "q", q, (q.shape[0], self.num_heads, q.shape[2], self.head_dim), "B H L D")
+        _inputs.packed("CodebookAttention", "q", q, cu_seqlens, axis=2)
         codes, table = self.codebook.quantize(k, key_padding_mask)
         with no_autocast(q.device):
             self._commit(k, codes, table, key_padding_mask)
@@ -127,6 +138,7 @@ class CodebookAttention(nn.Module):
                 window=self.window,
                 bias=self.window_bias,
                 key_padding_mask=key_padding_mask,
+                cu_seqlens=cu_seqlens,
                 activation=self.activation,
                 local_keys=self.local_keys,
                 key_grad=self.key_grad,

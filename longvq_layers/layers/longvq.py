@@ -135,35 +135,40 @@ class LongVQBlock(nn.Module):
         """The `Codebook` of the keys."""
         return self.attention.codebook
 
-    def forward(self, x: Tensor, key_padding_mask: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, key_padding_mask: Tensor | None = None, *, cu_seqlens: Tensor | None = None) -> Tensor:
         """Run the block.
 
         Args:
             x: (B, L, d_model), dtype of the layer.
             key_padding_mask: (B, L) bool, True = ignore.
+            cu_seqlens: (N+1,) int32, offsets of N documents in one row (B = 1) that don't see each other, see
+                `ops.vq_attention`. Default none.
 
         Returns:
             (B, L, d_model), exactly 0 at masked positions.
         """
         _inputs.sequence("LongVQBlock", "x", x, self.d_model, self.q_proj.weight, key_padding_mask)
+        _inputs.packed("LongVQBlock", "x", x, cu_seqlens)
         # Nobody has to fill padding with numbers: NaN there would reach the gradients of the projections as 0 · NaN.
         x = _inputs.zero_padding(x, key_padding_mask)
         if self.norm == "pre":
-            y = self._gated_attention(x, self.norm1(x), key_padding_mask)
+            y = self._gated_attention(x, self.norm1(x), key_padding_mask, cu_seqlens)
             y = y + self.ffn(self.norm2(y))
         else:
-            y = self.norm1(self._gated_attention(x, x, key_padding_mask))
+            y = self.norm1(self._gated_attention(x, x, key_padding_mask, cu_seqlens))
             y = self.norm2(y + self.ffn(y))
         return _inputs.zero_padding(y, key_padding_mask)
 
-    def _gated_attention(self, x: Tensor, normed: Tensor, key_padding_mask: Tensor | None) -> Tensor:
+    def _gated_attention(
+        self, x: Tensor, normed: Tensor, key_padding_mask: Tensor | None, cu_seqlens: Tensor | None
+    ) -> Tensor:
         silu = nn.functional.silu
-        z = self.dropout(silu(self.ssm(normed, key_padding_mask)))
+        z = self.dropout(silu(self.ssm(normed, key_padding_mask, cu_seqlens=cu_seqlens)))
         v = silu(self.v_proj(normed))
         q, k, v = (
             rearrange(wide, "b l (h d) -> b h l d", h=self.num_heads) for wide in (self.q_proj(z), self.k_proj(z), v)
         )
-        out = rearrange(self.attention(q, k, v, key_padding_mask), "b h l d -> b l (h d)")
+        out = rearrange(self.attention(q, k, v, key_padding_mask, cu_seqlens=cu_seqlens), "b h l d -> b l (h d)")
         gated = silu(self.attention_gate(z)) * out
         u = self.dropout(silu(self.candidate_x(normed) + self.candidate_o(gated)))
         gate = torch.sigmoid(self.output_gate(z))

@@ -90,6 +90,7 @@ class S4DLayer(nn.Module):
         x: Tensor,
         key_padding_mask: Tensor | None = None,
         *,
+        cu_seqlens: Tensor | None = None,
         initial_state: Tensor | None = None,
         return_state: bool = False,
         rate: float = 1.0,
@@ -99,6 +100,8 @@ class S4DLayer(nn.Module):
         Args:
             x: (B, L, d_model), dtype of the layer.
             key_padding_mask: (B, L) bool, True = this input counts as 0.
+            cu_seqlens: (documents + 1,) int32, offsets of documents in one row (B = 1), each of which is run by
+                itself, see `ops.ssm_scan`. States are then (documents, d_model, N). Default none.
             initial_state: (B, d_model, N) complex; causal only. Default zero.
             return_state: also return the state after the last position; causal only. Default False.
             rate: multiplies Δ in this call, default 1.0. A model trained at 16 kHz reads 8 kHz with 2.0.
@@ -111,7 +114,9 @@ class S4DLayer(nn.Module):
             NotImplementedError: a state asked of a bidirectional layer, whose outputs depend on the future.
         """
         _inputs.sequence("S4DLayer", "x", x, self.d_model, self.out_proj.weight, key_padding_mask)
-        result = self.ssm(x, key_padding_mask, initial_state=initial_state, return_state=return_state, rate=rate)
+        _inputs.packed("S4DLayer", "x", x, cu_seqlens)
+        options = {"cu_seqlens": cu_seqlens, "initial_state": initial_state, "return_state": return_state, "rate": rate}
+        result = self.ssm(x, key_padding_mask, **options)
         y, state = result if return_state else (result, None)
         y = _inputs.zero_padding(self._mix_channels(y, self.out_proj), key_padding_mask)
         return (y, state) if return_state else y

@@ -150,6 +150,7 @@ class DiagonalSSM(KeepsFloat32):
         u: Tensor,
         key_padding_mask: Tensor | None = None,
         *,
+        cu_seqlens: Tensor | None = None,
         initial_state: Tensor | None = None,
         return_state: bool = False,
         rate: float = 1.0,
@@ -160,6 +161,8 @@ class DiagonalSSM(KeepsFloat32):
             u: (B, L, H), any floating dtype.
             key_padding_mask: (B, L) bool, True = this input counts as 0 and this output is 0. Time goes on over
                 padding: the state keeps decaying.
+            cu_seqlens: (documents + 1,) int32, offsets of documents in one row (B = 1), each of which is run by
+                itself, see `ops.ssm_scan`. States are then (documents, H, N). Default none.
             initial_state: (B, H, N) complex, as returned before; causal only. Default zero.
             return_state: also return the state after the last position; causal only. Default False.
             rate: multiplies Δ in this call, default 1.0. A model trained at 16 kHz reads 8 kHz with 2.0.
@@ -175,12 +178,13 @@ class DiagonalSSM(KeepsFloat32):
         check.real("DiagonalSSM", "u", u)
         check.size("DiagonalSSM", "u", u, (u.shape[0], u.shape[1], self.channels), "B L H")
         _inputs.padding("DiagonalSSM", key_padding_mask, u)
+        _inputs.packed("DiagonalSSM", "u", u, cu_seqlens)
         if initial_state is not None or return_state:
             self._need_causal("initial_state and return_state need")
         _check_rate(rate)
         self._forget_step()
         log_decay, weight, skip = self.discrete(_arithmetic(u), rate)
-        options = {"key_padding_mask": key_padding_mask, "backend": self.backend}
+        options = {"key_padding_mask": key_padding_mask, "cu_seqlens": cu_seqlens, "backend": self.backend}
         with no_autocast(u.device):
             y, state = ops.ssm_scan(
                 u, log_decay, weight[0], skip=skip, initial_state=initial_state, return_state=True, **options

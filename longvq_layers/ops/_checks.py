@@ -1,5 +1,7 @@
 """Argument checks shared by the operators. Messages read: operation, argument, what was expected, what was got."""
 
+import itertools
+
 import torch
 from torch import Tensor
 
@@ -45,6 +47,33 @@ def key_padding_mask(op: str, mask: object, batch: int, length: int) -> None:
     if mask.dtype != torch.bool:
         raise TypeError(f"{op}: key_padding_mask must be bool with True = ignore, got {mask.dtype}")
     size(op, "key_padding_mask", mask, (batch, length), "B L")
+
+
+def cu_seqlens(op: str, first: str, x: Tensor, value: object, axis: int = 1) -> None:
+    """``value`` (N+1,) splits the only row of ``x``, called ``first``, whose length is that of ``axis``."""
+    tensor(op, "cu_seqlens", value, "N+1")
+    if value.dtype != torch.int32:
+        hint = "; use cu_seqlens.int()" if value.dtype == torch.int64 else ""
+        raise TypeError(f"{op}: cu_seqlens must be int32, got {value.dtype}{hint}")
+    same_device(op, first, x, cu_seqlens=value)
+    if x.shape[0] != 1:
+        raise ValueError(
+            f"{op}: with cu_seqlens all documents lie in one row, so the batch of {first} must be 1, got {x.shape[0]}"
+        )
+    at_least_one(op, "cu_seqlens", value, 0, "offset")
+    if values_are_readable(value):
+        offsets(op, value.tolist(), x.shape[axis])
+
+
+def offsets(op: str, values: list[int], length: int) -> None:
+    """``values`` of ``cu_seqlens`` start at 0, never fall and end at ``length``."""
+    if values[0] != 0:
+        raise ValueError(f"{op}: cu_seqlens must start with 0, got {values[0]}")
+    if values[-1] != length:
+        raise ValueError(f"{op}: cu_seqlens must end with the length L = {length}, got {values[-1]}")
+    for n, (start, end) in enumerate(itertools.pairwise(values)):
+        if end < start:
+            raise ValueError(f"{op}: cu_seqlens must not fall, got {start} and then {end} at index {n + 1}")
 
 
 def window(op: str, value: object) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from longvq_layers.ops.torch.assign import vq_assign
 from longvq_layers.ops.torch.attention import vq_attention
 from longvq_layers.ops.torch.attention_backward import vq_attention_backward
-from longvq_layers.ops.torch.ssm import ssm_scan, ssm_scan_backward
+from longvq_layers.ops.torch.packed_ssm import ssm_scan, ssm_scan_backward
 from longvq_layers.ops.torch.ssm_step import ssm_step, ssm_step_backward
 
 NATIVE, TORCH = "longvq", "longvq_torch"
@@ -107,16 +107,28 @@ _no_double_backward("vq_attention")
 
 _SCAN_INPUTS = (
     "Tensor u, Tensor log_decay, Tensor weight, Tensor? skip, Tensor? initial_state, "
-    "Tensor? key_padding_mask, bool reverse"
+    "Tensor? key_padding_mask, Tensor? cu_seqlens, bool reverse"
 )
 
 
-def _ssm_scan_fake(u, log_decay, weight, skip, initial_state, key_padding_mask, reverse):
-    return u.new_empty(u.shape), log_decay.new_empty(u.shape[0], *log_decay.shape)
+def _ssm_scan_fake(u, log_decay, weight, skip, initial_state, key_padding_mask, cu_seqlens, reverse):
+    rows = u.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    return u.new_empty(u.shape), log_decay.new_empty(rows, *log_decay.shape)
 
 
 def _ssm_scan_backward_fake(
-    grad_y, grad_state, u, log_decay, weight, skip, initial_state, mask, reverse, need_inputs, need_parameters
+    grad_y,
+    grad_state,
+    u,
+    log_decay,
+    weight,
+    skip,
+    initial_state,
+    mask,
+    cu_seqlens,
+    reverse,
+    need_inputs,
+    need_parameters,
 ):
     du = u.new_empty(u.shape if need_inputs else 0)
     dlog, dweight = (log_decay.new_empty(log_decay.shape if need_parameters else 0) for _ in range(2))
@@ -135,7 +147,7 @@ def _ssm_scan_grad(ops, ctx, grad_y, grad_state):
     need_u, need_log_decay, need_weight, need_skip, need_initial = ctx.needs_input_grad[:5]
     needed = need_u or need_initial, need_log_decay or need_weight or need_skip
     gradients = ops.ssm_scan_backward(grad_y, grad_state, *tensors, ctx.reverse, *needed)
-    return *(g if need else None for g, need in zip(gradients, ctx.needs_input_grad, strict=False)), None, None
+    return *(g if need else None for g, need in zip(gradients, ctx.needs_input_grad, strict=False)), None, None, None
 
 
 _define(f"ssm_scan({_SCAN_INPUTS}) -> (Tensor, Tensor)", ssm_scan, _ssm_scan_fake)

@@ -23,6 +23,7 @@ def ssm_scan(
     initial_state: Tensor | None = None,
     return_state: bool = False,
     key_padding_mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
     reverse: bool = False,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -38,17 +39,21 @@ def ssm_scan(
             that of the arithmetic and the state: float32 or complex64, float64 or complex128 if ``u`` is float64.
         weight: (H, N), dtype of ``log_decay``; the factor 2 of conjugate pairs is the caller's.
         skip: (H,), the real dtype of ``log_decay``. Default none.
-        initial_state: x_{−1}, (B, H, N), dtype of ``log_decay``. Default zero.
+        initial_state: x_{−1}, (B, H, N), dtype of ``log_decay``; with ``cu_seqlens`` one for each document, that
+            is (documents, H, N). Default zero.
         return_state: also return the last state. Default False.
         key_padding_mask: (B, L) bool, True = this input counts as 0 and this output is 0. Time goes on over padding:
             the state keeps decaying. Default none.
+        cu_seqlens: (documents + 1,) int32, offsets of documents packed into one row (B = 1), from 0 to L, not falling:
+            document n has the positions ``cu_seqlens[n] ≤ t < cu_seqlens[n + 1]`` and is run as a row of its own, from
+            its own initial state. Default none.
         reverse: run from the last position to the first, as if ``u`` and ``y`` were flipped along L; the state then
             enters after the last position and leaves before the first. Default False.
         backend: ``"auto"`` (default), ``"native"``, ``"torch"`` or ``"reference"`` (step by step).
 
     Returns:
         y (B, L, H) in the dtype of ``u``; with ``return_state`` also x_{L−1} (``reverse``: x_0), (B, H, N) in the
-        dtype of ``log_decay``.
+        dtype of ``log_decay``; with ``cu_seqlens`` the last state of each document, (documents, H, N).
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, shape, device or value; says which.
@@ -67,8 +72,11 @@ def ssm_scan(
     check.real(op, "u", u)
     _check_modes(op, log_decay, weight)
     _check_belongs(op, u, "log_decay", log_decay, skip)
+    if cu_seqlens is not None:
+        check.cu_seqlens(op, "u", u, cu_seqlens)
     if initial_state is not None:
-        _check_state(op, "initial_state", initial_state, u, "log_decay", log_decay)
+        rows = u.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+        _check_state(op, "initial_state", initial_state, rows, "log_decay", log_decay)
     if key_padding_mask is not None:
         check.key_padding_mask(op, key_padding_mask, u.shape[0], u.shape[1])
     _check_bool(op, "reverse", reverse)
@@ -87,7 +95,7 @@ def ssm_scan(
     if chosen != "reference":
         refuse_forward_mode(op, u, log_decay, weight, skip, initial_state)
     call = reference.ssm_scan if chosen == "reference" else _NAMESPACE[chosen].ssm_scan
-    y, state = call(u, log_decay, weight, skip, initial_state, key_padding_mask, reverse)
+    y, state = call(u, log_decay, weight, skip, initial_state, key_padding_mask, cu_seqlens, reverse)
     return (y, state) if return_state else y
 
 
@@ -130,7 +138,7 @@ def ssm_step(
         check.real(op, "u", u)
         _check_modes(op, decay, weight, "decay")
         _check_belongs(op, u, "decay", decay, skip)
-        _check_state(op, "state", state, u, "decay", decay)
+        _check_state(op, "state", state, u.shape[0], "decay", decay)
         check.same_device(op, "u", u, decay=decay, weight=weight, skip=skip, state=state)
     chosen = choose(op, backend, u.device, (u.dtype,))
     if chosen != "reference":
@@ -266,9 +274,9 @@ def _check_belongs(op: str, u: Tensor, name: str, decay: Tensor, skip: Tensor | 
             raise TypeError(f"{op}: skip must be {expected}, the real dtype of {name}, got {skip.dtype}")
 
 
-def _check_state(op: str, name: str, state: object, u: Tensor, decay_name: str, decay: Tensor) -> None:
+def _check_state(op: str, name: str, state: object, rows: int, decay_name: str, decay: Tensor) -> None:
     check.tensor(op, name, state, "B H N")
-    check.size(op, name, state, (u.shape[0], *decay.shape), "B H N")
+    check.size(op, name, state, (rows, *decay.shape), "B H N")
     if state.dtype != decay.dtype:
         raise TypeError(f"{op}: {name} must have the dtype of {decay_name}, {decay.dtype}, got {state.dtype}")
 

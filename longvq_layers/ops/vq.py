@@ -59,6 +59,7 @@ def vq_attention(
     window: int = 0,
     bias: Tensor | None = None,
     key_padding_mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
     scale: float | None = None,
     activation: str = "softmax",
     local_keys: str = "quantized",
@@ -89,6 +90,9 @@ def vq_attention(
         bias: learned bias of the window, (H, W) as ``bias[h, i − j]`` if causal, else (H, 2W − 1) as
             ``bias[h, j − i + W − 1]``; floating point. Default none.
         key_padding_mask: (B, L) bool, True = ignore that position. Outputs there are 0.
+        cu_seqlens: (N+1,) int32, offsets of N documents packed into one row (B = 1), from 0 to L, not falling: document
+            n has the positions ``cu_seqlens[n] ≤ i < cu_seqlens[n + 1]`` and is attended as a row of its own. Default
+            none.
         scale: factor of the scores; default ``D ** -0.5``. Not with ``activation="laplace"``, which divides the scores
             by the number of allowed keys instead.
         activation: ``"softmax"`` (default) or ``"laplace"`` (elementwise, not normalised).
@@ -118,6 +122,8 @@ def vq_attention(
     _check_options(op, q, window, causal, bias, scale, activation, local_keys, key_grad)
     if key_padding_mask is not None:
         check.key_padding_mask(op, key_padding_mask, q.shape[0], q.shape[2])
+    if cu_seqlens is not None:
+        check.cu_seqlens(op, "q", q, cu_seqlens, axis=2)
     check.same_device(op, "q", q, k=k, v=v, bias=bias, key_padding_mask=key_padding_mask, codes=codes)
     if codes is not None:
         _check_codes(op, codes, k, codebook)
@@ -129,7 +135,7 @@ def vq_attention(
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     precise = torch.promote_types(q.dtype, torch.float32)
     bias = None if bias is None else bias.to(precise)
-    arguments = (q, k, v, codebook.detach().to(precise), codes, bias, key_padding_mask, None)
+    arguments = (q, k, v, codebook.detach().to(precise), codes, bias, key_padding_mask, cu_seqlens)
     options = (scale, bool(causal), int(window), activation, local_keys, key_grad)
     if chosen == "reference":
         return reference.vq_attention(*arguments, *options)

@@ -92,7 +92,7 @@ def test_fake_results_are_like_real_ones(namespace, dtype):
         for need in (needed, needed[::-1]):
             torch.library.opcheck(
                 backward,
-                (grad, state, u, modes, modes, skip, initial, None, False, *need),
+                (grad, state, u, modes, modes, skip, initial, None, None, False, *need),
                 test_utils=("test_schema", "test_faketensor"),
             )
     step = getattr(torch.ops, namespace).ssm_step.default

@@ -136,8 +136,8 @@ def test_opcheck(namespace, complex_modes):
     state = torch.randn(2, 3, 4, dtype=log_decay.dtype, requires_grad=True)
     op = getattr(torch.ops, namespace).ssm_scan.default
     mask = torch.rand(2, 70) < 0.2
-    torch.library.opcheck(op, (u, log_decay, weight, skip, state, mask, True))
-    torch.library.opcheck(op, (u, log_decay, weight, None, None, None, False))
+    torch.library.opcheck(op, (u, log_decay, weight, skip, state, mask, None, True))
+    torch.library.opcheck(op, (u, log_decay, weight, None, None, None, None, False))
     step = getattr(torch.ops, namespace).ssm_step.default
     decay = log_decay.detach().exp().requires_grad_()
     torch.library.opcheck(step, (u[:, 0].detach().requires_grad_(), decay, weight, skip, state))

@@ -246,7 +246,7 @@ def test_scratch_memory_does_not_grow_with_the_length():
 
 U, MODES, STATE = torch.zeros(2, 5, 3), torch.zeros(3, 4), torch.zeros(2, 3, 4)
 SKIP, MASK = torch.zeros(3), torch.zeros(2, 5, dtype=torch.bool)
-GOOD = {"u": U, "log_decay": MODES, "weight": MODES, "skip": SKIP, "initial_state": STATE, "mask": MASK}
+GOOD = {"u": U, "log_decay": MODES, "weight": MODES, "skip": SKIP, "initial_state": STATE, "mask": MASK, "packed": None}
 BAD = {
     "double u": {"u": U.double()},
     "integer u": {"u": U.int()},

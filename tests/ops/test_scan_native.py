@@ -6,50 +6,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from native import drawn, run, threads
+from native import assert_as_good_as_plain_float32, by_channel, drawn, in_absolute_values, run, threads
 from strategies import NativeScanCase, native_scan_cases
 from torch import Tensor
 
 from longvq_layers import ops
-
-CHANNEL_AXIS = {"y": 2, "state": 1, "u": 2, "log_decay": 0, "weight": 0, "skip": 0, "initial_state": 1}
-
-
-def in_absolute_values(case: NativeScanCase) -> dict[str, Tensor]:
-    """Each result as the sum of the sizes of its terms: what rounding errors are relative to when terms cancel."""
-    leaves = {n: x.real if n == "log_decay" else x.abs() for n, x in case.plain_leaves(torch.float64).items()}
-    sizes = NativeScanCase({}, case.options, case.grad_y.abs(), case.grad_state.abs())
-    return run({n: x.detach().requires_grad_() for n, x in leaves.items()}, "torch", sizes)
-
-
-def by_channel(x: Tensor, name: str) -> Tensor:
-    """The largest size in each channel: channels share nothing, so an error in one can't hide behind another."""
-    x = x.abs().movedim(CHANNEL_AXIS[name], 0).unsqueeze(-1).flatten(1)
-    return x.amax(1) if x.shape[1] else x.new_zeros(x.shape[0])
-
-
-def assert_as_good_as_plain_float32(case: NativeScanCase, oracle: str = "reference") -> None:
-    """At most twice the error that a plain float32 computation makes, plus a floor.
-
-    The floor, some roundings of the terms, is for results where the plain computation happens to be exact, such as a
-    single step from a zero state: the kernel adds skip to the first tap and multiplies by both at once. Half types also
-    round the result once, and nothing else.
-    """
-    exact, sizes = run(case.plain_leaves(torch.float64), oracle, case), in_absolute_values(case)
-    plain = [run(case.plain_leaves(torch.float32), backend, case) for backend in {oracle, "torch"}]
-    actual = run(case.leaves(), "native", case)
-    for name, value in actual.items():
-        expected = exact[name]
-        assert value.shape == expected.shape and value.is_complex() == expected.is_complex(), name
-        assert value.real.dtype == (case.arguments["u"].dtype if name in ("y", "u") else torch.float32), name
-        error = (value.resolve_conj().to(expected.dtype) - expected).abs()
-        if value.dtype in (torch.bfloat16, torch.float16):
-            info = torch.finfo(value.dtype)  # half a unit in the last place, of subnormal numbers a constant
-            error = (error - expected.abs() * info.eps / 2 - info.tiny * info.eps / 2).clamp(min=0)
-        allowed = 2 * torch.stack([by_channel(p[name] - expected, name) for p in plain]).amax(0)
-        allowed = allowed + 4 * torch.finfo(torch.float32).eps * by_channel(sizes[name], name)
-        error = by_channel(error, name)
-        assert (error <= allowed).all(), f"{name}: error {error.tolist()}, allowed {allowed.tolist()}"
 
 
 @given(native_scan_cases())

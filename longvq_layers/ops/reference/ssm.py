@@ -6,6 +6,8 @@ Differentiable by autograd. O(L) steps, each with a state (B, H, N): slow, and e
 import torch
 from torch import Tensor
 
+from longvq_layers.ops._packed import documents, part
+
 
 def ssm_scan(
     u: Tensor,
@@ -14,12 +16,19 @@ def ssm_scan(
     skip: Tensor | None,
     initial_state: Tensor | None,
     key_padding_mask: Tensor | None,
+    cu_seqlens: Tensor | None,
     reverse: bool,
 ) -> tuple[Tensor, Tensor]:
     """``x_t = exp(log_decay) ∘ x_{t−1} + u_t``, ``y_t = Re Σ_n weight_n x_{t,n} + skip · u_t``: y and the last x.
 
     ``reverse`` runs from the last position to the first; masked positions put in 0 and give 0.
     """
+    if cu_seqlens is not None:
+        parts = [(u[:, :0], log_decay.new_empty(0, *log_decay.shape))]  # all of the result if there is no document
+        for n, at in enumerate(documents("ssm_scan", cu_seqlens, u.shape[1])):
+            start, mask = part(initial_state, slice(n, n + 1), 0), part(key_padding_mask, at, 1)
+            parts.append(ssm_scan(part(u, at, 1), log_decay, weight, skip, start, mask, None, reverse))
+        return torch.cat([y for y, _ in parts], dim=1), torch.cat([state for _, state in parts])
     inputs = u.to(log_decay.real.dtype)
     if key_padding_mask is not None:
         inputs = inputs.masked_fill(key_padding_mask.unsqueeze(-1), 0)

@@ -8,6 +8,8 @@ import math
 import torch
 from torch import Tensor
 
+from longvq_layers.ops._packed import documents, part
+
 
 def vq_assign(k: Tensor, codebook: Tensor) -> Tensor:
     """``argmin_s ‖k − C_s‖²`` of keys (B, H, L, D) in a codebook (H, S, D): codes (B, H, L), ties to the lowest s."""
@@ -40,6 +42,13 @@ def vq_attention(
     key_grad: str,
 ) -> Tensor:
     """Dense form of :func:`longvq_layers.ops.vq_attention`; all arguments are checked by the caller."""
+    if cu_seqlens is not None and cu_seqlens.shape[0] > 1:  # else there is no document, and no position
+        options = (scale, causal, window, activation, local_keys, key_grad)
+        parts = []
+        for at in documents("vq_attention", cu_seqlens, q.shape[2]):
+            rows, mask = (part(x, at, 2) for x in (q, k, v)), part(key_padding_mask, at, 1)
+            parts.append(vq_attention(*rows, codebook, part(codes, at, 2), bias, mask, None, *options))
+        return torch.cat(parts, dim=2)
     out_dtype = v.dtype
     precise = torch.promote_types(q.dtype, torch.float32)
     q, k, v, codebook = (x.to(precise) for x in (q, k, v, codebook.detach()))

@@ -9,6 +9,7 @@ keys of code s, which is ordinary attention over S more keys with an additive bi
 import torch
 from torch import Tensor
 
+from longvq_layers.ops._packed import documents, part
 from longvq_layers.ops.torch.scores import Options, Scores, laplace
 
 
@@ -36,6 +37,15 @@ def vq_attention(
     if q.numel() == 0:
         precise = torch.promote_types(q.dtype, torch.float32)
         return q.new_zeros(*q.shape[:3], v.shape[-1]), q.new_zeros(*q.shape[:3], 2, dtype=precise)
+    if cu_seqlens is not None:
+        options = (scale, causal, window, activation, local_keys, key_grad)
+        out = v.new_empty(*q.shape[:3], v.shape[-1])
+        normalizers = q.new_empty(*q.shape[:3], 2, dtype=torch.promote_types(q.dtype, torch.float32))
+        for at in documents("vq_attention", cu_seqlens, q.shape[2]):
+            rows, mask = (part(x, at, 2) for x in (q, k, v)), part(key_padding_mask, at, 1)
+            arguments = (*rows, codebook, part(codes, at, 2), bias, mask, None, *options)
+            out[:, :, at], normalizers[:, :, at] = vq_attention(*arguments)
+        return out, normalizers
     options = Options(scale, causal, window, activation, local_keys, key_grad)
     with torch.autocast(q.device.type, enabled=False):
         s = Scores(q, k, v, codebook, codes, bias, key_padding_mask, options)

@@ -13,6 +13,7 @@ With ``P`` the weights, ``dP = dO·Vᵀ`` and ``dS`` the gradient of the scores 
 import torch
 from torch import Tensor
 
+from longvq_layers.ops._packed import documents, part
 from longvq_layers.ops.torch.far_field import segment_sum
 from longvq_layers.ops.torch.scores import Options, Scores, laplace, laplace_grad
 
@@ -48,6 +49,17 @@ def vq_attention_backward(
     if out.numel() == 0:
         empty = q.new_empty(0) if bias is None else torch.zeros_like(bias)
         return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v), empty
+    if cu_seqlens is not None:
+        options = (scale, causal, window, activation, local_keys, key_grad)
+        dq, dk, dv = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+        dbias = q.new_empty(0) if bias is None else torch.zeros_like(bias, memory_format=torch.contiguous_format)
+        for at in documents("vq_attention", cu_seqlens, q.shape[2]):
+            rows, mask = (part(x, at, 2) for x in (grad, out, normalizers, q, k, v)), part(key_padding_mask, at, 1)
+            dq[:, :, at], dk[:, :, at], dv[:, :, at], more = vq_attention_backward(
+                *rows, codebook, part(codes, at, 2), bias, mask, None, *options
+            )
+            dbias += more
+        return dq, dk, dv, dbias
     options = Options(scale, causal, window, activation, local_keys, key_grad)
     with torch.autocast(q.device.type, enabled=False):
         s = Scores(q, k, v, codebook, codes, bias, key_padding_mask, options)
