@@ -82,7 +82,9 @@ def test_scan_gives_each_document_the_bits_that_it_gets_alone(dtype, data):
 
 
 # Longer than a segment of chunks, shorter than a chunk, a step, nothing: next to each other and at both ends.
+# More documents than blocks of them, so that unequal ones share tables.
 LENGTHS = [[0, 700, 1, 0, 33, 1200, 5, 32], [1, 0], [0, 0], [3] * 100, [10, 1500, 31, 0], [65] * 33]
+LENGTHS.append([0, 33, 1, 64, 5] * 14)
 
 
 @pytest.mark.parametrize("lengths", LENGTHS, ids=lambda lengths: f"{len(lengths)} documents of {sum(lengths)}")
