@@ -39,6 +39,10 @@ def test_ties_go_to_the_lowest_code(backend):
     codebook = torch.randn(2, 8, 5).repeat(1, 3, 1)  # every codeword three times
     k = torch.randn(2, 2, 40, 5)
     assert (ops.vq_assign(k, codebook, backend=backend) < 8).all()
+    for copies in (2, 3, 5, 7, 9, 17, 33, 100):  # a matrix product may round the same column differently elsewhere
+        for dtype in (torch.float32, torch.float64) if backend != "native" else (torch.float32,):
+            codebook = torch.randn(2, 1, 5, dtype=dtype).expand(2, copies, 5)
+            assert (ops.vq_assign(k.to(dtype), codebook, backend=backend) == 0).all(), copies
     between = torch.tensor([[[[0.0]]]])  # as far from -1 as from +1
     assert ops.vq_assign(between, torch.tensor([[[5.0], [1.0], [-1.0]]]), backend=backend).item() == 1
 

@@ -9,7 +9,8 @@ _SCORES = 1 << 21  # scores of one block: 8 MiB of float32, small enough to stay
 def vq_assign(k: Tensor, codebook: Tensor) -> Tensor:
     """Codes (B, H, L) of keys (B, H, L, D) in a codebook (H, S, D).
 
-    ``argmin ‖k − C‖² = argmax k·C − ½‖C‖²``; argmax returns the first maximum, so ties go to the lowest code.
+    ``argmin ‖k − C‖² = argmax k·C − ½‖C‖²``; argmax returns the first maximum, so ties go to the lowest code. Matrix
+    products may round equal columns differently: of equal codewords the lowest is taken at the end.
     """
     with torch.autocast(k.device.type, enabled=False):
         precise = torch.promote_types(k.dtype, torch.float32)
@@ -22,4 +23,15 @@ def vq_assign(k: Tensor, codebook: Tensor) -> Tensor:
         for start in range(0, length, rows):
             block = k[:, :, start : start + rows].to(precise)
             codes[:, :, start : start + rows] = (block @ transposed).sub_(half_norm).argmax(-1)
-        return codes
+        lowest = _lowest_of_equals(codebook, half_norm.squeeze(1))
+        return lowest.unsqueeze(0).expand(batch, -1, -1).gather(2, codes)
+
+
+def _lowest_of_equals(codebook: Tensor, norms: Tensor) -> Tensor:
+    """(H, S) for each codeword of (H, S, D) the lowest code with the same numbers; `norms` (H, S) are equal for equals."""
+    order = norms.sort(dim=-1, stable=True).indices  # brings equal codewords together, the lowest first
+    ordered = codebook.gather(1, order.unsqueeze(-1).expand_as(codebook))
+    place = torch.arange(order.shape[1], device=order.device).expand_as(order)
+    repeated = torch.nn.functional.pad((ordered[:, 1:] == ordered[:, :-1]).all(-1), (1, 0))
+    first = place.masked_fill(repeated, 0).cummax(-1).values
+    return torch.empty_like(order).scatter_(1, order, order.gather(1, first))
