@@ -28,7 +28,7 @@ def vq_assign(k: Tensor, codebook: Tensor) -> Tensor:
 
 
 def _lowest_of_equals(codebook: Tensor, norms: Tensor) -> Tensor:
-    """(H, S) for each codeword of (H, S, D) the lowest code with the same numbers; `norms` (H, S) are equal for equals."""
+    """(H, S): for each codeword of (H, S, D) the lowest equal one; `norms` (H, S) are equal for equals."""
     order = norms.sort(dim=-1, stable=True).indices  # brings equal codewords together, the lowest first
     ordered = codebook.gather(1, order.unsqueeze(-1).expand_as(codebook))
     place = torch.arange(order.shape[1], device=order.device).expand_as(order)
