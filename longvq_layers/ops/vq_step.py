@@ -4,12 +4,15 @@ import torch
 from torch import Tensor
 
 from longvq_layers.ops import _checks as check
-from longvq_layers.ops import vq
+from longvq_layers.ops import vq  # defines the operators
 from longvq_layers.ops._dispatch import choose
 from longvq_layers.ops.reference import vq_step as reference
 from longvq_layers.ops.vq_state import VQAttentionState
 
-_NAMESPACE = {"native": torch.ops.longvq, "torch": torch.ops.longvq_torch}
+_NAMESPACE = {
+    "native": torch.ops.longvq.vq_attention_step.default,
+    "torch": torch.ops.longvq_torch.vq_attention_step.default,
+}
 _FEW_TOKENS = 16  # from here on the compiled kernel works in blocks, and wants the codes
 
 
@@ -63,6 +66,7 @@ def vq_attention_step(
             a kernel for these arguments; says why.
 
     Example:
+        >>> from longvq_layers.ops import vq_attention, vq_attention_state
         >>> codebook, (q, k, v) = torch.randn(4, 32, 16), torch.randn(3, 1, 4, 100, 16).unbind(0)
         >>> state, pieces = vq_attention_state(1, codebook, window=8), []
         >>> for x in zip(*(x.split([90, 1, 9], dim=2) for x in (q, k, v))):
@@ -77,18 +81,8 @@ def vq_attention_step(
         raise TypeError(
             f"{op}: state must be a VQAttentionState, from ops.vq_attention_state, got {type(state).__name__}"
         )
-    vq._check_qkv(op, q, k, v)
-    check.tensor(op, "codebook", codebook, "H S D")
-    check.real(op, "codebook", codebook)
-    vq._check_options(op, q, state.window, True, bias, scale, activation, state.local_keys, "window")
-    if key_padding_mask is not None:
-        check.key_padding_mask(op, key_padding_mask, q.shape[0], q.shape[2])
-    check.same_device(
-        op, "q", q, k=k, v=v, codebook=codebook, bias=bias, key_padding_mask=key_padding_mask, codes=codes, state=state
-    )
-    _check_state(op, q, k, v, codebook, state)
-    if codes is not None:
-        vq._check_codes(op, codes, k, codebook)
+    if codes is not None or not _is_common_step(q, k, v, codebook, state, bias, key_padding_mask, scale, activation):
+        _check(op, q, k, v, codebook, state, bias, key_padding_mask, scale, activation, codes)
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, bias)):
         raise NotImplementedError(
             f"{op}: there are no gradients through a state that is updated in place; call it under torch.no_grad() or "
@@ -102,9 +96,51 @@ def vq_attention_step(
         codes = vq.vq_assign(k.to(precise), codebook, backend=backend)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     bias = None if bias is None else bias.detach().to(precise)
-    call = reference.vq_attention_step if chosen == "reference" else _NAMESPACE[chosen].vq_attention_step
-    arguments = (q.detach(), k.detach(), v.detach(), codebook.detach().to(precise), codes, bias, key_padding_mask)
-    return call(*arguments, *state.tensors(), scale, state.window, activation)
+    codebook = codebook.detach().to(precise)
+    call = reference.vq_attention_step if chosen == "reference" else _NAMESPACE[chosen]
+    arguments = (q, k, v, codebook, codes, bias, key_padding_mask, *state.tensors(), scale, state.window, activation)
+    return call(*arguments)
+
+
+def _is_common_step(q, k, v, codebook, state, bias, key_padding_mask, scale, activation) -> bool:
+    """Whether this is the commonest right call, which generation makes for every token: then no check is left."""
+    try:
+        batch, heads, length, width = q.shape
+        pasts, kv_heads, codes, values = state.far_sums.shape
+        device = q.device
+        return (
+            key_padding_mask is None
+            and scale is None
+            and activation in ("softmax", "laplace")
+            and q.dtype is k.dtype is v.dtype is codebook.dtype is state.far_sums.dtype is torch.float32
+            and width > 0
+            and batch == pasts
+            and heads % kv_heads == 0
+            and k.shape == (batch, kv_heads, length, width)
+            and v.shape == (batch, kv_heads, length, values)
+            and codebook.shape == (kv_heads, codes, width)
+            and state.ring_keys.shape[3] in (0, width)
+            and (bias is None or (state.window and bias.shape == (heads, state.window) and bias.dtype is torch.float32))
+            and device == k.device == v.device == codebook.device == state.far_sums.device
+            and (bias is None or bias.device == device)
+        )
+    except (AttributeError, ValueError, TypeError):  # no tensor, or another rank
+        return False
+
+
+def _check(op, q, k, v, codebook, state, bias, key_padding_mask, scale, activation, codes) -> None:
+    vq._check_qkv(op, q, k, v)
+    check.tensor(op, "codebook", codebook, "H S D")
+    check.real(op, "codebook", codebook)
+    vq._check_options(op, q, state.window, True, bias, scale, activation, state.local_keys, "window")
+    if key_padding_mask is not None:
+        check.key_padding_mask(op, key_padding_mask, q.shape[0], q.shape[2])
+    check.same_device(
+        op, "q", q, k=k, v=v, codebook=codebook, bias=bias, key_padding_mask=key_padding_mask, codes=codes, state=state
+    )
+    _check_state(op, q, k, v, codebook, state)
+    if codes is not None:
+        vq._check_codes(op, codes, k, codebook)
 
 
 def _check_state(op: str, q: Tensor, k: Tensor, v: Tensor, codebook: Tensor, state: VQAttentionState) -> None:

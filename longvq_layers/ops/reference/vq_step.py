@@ -6,7 +6,14 @@ from torch import Tensor
 from longvq_layers.ops.reference.vq import laplace
 
 
-def vq_attention_step(
+def vq_attention_step(q: Tensor, *others: Tensor | float | int | str | None) -> Tensor:
+    """Plain form of :func:`longvq_layers.ops.vq_attention_step`; all arguments are checked by the caller."""
+    kind = q.device.type if torch.amp.is_autocast_available(q.device.type) else "cpu"  # the meta device has none
+    with torch.autocast(kind, enabled=False):
+        return _steps(q, *others)
+
+
+def _steps(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -24,7 +31,6 @@ def vq_attention_step(
     window: int,
     activation: str,
 ) -> Tensor:
-    """Plain form of :func:`longvq_layers.ops.vq_attention_step`; all arguments are checked by the caller."""
     out = v.new_zeros(*q.shape[:3], v.shape[3])
     q, k, v = (x.to(far_sums.dtype) for x in (q, k, v))
     group, reach, exact = q.shape[1] // k.shape[1], max(window - 1, 0), ring_keys.shape[3] > 0
@@ -58,16 +64,16 @@ def vq_attention_step(
             if bias is not None:
                 near = near + bias[:, : near.shape[2]].unflatten(0, (-1, group))
             far = query @ codebook.transpose(1, 2) * unit  # (Hkv, G, S)
+            # A code stands for as many keys as it has: their values are summed up already.
+            score, one = torch.cat([far, near], 2), counts.new_ones(len(counts), near.shape[2])
+            number = torch.cat([counts, one], 1)[:, None]
             if activation == "softmax":
-                score = torch.cat([far + counts[:, None].to(far.dtype).log(), near], 2)
-                weight = score.softmax(-1)
+                score = score.masked_fill(number == 0, -torch.inf)
+                weight = (score - score.amax(-1, keepdim=True)).exp()
+                weight = weight / (weight * number).sum(-1, keepdim=True)
             else:
-                weight = (
-                    laplace(torch.cat([far, near], 2))
-                    * torch.nn.functional.pad(counts, (0, near.shape[2]), value=1)[:, None]
-                )
-            means = sums / counts.clamp(min=1)[:, :, None]
-            out[row, :, t] = (weight @ torch.cat([means, near_values], 1)).flatten(0, 1).to(out.dtype)
+                weight = laplace(score)
+            out[row, :, t] = (weight @ torch.cat([sums, near_values], 1)).flatten(0, 1).to(out.dtype)
 
             if window == 1:
                 sums[head, code] += value
