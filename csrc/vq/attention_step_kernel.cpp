@@ -11,26 +11,42 @@ namespace {
 
 constexpr float kInfinity = __builtin_inff();
 
-// Sums of neighbouring lanes, those of a before those of b.
+// Lanes of a, then of b, by their index; GCC before 12 lacks clang's name for it.
+template <std::size_t... I>
+inline Floats lanes_of(Floats a, Floats b, std::index_sequence<I...>) {
 #if defined(__clang__) || __GNUC__ >= 12
-template <std::size_t... I>
-inline Floats sums_of_pairs(Floats a, Floats b, std::index_sequence<I...>) {
-  return __builtin_shufflevector(a, b, (2 * I)...) + __builtin_shufflevector(a, b, (2 * I + 1)...);
-}
+  return __builtin_shufflevector(a, b, I...);
 #else
-typedef int32_t Ints __attribute__((vector_size(kLanes * sizeof(int32_t))));
+  typedef int32_t Ints __attribute__((vector_size(kLanes * sizeof(int32_t))));
+  return __builtin_shuffle(a, b, Ints{static_cast<int32_t>(I)...});
+#endif
+}
+
+// Sums of neighbouring lanes: of each four of a, then of the same four of b. Nothing crosses 128 bits, which is slow.
 template <std::size_t... I>
 inline Floats sums_of_pairs(Floats a, Floats b, std::index_sequence<I...>) {
-  return __builtin_shuffle(a, b, Ints{static_cast<int32_t>(2 * I)...}) +
-         __builtin_shuffle(a, b, Ints{static_cast<int32_t>(2 * I + 1)...});
+  return lanes_of(a, b, std::index_sequence<(I / 4 * 4 + I % 2 * 2 + (I % 4 < 2 ? 0 : kLanes))...>{}) +
+         lanes_of(a, b, std::index_sequence<(I / 4 * 4 + I % 2 * 2 + 1 + (I % 4 < 2 ? 0 : kLanes))...>{});
 }
-#endif
+
+// Sums of neighbouring fours of lanes, those of a before those of b.
+template <std::size_t... I>
+inline Floats sums_of_fours(Floats a, Floats b, std::index_sequence<I...>) {
+  return lanes_of(a, b, std::index_sequence<(I / 4 * 8 + I % 4)...>{}) +
+         lanes_of(a, b, std::index_sequence<(I / 4 * 8 + 4 + I % 4)...>{});
+}
 
 // Lane i of the result is the sum of the lanes of x[i]; overwrites x.
 inline Floats sums_of_lanes(Floats* x) {
-  for (int left = kLanes / 2; left > 0; left /= 2) {
+  constexpr std::make_index_sequence<kLanes> kAll{};
+  for (int left = kLanes / 2; left >= kLanes / 4; left /= 2) {
     for (int i = 0; i < left; ++i) {
-      x[i] = sums_of_pairs(x[2 * i], x[2 * i + 1], std::make_index_sequence<kLanes>{});
+      x[i] = sums_of_pairs(x[2 * i], x[2 * i + 1], kAll);
+    }
+  }
+  for (int left = kLanes / 8; left > 0; left /= 2) {
+    for (int i = 0; i < left; ++i) {
+      x[i] = sums_of_fours(x[2 * i], x[2 * i + 1], kAll);
     }
   }
   return x[0];
@@ -45,31 +61,44 @@ inline Floats load_part(const float* memory, int64_t count) {
   return load<Floats>(part);
 }
 
-// A register of rows, at most, with VECTORS vectors.
+constexpr int kTogether = 2;  // rows that share each load of the vectors
+
+// A register of rows, at most, with VECTORS vectors. Every row goes through the same operations, wherever it stands.
 template <int VECTORS, bool SQUARES>
 inline void products_of_rows(
     const float* rows, int64_t row_stride, int64_t count, int64_t depth, const float* vectors, float* out,
     int64_t out_stride, float* squares) {
-  const int64_t padded = (depth + kLanes - 1) / kLanes * kLanes;
+  const int64_t padded = (depth + kLanes - 1) / kLanes * kLanes, whole = depth / kLanes * kLanes;
   Floats partial[VECTORS + 1][kLanes];
-  for (int64_t r = 0; r < kLanes; ++r) {
-    Floats sums[VECTORS] = {}, square{};
-    if (r < count) {
-      const float* row = rows + r * row_stride;
-      for (int64_t d = 0; d < depth; d += kLanes) {
-        const Floats x = d + kLanes <= depth ? load<Floats>(row + d) : load_part(row + d, depth - d);
-        for (int v = 0; v < VECTORS; ++v) {
-          sums[v] += x * load<Floats>(vectors + v * padded + d);
-        }
-        if (SQUARES) {
-          square += x * x;
-        }
+  for (int64_t first = 0; first < kLanes; first += kTogether) {
+    Floats sums[kTogether][VECTORS] = {}, square[kTogether] = {};
+    const float* row[kTogether];
+    for (int i = 0; i < kTogether; ++i) {
+      row[i] = rows + (first + i < count ? first + i : count - 1) * row_stride;
+    }
+    const auto add = [&](int i, int64_t d, Floats x) {
+      for (int v = 0; v < VECTORS; ++v) {
+        sums[i][v] += x * load<Floats>(vectors + v * padded + d);
+      }
+      if (SQUARES) {
+        square[i] += x * x;
+      }
+    };
+    for (int64_t d = 0; d < whole; d += kLanes) {
+      for (int i = 0; i < kTogether; ++i) {
+        add(i, d, load<Floats>(row[i] + d));
       }
     }
-    for (int v = 0; v < VECTORS; ++v) {
-      partial[v][r] = sums[v];
+    for (int i = 0; whole < depth && i < kTogether; ++i) {
+      add(i, whole, load_part(row[i] + whole, depth - whole));
     }
-    partial[VECTORS][r] = square;
+    for (int i = 0; i < kTogether; ++i) {
+      const bool present = first + i < count;
+      for (int v = 0; v < VECTORS; ++v) {
+        partial[v][first + i] = present ? sums[i][v] : Floats{};
+      }
+      partial[VECTORS][first + i] = present ? square[i] : Floats{};
+    }
   }
   for (int v = 0; v < VECTORS; ++v) {
     store(out + v * out_stride, sums_of_lanes(partial[v]));
