@@ -145,8 +145,8 @@ struct StepHead {
     ++counts[code];
   }
 
-  // Position `position` joins the past: it takes the place of the key that leaves the window, for which far(code, value)
-  // is called. Without a ring that is the new one itself.
+  // Position `position` joins the past: it takes the place of the key that leaves the window, for which
+  // far(code, value) is called. Without a ring that is the new one itself.
   template <typename Far>
   void push(int64_t position, int64_t code, const float* key, const float* value, const Far& far) {
     if (p.reach == 0) {

@@ -1,8 +1,8 @@
 // One token after the other, for generation and short pieces. For attention_step_cpu.cpp.
 //
-// A pass over the codebook, in which each codeword is read once, gives the scores of all codes and the token's own code;
-// the scores of quantised keys in the window are among them. A second pass adds up values: the sums of codes that have
-// far keys, then the window.
+// A pass over the codebook, in which each codeword is read once, gives the scores of all codes and the token's own
+// code; the scores of quantised keys in the window are among them. A second pass adds up values: the sums of codes that
+// have far keys, then the window.
 #pragma once
 
 #include <cmath>
@@ -28,7 +28,8 @@ struct TokenScratch {
         vectors(aligned_array<float>((1 + p.group) * vector)), scores(aligned_array<float>((1 + p.group) * columns)),
         squares(aligned_array<float>(far)), own(aligned_array<float>(p.group)),
         exact(aligned_array<float>(p.exact ? p.group * near : 0)), counts(aligned_array<float>(far)),
-        value(aligned_array<float>(p.values)), out(aligned_array<float>(p.values)), weights(aligned_array<float>(columns)), rows(columns) {
+        value(aligned_array<float>(p.values)), out(aligned_array<float>(p.values)),
+        weights(aligned_array<float>(columns)), rows(columns) {
     std::fill_n(vectors.get(), (1 + p.group) * vector, 0.0f);
     std::fill_n(counts.get(), far, 0.0f);
   }

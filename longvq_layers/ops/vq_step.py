@@ -5,6 +5,7 @@ from torch import Tensor
 
 from longvq_layers.ops import _checks as check
 from longvq_layers.ops import vq  # defines the operators
+from longvq_layers.ops._derivatives import refuse_forward_mode
 from longvq_layers.ops._dispatch import choose
 from longvq_layers.ops.reference import vq_step as reference
 from longvq_layers.ops.vq_state import VQAttentionState
@@ -89,6 +90,8 @@ def vq_attention_step(
             "torch.inference_mode(), or use vq_attention"
         )
     chosen = choose(op, backend, q.device, (q.dtype,))
+    if chosen != "reference":
+        refuse_forward_mode(op, q, k, v, bias)
 
     precise = state.far_sums.dtype
     if codes is None and (chosen != "native" or q.shape[2] >= _FEW_TOKENS):

@@ -217,6 +217,17 @@ def test_gradients_are_refused():
         state.lengths.zero_()
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")  # PyTorch's own, on first use
+def test_forward_mode_is_refused():
+    q, k, v, codebook = sequence(length=2)
+    state = ops.vq_attention_state(1, codebook)
+    with torch.no_grad(), torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(q, torch.ones_like(q))
+        with pytest.raises(NotImplementedError, match="forward-mode"):
+            ops.vq_attention_step(dual, k, v, codebook, state)
+    assert state.lengths.item() == 0
+
+
 def test_to_keeps_values():
     state = ops.vq_attention_state(2, torch.randn(1, 3, 4), window=4)
     assert [x.device.type for x in state.to("meta").tensors()] == ["meta"] * 6
