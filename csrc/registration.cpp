@@ -7,6 +7,7 @@
 #include "ssm/step.h"
 #include "vq/assign.h"
 #include "vq/attention.h"
+#include "vq/attention_step.h"
 
 STABLE_TORCH_LIBRARY_IMPL(longvq, CPU, m) {
   // A refused LONGVQ_CPU_CAPABILITY registers nothing: Python finds the reason and the torch kernels keep serving.
@@ -16,6 +17,7 @@ STABLE_TORCH_LIBRARY_IMPL(longvq, CPU, m) {
   m.impl("vq_assign", TORCH_BOX(&longvq::vq_assign_cpu));
   m.impl("vq_attention", TORCH_BOX(&longvq::vq_attention_cpu));
   m.impl("vq_attention_backward", TORCH_BOX(&longvq::vq_attention_backward_cpu));
+  m.impl("vq_attention_step", TORCH_BOX(&longvq::vq_attention_step_cpu));
   m.impl("ssm_scan", TORCH_BOX(&longvq::ssm_scan_cpu));
   m.impl("ssm_scan_backward", TORCH_BOX(&longvq::ssm_scan_backward_cpu));
   m.impl("ssm_step", TORCH_BOX(&longvq::ssm_step_cpu));
@@ -23,5 +25,5 @@ STABLE_TORCH_LIBRARY_IMPL(longvq, CPU, m) {
 
 // The operators that this build has CPU kernels for, separated by spaces; Python checks that each was registered.
 LONGVQ_EXPORT const char* longvq_cpu_operators() {
-  return "vq_assign vq_attention vq_attention_backward ssm_scan ssm_scan_backward ssm_step";
+  return "vq_assign vq_attention vq_attention_backward vq_attention_step ssm_scan ssm_scan_backward ssm_step";
 }

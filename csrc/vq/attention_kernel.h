@@ -9,6 +9,8 @@
 
 namespace longvq {
 
+constexpr int64_t kBlock = 72;  // queries of a block at most, a multiple of the rows of every kernel
+
 // What one score is turned into.
 enum class AttentionWeight { kSoftmax, kLaplace };
 

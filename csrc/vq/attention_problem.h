@@ -19,8 +19,6 @@ using OptionalTensor = std::optional<Tensor>;
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
-inline int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
-
 struct Problem {
   const Tensor &q, &k, &v, &codebook, &codes;
   const OptionalTensor &bias, &mask;

@@ -9,8 +9,6 @@
 
 namespace longvq {
 
-constexpr int64_t kBlock = 72;  // queries of a block, a multiple of the rows of every kernel
-
 // The layout of the sums: by codes as rows for weights times sums, as columns for gradients times sums.
 enum class Sums { kRows, kColumns };
 

@@ -4,8 +4,10 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+from longvq_layers import ops
 from longvq_layers.layers import _inputs
 from longvq_layers.layers.codebook_attention import CodebookAttention
+from longvq_layers.ops import _checks as check
 
 
 class VQAttention(nn.Module):
@@ -43,6 +45,17 @@ class VQAttention(nn.Module):
         >>> layer = VQAttention(64, 4, num_codes=32, window=16, causal=True)
         >>> layer(torch.randn(2, 100, 64)).shape
         torch.Size([2, 100, 64])
+
+        Generation: a prompt, then token by token.
+
+        >>> layer, x = layer.eval(), torch.randn(2, 100, 64)
+        >>> with torch.no_grad():
+        ...     state = layer.initial_state(2)
+        ...     prompt, state = layer.step(x[:, :90], state)
+        ...     token, state = layer.step(x[:, 90], state)
+        ...     whole = layer(x)
+        >>> torch.allclose(prompt, whole[:, :90], atol=1e-5), torch.allclose(token, whole[:, 90], atol=1e-5)
+        (True, True)
 
     Source: LongVQ (arXiv 2404.11163) section 4.2; Transformer-VQ (arXiv 2309.16354).
     """
@@ -118,13 +131,55 @@ class VQAttention(nn.Module):
         _inputs.packed("VQAttention", "x", x, cu_seqlens)
         # Nobody has to fill padding with numbers: NaN there would reach the gradients of the projections as 0 · NaN.
         x = _inputs.zero_padding(x, key_padding_mask)
-        q, k, v = (
-            rearrange(project(x), "b l (h d) -> b h l d", d=self.head_dim)
-            for project in (self.q_proj, self.k_proj, self.v_proj)
-        )
+        q, k, v = self._project(x)
         out = self.attention(q, k, v, key_padding_mask, cu_seqlens=cu_seqlens)
         y = self.dropout(self.out_proj(rearrange(out, "b h l d -> b l (h d)")))
         return _inputs.zero_padding(y, key_padding_mask)
+
+    def initial_state(self, batch: int) -> ops.VQAttentionState:
+        """The state of `batch` empty sequences, for `step`; causal only (NotImplementedError otherwise)."""
+        return self.attention.initial_state(batch)
+
+    def step(
+        self, x: Tensor, state: ops.VQAttentionState, key_padding_mask: Tensor | None = None
+    ) -> tuple[Tensor, ops.VQAttentionState]:
+        """The next token or piece of a growing sequence, with a state of constant size. For inference only.
+
+        Pieces of any length give together what `forward` gives for the whole in eval mode. Unlike there, a masked token
+        takes no position: prompts of different lengths are padded, left or right, and each row goes on at its own
+        length.
+
+        Args:
+            x: (B, embed_dim), one token, or (B, T, embed_dim), T ≥ 0 tokens; dtype of the layer.
+            state: from `initial_state`; **updated in place**, `state.clone()` keeps it.
+            key_padding_mask: (B,) or (B, T) bool, as x without its last axis, True = not part of the sequence.
+
+        Returns:
+            y like x, 0 at masked positions, and the same state.
+
+        Raises:
+            ValueError, TypeError: wrong shapes, dtypes or devices.
+            NotImplementedError: a bidirectional layer, or gradients: call it under `torch.no_grad()`.
+            RuntimeError: in training mode, where the codebook moves.
+        """
+        if isinstance(x, Tensor) and x.dim() == 2:
+            if key_padding_mask is not None:
+                check.tensor("VQAttention.step", "key_padding_mask", key_padding_mask, "B")
+                key_padding_mask = key_padding_mask.unsqueeze(1)
+            y, state = self.step(x.unsqueeze(1), state, key_padding_mask)
+            return y.squeeze(1), state
+        _inputs.sequence("VQAttention.step", "x", x, self.embed_dim, self.q_proj.weight, key_padding_mask)
+        x = _inputs.zero_padding(x, key_padding_mask)
+        out = self.attention.step(*self._project(x), state, key_padding_mask)
+        y = self.out_proj(rearrange(out, "b h l d -> b l (h d)"))
+        return _inputs.zero_padding(y, key_padding_mask), state
+
+    def _project(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Queries, keys and values (B, heads, L, D) of x (B, L, embed_dim)."""
+        return tuple(
+            rearrange(project(x), "b l (h d) -> b h l d", d=self.head_dim)
+            for project in (self.q_proj, self.k_proj, self.v_proj)
+        )
 
     def extra_repr(self) -> str:
         core = self.attention

@@ -146,6 +146,66 @@ class CodebookAttention(nn.Module):
                 backend=self.backend,
             )
 
+    def initial_state(self, batch: int) -> ops.VQAttentionState:
+        """The state of `batch` empty sequences, for `step`; causal only (NotImplementedError otherwise)."""
+        self._check_causal("initial_state")
+        return ops.vq_attention_state(
+            batch,
+            self.codebook.embedding,
+            window=self.window,
+            value_dim=self.value_dim,
+            local_keys=self.local_keys,
+        )
+
+    def step(
+        self, q: Tensor, k: Tensor, v: Tensor, state: ops.VQAttentionState, key_padding_mask: Tensor | None = None
+    ) -> Tensor:
+        """The next T tokens of a growing sequence, as `forward` in eval mode attends them; nothing learns.
+
+        Args:
+            q: (B, H, T, D) float, any T ≥ 0.
+            k: (B, Hkv, T, D), dtype of q.
+            v: (B, Hkv, T, E), dtype of q.
+            state: from `initial_state`; updated in place.
+            key_padding_mask: (B, T) bool, True = not part of the sequence.
+
+        Returns:
+            (B, H, T, E), dtype of q; 0 at masked positions.
+
+        Raises:
+            ValueError, TypeError: wrong shapes, dtypes or devices.
+            NotImplementedError: a bidirectional module, or gradients asked for.
+            RuntimeError: in training mode.
+        """
+        self._check_causal("step")
+        if self.training:
+            raise RuntimeError(
+                "CodebookAttention.step: the module is in training mode, where its codebook moves and the codes in the "
+                "state lose their meaning; call eval() first"
+            )
+        check.tensor("CodebookAttention.step", "q", q, "B H T D")
+        if q.shape[1] != self.num_heads:
+            raise ValueError(f"CodebookAttention.step: q must have H = {self.num_heads} heads, got {q.shape[1]}")
+        with no_autocast(q.device):
+            return ops.vq_attention_step(
+                q,
+                k,
+                v,
+                self.codebook.embedding,
+                state,
+                bias=self.window_bias,
+                key_padding_mask=key_padding_mask,
+                activation=self.activation,
+                backend=self.backend,
+            )
+
+    def _check_causal(self, method: str) -> None:
+        if not self.causal:
+            raise NotImplementedError(
+                f"CodebookAttention.{method}: a bidirectional module (causal=False) depends on the future, got one "
+                "position after the other; make it with causal=True"
+            )
+
     def _commit(self, k: Tensor, codes: Tensor, table: Tensor, key_padding_mask: Tensor | None) -> None:
         if not self.training or not self.commitment:
             self.last_commitment = None

@@ -1,6 +1,7 @@
 """Argument checks shared by the operators. Messages read: operation, argument, what was expected, what was got."""
 
 import itertools
+import math
 
 import torch
 from torch import Tensor
@@ -99,3 +100,17 @@ def values_are_readable(x: Tensor) -> bool:
     except RuntimeError:
         return False
     return True
+
+
+def codebook_values(op: str, codebook: Tensor) -> None:
+    """``codebook`` (H, S, D) is not empty and finite; the values are looked at on the CPU only."""
+    at_least_one(op, "codebook", codebook, 1, "code S")
+    at_least_one(op, "codebook", codebook, 2, "dimension D")
+    if values_are_readable(codebook) and not _all_finite(codebook.detach()):
+        bad = int((~torch.isfinite(codebook)).any(-1).sum())
+        raise ValueError(f"{op}: codebook must be finite, got NaN or infinity in {bad} of its codewords")
+
+
+def _all_finite(x: Tensor) -> bool:
+    """A finite sum has finite terms, and costs a fraction of looking at each; only then look at each."""
+    return math.isfinite(float(x.sum())) or bool(torch.isfinite(x).all())

@@ -15,6 +15,7 @@ BACKENDS = ("auto", "native", "torch", "reference")
 NATIVE_KERNELS: dict[str, dict[str, tuple[torch.dtype, ...]]] = {
     "vq_assign": {"cpu": (torch.float32, torch.bfloat16, torch.float16)},
     "vq_attention": {"cpu": (torch.float32, torch.bfloat16, torch.float16)},
+    "vq_attention_step": {"cpu": (torch.float32, torch.bfloat16, torch.float16)},
     "ssm_scan": {"cpu": (torch.float32, torch.bfloat16, torch.float16)},
     "ssm_step": {"cpu": (torch.float32, torch.bfloat16, torch.float16)},
     "ssm_kernel": {},

@@ -13,6 +13,7 @@ from torch import Tensor
 from longvq_layers.ops.torch.assign import vq_assign
 from longvq_layers.ops.torch.attention import vq_attention
 from longvq_layers.ops.torch.attention_backward import vq_attention_backward
+from longvq_layers.ops.torch.attention_step import vq_attention_step
 from longvq_layers.ops.torch.packed_ssm import ssm_scan, ssm_scan_backward
 from longvq_layers.ops.torch.ssm_step import ssm_step, ssm_step_backward
 
@@ -102,6 +103,23 @@ _define(
 )
 _define_autograd("vq_attention", _vq_attention_setup, _vq_attention_grad)
 _no_double_backward("vq_attention")
+
+# ---- vq_attention_step ----------------------------------------------------------------------------------------------
+
+
+def _vq_attention_step_fake(q, k, v, *rest):
+    return v.new_empty(*q.shape[:3], v.shape[-1])
+
+
+# No autograd: `ops.vq_attention_step` refuses gradients, which would have to pass through a state that is gone.
+_define(
+    "vq_attention_step(Tensor q, Tensor k, Tensor v, Tensor codebook, Tensor? codes, Tensor? bias, "
+    "Tensor? key_padding_mask, Tensor(a!) far_sums, Tensor(b!) far_counts, Tensor(c!) ring_codes, "
+    "Tensor(d!) ring_keys, Tensor(e!) ring_values, Tensor(f!) lengths, float scale, int window, str activation) "
+    "-> Tensor",
+    vq_attention_step,
+    _vq_attention_step_fake,
+)
 
 # ---- ssm_scan -------------------------------------------------------------------------------------------------------
 

@@ -172,16 +172,7 @@ def _check_codebook(op: str, k: Tensor, codebook: Tensor, heads_of: str) -> None
             f"{op}: codebook must have shape (H, S, D) with the H = {k.shape[1]} and D = {k.shape[3]} of "
             f"{heads_of}, got {tuple(codebook.shape)}"
         )
-    check.at_least_one(op, "codebook", codebook, 1, "code S")
-    check.at_least_one(op, "codebook", codebook, 2, "dimension D")
-    if check.values_are_readable(codebook) and not _all_finite(codebook.detach()):
-        bad = int((~torch.isfinite(codebook)).any(-1).sum())
-        raise ValueError(f"{op}: codebook must be finite, got NaN or infinity in {bad} of its codewords")
-
-
-def _all_finite(x: Tensor) -> bool:
-    """A finite sum has finite terms, and costs a fraction of looking at each; only then look at each."""
-    return math.isfinite(float(x.sum())) or bool(torch.isfinite(x).all())
+    check.codebook_values(op, codebook)
 
 
 def _check_codes(op: str, codes: Tensor, k: Tensor, codebook: Tensor) -> None:

@@ -1,0 +1,148 @@
+"""What attention over a growing sequence keeps of its past: a state of constant size."""
+
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+from longvq_layers.ops import _checks as check
+
+
+@dataclass(eq=False)
+class VQAttentionState:
+    """The past of a batch of sequences, as :func:`vq_attention_step` needs it; made by :func:`vq_attention_state`.
+
+    A key inside the window is kept as it is, in the slot ``position % R`` of a ring of ``R = max(W − 1, 0)``; one that
+    has left it only adds to the number and the sum of values of its code. Nothing grows with the length. The tensors
+    are updated in place, are contiguous and may be read at any time; :meth:`clone` makes a branch.
+
+    Attributes:
+        far_sums: (B, Hkv, S, E) sums of the values of each code's keys before the window, float32 or float64.
+        far_counts: (B, Hkv, S) int64, number of those keys: exact at any length.
+        ring_codes: (B, Hkv, R) int64, codes of the keys in the window.
+        ring_keys: (B, Hkv, R, D) the keys themselves with ``local_keys="exact"``, else (B, Hkv, R, 0).
+        ring_values: (B, Hkv, R, E).
+        lengths: (B,) int64, number of tokens that each row has seen.
+        window: W.
+        local_keys: ``"quantized"`` or ``"exact"``.
+    """
+
+    far_sums: Tensor
+    far_counts: Tensor
+    ring_codes: Tensor
+    ring_keys: Tensor
+    ring_values: Tensor
+    lengths: Tensor
+    window: int
+    local_keys: str
+
+    @property
+    def batch(self) -> int:
+        """B, number of rows."""
+        return self.lengths.shape[0]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of sums, keys and values: float32 or float64."""
+        return self.far_sums.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the tensors are."""
+        return self.far_sums.device
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of the tensors, in bytes; the same at every length."""
+        return sum(x.nbytes for x in self.tensors())
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """The six tensors, in the order of the attributes."""
+        return (self.far_sums, self.far_counts, self.ring_codes, self.ring_keys, self.ring_values, self.lengths)
+
+    def clone(self) -> "VQAttentionState":
+        """A copy that shares no memory, to continue a sequence in two ways."""
+        return self._of(x.clone() for x in self.tensors())
+
+    def index_select(self, rows: Tensor) -> "VQAttentionState":
+        """A new state whose row i is a copy of row ``rows[i]``, for beam search: rows may be left out and repeated.
+
+        Args:
+            rows: (N,) int64 or int32, in [0, B), on the device of the state.
+        """
+        name = "VQAttentionState.index_select"
+        check.tensor(name, "rows", rows, "N")
+        if rows.dtype not in (torch.int32, torch.int64):
+            raise TypeError(f"{name}: rows must be int64 or int32, got {rows.dtype}")
+        return self._of(x.index_select(0, rows) for x in self.tensors())
+
+    def to(self, device: torch.device | str) -> "VQAttentionState":
+        """The state on another device; as with tensors, itself unchanged and not copied where it is there already."""
+        return self._of(x.to(device) for x in self.tensors())
+
+    def _of(self, tensors) -> "VQAttentionState":
+        return VQAttentionState(*tensors, self.window, self.local_keys)
+
+    def __repr__(self) -> str:
+        shapes = ", ".join(f"{f.name}={tuple(getattr(self, f.name).shape)}" for f in fields(self)[:6])
+        return f"VQAttentionState({shapes}, window={self.window}, local_keys={self.local_keys!r})"
+
+
+def vq_attention_state(
+    batch: int,
+    codebook: Tensor,
+    *,
+    window: int = 0,
+    value_dim: int | None = None,
+    local_keys: str = "quantized",
+) -> VQAttentionState:
+    """The state of ``batch`` empty sequences, for :func:`vq_attention_step`.
+
+    Its size is ``B · Hkv · (S · (E + 2) + R · (E + 2))`` numbers of 4 bytes with ``R = max(W − 1, 0)``, and ``R · D``
+    more per head with exact keys.
+
+    Args:
+        batch: B ≥ 0, number of sequences.
+        codebook: codewords (Hkv, S, D), finite; the state is on its device, in float64 if it is float64, else float32.
+        window: W ≥ 0, in positions; 0 (default) means no window. All of it is kept, however short a sequence is.
+        value_dim: E, width of a value; default D.
+        local_keys: ``"quantized"`` (default) or ``"exact"``, see :func:`vq_attention`.
+
+    Returns:
+        A state with ``lengths`` 0.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, shape or value; says which.
+
+    Example:
+        >>> state = vq_attention_state(2, torch.randn(4, 32, 16), window=8)
+        >>> state.far_sums.shape, state.ring_values.shape
+        (torch.Size([2, 4, 32, 16]), torch.Size([2, 4, 7, 16]))
+    """
+    op = "vq_attention_state"
+    check.tensor(op, "codebook", codebook, "H S D")
+    check.real(op, "codebook", codebook)
+    check.codebook_values(op, codebook)
+    check.at_least_one(op, "codebook", codebook, 0, "key-value head H")
+    check.window(op, window)
+    check.one_of(op, "local_keys", local_keys, ("quantized", "exact"))
+    heads, codes, width = codebook.shape
+    value_dim = width if value_dim is None else value_dim
+    for name, value, least in (("batch", batch, 0), ("value_dim", value_dim, 1)):
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise TypeError(f"{op}: {name} must be an int, got {type(value).__name__}")
+        if value < least:
+            raise ValueError(f"{op}: {name} must be at least {least}, got {value}")
+    reach = max(window - 1, 0)
+    real = {"dtype": torch.promote_types(codebook.dtype, torch.float32), "device": codebook.device}
+    count = {"dtype": torch.int64, "device": codebook.device}
+    return VQAttentionState(
+        far_sums=torch.zeros(batch, heads, codes, value_dim, **real),
+        far_counts=torch.zeros(batch, heads, codes, **count),
+        ring_codes=torch.zeros(batch, heads, reach, **count),
+        ring_keys=torch.zeros(batch, heads, reach, width if local_keys == "exact" and window else 0, **real),
+        ring_values=torch.zeros(batch, heads, reach, value_dim, **real),
+        lengths=torch.zeros(batch, **count),
+        window=window,
+        local_keys=local_keys,
+    )
