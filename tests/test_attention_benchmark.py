@@ -19,26 +19,7 @@ BIDIRECTIONAL, CAUSAL = QUICK.forms
 
 
 @pytest.fixture
-def streaming(monkeypatch):
-    """Decoding by attention over all tokens so far, where the operators don't offer better."""
-    if hasattr(ops, "vq_attention_step"):
-        return
-
-    def step(q, k, v, codebook, state, *, bias=None, backend="auto"):
-        new = q.shape[2]
-        state["tokens"].append((q, k, v))
-        q, k, v = (torch.cat(x, dim=2) for x in zip(*state["tokens"], strict=True))
-        return ops.vq_attention(q, k, v, codebook, causal=True, window=state["window"], bias=bias)[:, :, -new:]
-
-    def state(batch, codebook, *, window, value_dim):
-        return {"window": window, "tokens": []}
-
-    monkeypatch.setattr(ops, "vq_attention_state", state, raising=False)
-    monkeypatch.setattr(ops, "vq_attention_step", step, raising=False)
-
-
-@pytest.fixture
-def quick(monkeypatch, tmp_path, streaming):
+def quick(monkeypatch, tmp_path):
     """Runs `attention --quick` with more options, without the processes that measure memory; returns the rows."""
     monkeypatch.setattr(attention_memory, "extra_bytes", lambda *args: 1000)
 
@@ -122,7 +103,7 @@ def test_refuses_to_time_a_wrong_result(monkeypatch, form, dtype):
             attention_cases.check(QUICK, form, "torch", dtype)
 
 
-def test_refuses_to_time_wrong_decoding(monkeypatch, streaming):
+def test_refuses_to_time_wrong_decoding(monkeypatch):
     decoder = attention_decode.Decoder(QUICK, "auto")
     attention_decode.check(decoder)
     right = ops.vq_attention_step
