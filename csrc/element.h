@@ -45,13 +45,15 @@ inline Floats from_half(Shorts x) {
 }
 
 inline Shorts to_half(Floats x) {
-  const Words bits = reinterpret_cast<Words>(x), sign = (bits >> 16) & 0x8000u;
-  const SignedWords magnitude = reinterpret_cast<SignedWords>(bits & 0x7fffffffu);
+  // Sums of unsigned numbers, which may wrap; comparisons of signed ones, which every instruction set has.
+  const Words bits = reinterpret_cast<Words>(x), sign = (bits >> 16) & 0x8000u, positive = bits & 0x7fffffffu;
+  const SignedWords magnitude = reinterpret_cast<SignedWords>(positive);
   // Normal: subtract 112 from the exponent and round away 13 bits; a carry moves on into the exponent.
-  const SignedWords normal = (magnitude - (112 << 23) + 0xfff + ((magnitude >> 13) & 1)) >> 13;
+  const SignedWords normal =
+      reinterpret_cast<SignedWords>((positive - (112u << 23) + 0xfffu + ((positive >> 13) & 1u)) >> 13);
   // Below 2^-14: adding 0.5 leaves multiples of 2^-24, rounded to even, in the low bits.
-  const SignedWords subnormal =
-      reinterpret_cast<SignedWords>(reinterpret_cast<Floats>(magnitude) + 0.5f) - 0x3f000000;
+  const SignedWords subnormal = reinterpret_cast<SignedWords>(
+      reinterpret_cast<Words>(reinterpret_cast<Floats>(positive) + 0.5f) - 0x3f000000u);
   const SignedWords infinite = magnitude > 0x7f800000 ? SignedWords{} + 0x7e00 : SignedWords{} + 0x7c00;
   SignedWords half = magnitude < (113 << 23) ? subnormal : normal;
   half = magnitude >= 0x477ff000 ? infinite : half;  // 65520 and more

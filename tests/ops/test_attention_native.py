@@ -37,7 +37,9 @@ def assert_as_good_as_plain_float32(case, codes):
         assert value.shape == exact[name].shape and value.isfinite().all(), name
         if value.numel():
             error, *others = ((x.double() - exact[name]).abs().max() for x in (value, *(p[name] for p in plain)))
-            assert error <= 2 * max(others) + FLOOR * (1 + exact[name].abs().max()), (name, float(error), others)
+            # Where gradients of scores cancel, what is left of their rounding reaches the keys times the queries.
+            size = 1 + exact[name].abs().max() + (case.q.abs().max() if name == "k" else 0)
+            assert error <= 2 * max(others) + FLOOR * size, (name, float(error), others)
 
 
 def rounded(case):
