@@ -3,7 +3,7 @@
 
 #include "../share_out.h"
 #include "attention.h"
-#include "attention_gradient_head.h"
+#include "attention_gradient_parts.h"
 
 namespace longvq {
 namespace {
@@ -21,68 +21,34 @@ void check_result(const Problem& p, const Tensor& x, const char* name) {
 using BiasGradients = std::vector<std::vector<std::vector<double>>>;
 
 void run(const Problem& p, const GradientTensors& tensors, BiasGradients& d_bias) {
-  share_out(p.pairs(), [&] { return GradientScratch(p); }, [&](int64_t item, GradientScratch& scratch) {
-    GradientHead head(p, tensors, p.documents[item / p.kv_heads], item % p.kv_heads);
-    head.run(scratch);
-    d_bias[item] = std::move(head.d_bias);
-  });
-}
-
-// Without a window blocks are independent but for the sums of gradients, of which each of a few parts has its own. How many doesn't depend on the threads, so neither does the result.
-void run_everything_far(const Problem& p, const GradientTensors& tensors) {
-  struct Part {
-    int64_t pair, first, last;  // blocks
-    std::unique_ptr<CodeGradients> codes;
+  // Heads are taken one after the other, and gone when they are done: only those in work take memory.
+  struct Pair {
+    std::once_flag made;
+    std::unique_ptr<GradientParts> parts;
   };
-  std::vector<std::unique_ptr<GradientHead>> heads(p.pairs());
-  share_out(p.pairs(), [] { return 0; }, [&](int64_t item, int) {
-    heads[item] = std::make_unique<GradientHead>(p, tensors, p.documents[item / p.kv_heads], item % p.kv_heads);
-  });
-  constexpr int64_t kParts = 16;  // enough to share out evenly
-  std::vector<Part> parts;
-  std::vector<int64_t> first_part;
+  struct Item {
+    int64_t pair, part;
+  };
+  std::vector<Pair> pairs(p.pairs());
+  std::vector<Item> items;
   for (int64_t pair = 0; pair < p.pairs(); ++pair) {
-    first_part.push_back(static_cast<int64_t>(parts.size()));
-    const int64_t length = heads[pair]->length;
-    // No shorter than the codes are many: the sums take the memory of the values, at most.
-    const int64_t wanted = std::max<int64_t>(1, std::min((kParts + p.pairs() - 1) / p.pairs(), length / p.num_codes));
-    const int64_t blocks = (length + kBlock - 1) / kBlock, step = std::max<int64_t>(1, (blocks + wanted - 1) / wanted);
-    for (int64_t first = 0; first < blocks; first += step) {
-      parts.push_back({pair, first, std::min(first + step, blocks), nullptr});
+    const int64_t length = p.documents[pair / p.kv_heads].length;
+    for (int64_t part = 0; length > 0 && part < GradientParts::parts_of(p, length); ++part) {
+      items.push_back({pair, part});
     }
   }
-  first_part.push_back(static_cast<int64_t>(parts.size()));
-  share_out(static_cast<int64_t>(parts.size()), [&] { return GradientScratch(p); }, [&](int64_t item, auto& scratch) {
-    Part& part = parts[item];
-    GradientHead& head = *heads[part.pair];
-    part.codes = std::make_unique<CodeGradients>(p);
-    std::vector<float> row(p.depth);
-    for (int64_t block = part.first; block < part.last; ++block) {
-      head.attend(block, false, *part.codes, scratch, [&](int64_t g, int64_t i, const float* gradient) {
-        for (int64_t d = 0; d < p.depth; ++d) {
-          row[d] = head.unit(i) * gradient[d];
-        }
-        const int64_t place = p.place(head.document, head.kv_head * p.group + g, p.heads) + i;
-        store_row(row.data(), p.depth, element_at(tensors.dq, p.type, place * p.depth), p.type, 1);
-      });
+  const auto scratch_of = [&] { return GradientScratch(p); };
+  share_out(static_cast<int64_t>(items.size()), scratch_of, [&](int64_t i, GradientScratch& scratch) {
+    const Item item = items[i];
+    Pair& pair = pairs[item.pair];
+    std::call_once(pair.made, [&] {
+      pair.parts = std::make_unique<GradientParts>(
+          p, tensors, p.documents[item.pair / p.kv_heads], item.pair % p.kv_heads);
+    });
+    if (pair.parts->run(item.part, scratch)) {
+      d_bias[item.pair] = pair.parts->d_bias();
+      pair.parts.reset();
     }
-  });
-  share_out(p.pairs(), [] { return 0; }, [&](int64_t pair, int) {
-    const GradientHead& head = *heads[pair];
-    GradientRows dk = head.rows_of(tensors.dk, head.kv_head, p.kv_heads, p.depth);
-    GradientRows dv = head.rows_of(tensors.dv, head.kv_head, p.kv_heads, p.values);
-    if (first_part[pair] < first_part[pair + 1]) {
-      CodeGradients& codes = *parts[first_part[pair]].codes;
-      for (int64_t i = first_part[pair] + 1; i < first_part[pair + 1]; ++i) {
-        codes.add(p, *parts[i].codes);
-      }
-      head.take_far_values(0, head.length, codes, dv);
-      if (p.cluster) {
-        head.take_codewords(codes, dk);
-      }
-    }
-    dk.finish();
-    dv.finish();
   });
 }
 
@@ -129,11 +95,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> vq_attention_backward_cpu(
   BiasGradients d_bias(p.pairs());
   if (!p.empty()) {
     const GradientTensors tensors{grad, out, normalizers, dq.mutable_data_ptr(), dk.mutable_data_ptr(), dv.mutable_data_ptr()};
-    if (p.everything_far()) {
-      run_everything_far(p, tensors);
-    } else {
-      run(p, tensors, d_bias);
-    }
+    run(p, tensors, d_bias);
   }
   return {dq, dk, dv, bias_gradient(p, d_bias)};
 }

@@ -1,4 +1,4 @@
-// Backward of one head of one document, block of queries by block. For attention_backward_cpu.cpp.
+// Backward of one head of one document, block of queries by block. For attention_gradient_parts.h.
 #pragma once
 
 #include "attention_keys.h"
@@ -26,12 +26,7 @@ struct GradientRows {
     std::fill_n(data, count * columns, 0.0f);
   }
 
-  void add(int64_t row, const float* values, float factor = 1.0f) {
-    float* out = data + row * columns;
-    for (int64_t i = 0; i < columns; ++i) {
-      out[i] += factor * values[i];
-    }
-  }
+  float* row(int64_t i) { return data + i * columns; }
 
   void finish() const {
     if (type != ElementType::kFloat) {
@@ -40,29 +35,27 @@ struct GradientRows {
   }
 };
 
-// Gradients that a part of the blocks has collected for the codes of a head.
+inline void add_to(float* out, const float* values, int64_t count, float factor = 1.0f) {
+  for (int64_t i = 0; i < count; ++i) {
+    out[i] += factor * values[i];
+  }
+}
+
+// Gradients that some blocks have collected for the codes of a head and for its biases.
 struct CodeGradients {
   AlignedArray<float> values, codewords;  // (far_columns, value_columns) by the sums of values, (.., depth_columns)
+  std::vector<std::vector<double>> bias;  // of each query head of the group
 
-  explicit CodeGradients(const Problem& p)
-      : values(aligned_array<float>(p.far_columns * p.value_columns)),
-        codewords(aligned_array<float>(p.cluster ? p.far_columns * p.depth_columns : 0)) {
-    clear_values(p);
-    clear_codewords(p);
-  }
+  // With `only_values` for a pass that makes nothing else.
+  CodeGradients(const Problem& p, bool only_values)
+      : values(zeros(p.far_columns * p.value_columns)),
+        codewords(zeros(p.cluster && !only_values ? p.far_columns * p.depth_columns : 0)),
+        bias(p.group, std::vector<double>(p.bias.has_value() && p.window > 0 ? 2 * p.window - 1 : 0, 0.0)) {}
 
-  void clear_values(const Problem& p) { std::fill_n(values.get(), p.far_columns * p.value_columns, 0.0f); }
-  void clear_codewords(const Problem& p) {
-    std::fill_n(codewords.get(), p.cluster ? p.far_columns * p.depth_columns : 0, 0.0f);
-  }
-
-  void add(const Problem& p, const CodeGradients& other) {
-    for (int64_t i = 0; i < p.far_columns * p.value_columns; ++i) {
-      values[i] += other.values[i];
-    }
-    for (int64_t i = 0; p.cluster && i < p.far_columns * p.depth_columns; ++i) {
-      codewords[i] += other.codewords[i];
-    }
+  static AlignedArray<float> zeros(int64_t count) {
+    AlignedArray<float> array = aligned_array<float>(count);
+    std::fill_n(array.get(), count, 0.0f);
+    return array;
   }
 };
 
@@ -106,8 +99,7 @@ struct GradientHead {
   int64_t length, kv_head;
   Keys keys;
   Panels codebook, codebook_rows;
-  std::vector<std::vector<float>> bias;     // of each query head of the group
-  std::vector<std::vector<double>> d_bias;  // the gradients of these
+  std::vector<std::vector<float>> bias;  // of each query head of the group
   std::vector<float> units;
   FarFields fields;
 
@@ -117,7 +109,6 @@ struct GradientHead {
         units(units_of(p, document, keys)), fields(p, keys, document.length, Sums::kColumns) {
     for (int64_t g = 0; g < p.group; ++g) {
       bias.push_back(bias_of(p, kv_head * p.group + g));
-      d_bias.emplace_back(bias.back().size(), 0.0);
     }
   }
 
@@ -127,10 +118,9 @@ struct GradientHead {
 
   GradientHead(const GradientHead&) = delete;  // the far fields refer to the keys
 
-  // One block; d_query(g, query, gradient by the scaled query) is called for each of its queries. With `only_values` only
-  // the gradients of the far values are made.
-  template <typename DQuery>
-  void attend(int64_t number, bool only_values, CodeGradients& codes, GradientScratch& scratch, const DQuery& d_query) {
+  // One block. Gradients of its queries are stored; those of near keys are left in the scratch. With `only_values` only the
+  // gradients of the far values are made.
+  void attend(int64_t number, bool only_values, CodeGradients& codes, GradientScratch& scratch) const {
     const int64_t first = number * kBlock, last = std::min(first + kBlock, length);
     const FarField& far = fields.of_block(number, scratch.far);
     AttentionGradientBlock block{};
@@ -172,13 +162,21 @@ struct GradientHead {
     for (int64_t g = 0; g < p.group; ++g) {
       load_queries(g, first, last, scratch);
       block.bias = bias[g].empty() ? nullptr : bias[g].data();
-      block.d_bias = d_bias[g].data();
+      block.d_bias = codes.bias[g].data();
       std::fill_n(scratch.d_queries.get(), block.rows * p.depth_columns, 0.0f);
       p.kernel.backward(block);
       for (int64_t i = first; i < last && !only_values; ++i) {
-        d_query(g, i, scratch.d_queries.get() + (i - first) * p.depth_columns);
+        store_query(g, i, scratch.d_queries.get() + (i - first) * p.depth_columns);
       }
     }
+  }
+
+  void store_query(int64_t g, int64_t i, float* gradient) const {
+    for (int64_t d = 0; d < p.depth; ++d) {
+      gradient[d] *= unit(i);
+    }
+    const int64_t place = p.place(document, kv_head * p.group + g, p.heads) + i;
+    store_row(gradient, p.depth, element_at(tensors.dq, p.type, place * p.depth), p.type, 1);
   }
 
   float unit(int64_t i) const { return units.empty() ? p.scale : units[i]; }
@@ -198,96 +196,25 @@ struct GradientHead {
     std::fill_n(scratch.grad.get(), (last - first) * p.value_columns, 0.0f);
     for (int64_t i = first; i < last; ++i) {
       const int64_t r = i - first;
-      const float* query = q.row(i, scratch.buffer.data());
       float* scaled = scratch.queries.get() + r * p.depth;
+      if (keys.ignored(i)) {  // its output is 0 whatever the query
+        std::fill_n(scaled, p.depth, 0.0f);
+        scratch.top[r] = 0.0f;
+        scratch.total[r] = 1.0f;
+        continue;
+      }
+      const float* query = q.row(i, scratch.buffer.data());
       for (int64_t d = 0; d < p.depth; ++d) {
         scaled[d] = unit(i) * query[d];
       }
       scratch.query_panels.set_row(r, scaled, p.depth);
       scratch.top[r] = normalizers[i * of.stride(2)];
       scratch.total[r] = normalizers[i * of.stride(2) + of.stride(3)];
-      if (keys.ignored(i)) {  // its output is 0 whatever the inputs
-        continue;
-      }
       std::copy_n(out.row(i, scratch.buffer.data()), p.values, scratch.out.get() + r * p.value_columns);
       const float* d_out = grad.row(i, scratch.buffer.data());
       std::copy_n(d_out, p.values, scratch.grad.get() + r * p.value_columns);
       scratch.grad_panels.set_row(r, d_out, p.values);
     }
-  }
-
-  // What the blocks have found for keys first .. last while these were far.
-  void take_far_values(int64_t first, int64_t last, const CodeGradients& codes, GradientRows& dv) const {
-    for (int64_t j = first; j < last; ++j) {
-      if (!keys.ignored(j)) {
-        dv.add(j, codes.values.get() + keys.code(j) * p.value_columns);
-      }
-    }
-  }
-
-  // The keys of a code share its gradient.
-  void take_codewords(const CodeGradients& codes, GradientRows& dk) const {
-    std::vector<float> share(p.num_codes, 0.0f);
-    for (int64_t j = 0; j < length; ++j) {
-      share[keys.code(j)] += keys.ignored(j) ? 0.0f : 1.0f;
-    }
-    for (int64_t j = 0; j < length; ++j) {
-      const int64_t code = keys.code(j);
-      if (!keys.ignored(j)) {
-        dk.add(j, codes.codewords.get() + code * p.depth_columns, 1.0f / share[code]);
-      }
-    }
-  }
-
-  void take_near(CodeGradients& codes, const GradientScratch& scratch, GradientRows& dk, GradientRows& dv) const {
-    const int64_t first = scratch.near.first;
-    for (int64_t c = 0; c < scratch.near.columns; ++c) {
-      if (scratch.near.offsets[c] != 0.0f) {  // masked or padding
-        continue;
-      }
-      dv.add(first + c, scratch.d_near_values.get() + c * p.value_columns);
-      dk.add(first + c, scratch.d_inside.get() + c * p.depth_columns);
-      const float* outside = scratch.d_outside.get() + c * p.depth_columns;
-      float* code = codes.codewords.get() + keys.code(first + c) * p.depth_columns;
-      for (int64_t d = 0; p.cluster && d < p.depth; ++d) {
-        code[d] += outside[d];
-      }
-    }
-  }
-
-  // All of the head, with blocks that see different far keys.
-  void run(GradientScratch& scratch) {
-    std::vector<GradientRows> dq;
-    for (int64_t g = 0; g < p.group; ++g) {
-      dq.push_back(rows_of(tensors.dq, kv_head * p.group + g, p.heads, p.depth));
-    }
-    GradientRows dk = rows_of(tensors.dk, kv_head, p.kv_heads, p.depth);
-    GradientRows dv = rows_of(tensors.dv, kv_head, p.kv_heads, p.values);
-    CodeGradients codes(p);
-    // From the last block to the first: a key has its gradient when it stops being far.
-    const Side before(p, length, false), behind(p, length, true);
-    for (int64_t block = before.steps - 1; block >= 0; --block) {
-      attend(block, false, codes, scratch, [&](int64_t g, int64_t i, const float* gradient) {
-        dq[g].add(i, gradient, unit(i));
-      });
-      take_near(codes, scratch, dk, dv);
-      before.keys_between(block - 1, block, [&](int64_t a, int64_t b) { take_far_values(a, b, codes, dv); });
-    }
-    if (!p.causal) {  // and from the first to the last for keys that are far behind
-      codes.clear_values(p);
-      for (int64_t step = behind.steps - 1; step >= 0; --step) {
-        attend(behind.block(step), true, codes, scratch, [](int64_t, int64_t, const float*) {});
-        behind.keys_between(step - 1, step, [&](int64_t a, int64_t b) { take_far_values(a, b, codes, dv); });
-      }
-    }
-    if (p.cluster) {
-      take_codewords(codes, dk);
-    }
-    for (const GradientRows& rows : dq) {
-      rows.finish();
-    }
-    dk.finish();
-    dv.finish();
   }
 };
 

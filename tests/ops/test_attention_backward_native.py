@@ -90,6 +90,23 @@ def test_where_blocks_begin_changes_nothing(causal, window, shift):
         assert (x - alone[name]).abs().max() <= 2e-5 * (1 + alone[name].abs().max()), name
 
 
+@pytest.mark.parametrize(("causal", "window"), [(c, w) for c in (False, True) for w in (0, 1, 30, 120)])
+@pytest.mark.parametrize("heads", [1, 2])
+@pytest.mark.parametrize("length", [800, 2000])
+def test_heads_in_several_parts(causal, window, heads, length):
+    """Long sequences of few heads, whose blocks are shared out; some keys and one whole block are masked."""
+    leaves, codebook, options = drawn(causal, window, length, heads=heads, kv_heads=1, width=8)
+    options["key_padding_mask"] = torch.rand(1, length) < 0.1
+    options["key_padding_mask"][:, 288:360] = True
+    codes = ops.vq_assign(leaves["k"].detach(), codebook)
+    wide = {name: x.detach().double().requires_grad_() for name, x in leaves.items()}
+    exact = attend(wide, codebook.double(), options, codes, "torch")
+    plain = attend(leaves, codebook, options, codes, "torch")
+    for name, value in attend(leaves, codebook, options, codes, "native").items():
+        error, other = ((x.double() - exact[name]).abs().max() for x in (value, plain[name]))
+        assert error <= 2 * other + 2e-6 * (1 + exact[name].abs().max()), (name, float(error), float(other))
+
+
 @pytest.mark.parametrize(("causal", "window"), [(False, 0), (True, 0), (False, 30), (True, 30)])
 @pytest.mark.parametrize("heads", [1, 4])
 def test_gradients_are_the_same_bits_for_any_number_of_threads(causal, window, heads):

@@ -1,0 +1,215 @@
+// The backward of one head in parts, which are its blocks from one to another. A part can be computed by itself, but for
+// what the blocks of other parts have found for the same keys: that is added up at the end, in order, so that the result
+// doesn't depend on who computes which part when. For attention_backward_cpu.cpp.
+#pragma once
+
+#include <atomic>
+#include <memory>
+#include <mutex>
+
+#include "attention_gradient_head.h"
+
+namespace longvq {
+
+// Rows first .. last of the gradients of keys or values, as far as one part reaches. Rows that no other part reaches are
+// those of the result, of the others it has its own.
+class PartRows {
+ public:
+  struct Range {
+    int64_t first, last, own_first, own_last;
+  };
+
+  PartRows(GradientRows& all, const Range& range)
+      : all_(all), range_(range), lower_(CodeGradients::zeros((range.own_first - range.first) * all.columns)),
+        upper_(CodeGradients::zeros((range.last - range.own_last) * all.columns)) {}
+
+  void add(int64_t j, const float* values, float factor = 1.0f) {
+    float* row = j < range_.own_first  ? lower_.get() + (j - range_.first) * all_.columns
+                 : j < range_.own_last ? all_.row(j)
+                                       : upper_.get() + (j - range_.own_last) * all_.columns;
+    add_to(row, values, all_.columns, factor);
+  }
+
+  void join() const {
+    add_to(all_.row(range_.first), lower_.get(), (range_.own_first - range_.first) * all_.columns);
+    add_to(all_.row(range_.own_last), upper_.get(), (range_.last - range_.own_last) * all_.columns);
+  }
+
+ private:
+  GradientRows& all_;
+  Range range_;
+  AlignedArray<float> lower_, upper_;
+};
+
+class GradientParts {
+ public:
+  GradientParts(const Problem& p, const GradientTensors& tensors, const Document& document, int64_t kv_head)
+      : head_(p, tensors, document, kv_head), before_(p, document.length, false), behind_(p, document.length, true),
+        blocks_(before_.steps), count_(parts_of(p, document.length)), left_(count_),
+        dk_(tensors.dk, p.type, p.place(document, kv_head, p.kv_heads), document.length, p.depth),
+        dv_(tensors.dv, p.type, p.place(document, kv_head, p.kv_heads), document.length, p.values), parts_(count_) {}
+
+  // The same for any number of threads. Parts are no shorter than the codes are many, for each has sums for all of them,
+  // and several times as long as what two of them both reach.
+  static int64_t parts_of(const Problem& p, int64_t length) {
+    constexpr int64_t kItems = 16;  // enough to share out evenly
+    const int64_t wanted = (kItems + p.pairs() - 1) / p.pairs(), shortest = std::max(p.num_codes, 4 * (kBlock + p.reach));
+    return std::max<int64_t>(1, std::min(wanted, length / shortest));
+  }
+
+  // Returns whether it was the last one that was left: then the results are complete.
+  bool run(int64_t number, GradientScratch& scratch) {
+    const Problem& p = head_.p;
+    parts_[number] = std::make_unique<Part>(p, dk_, dv_, range_of(number));
+    Part& part = *parts_[number];
+    const int64_t first = first_block(number), last = first_block(number + 1);
+    // From the last block to the first: a key has its gradient when it stops being far.
+    for (int64_t block = last - 1; block >= first; --block) {
+      head_.attend(block, false, part.codes, scratch);
+      take_near(part, scratch);
+      if (!p.everything_far()) {
+        before_.keys_between(block - 1, block, [&](int64_t a, int64_t b) { take_far(a, b, part.codes.values, part.dv); });
+      }
+    }
+    if (!p.causal && !p.everything_far()) {  // and from the first to the last for keys that are far behind
+      CodeGradients codes(p, true);
+      for (int64_t step = behind_.block(first); step >= behind_.block(last - 1); --step) {
+        head_.attend(behind_.block(step), true, codes, scratch);
+        behind_.keys_between(step - 1, step, [&](int64_t a, int64_t b) { take_far(a, b, codes.values, part.dv); });
+      }
+    }
+    if (left_.fetch_sub(1) > 1) {
+      return false;
+    }
+    join();
+    return true;
+  }
+
+  // (G, 2 W - 1) or empty, once the results are complete.
+  const std::vector<std::vector<double>>& d_bias() const { return parts_.front()->codes.bias; }
+
+ private:
+  struct Part {
+    CodeGradients codes;
+    PartRows dk, dv;
+
+    Part(const Problem& p, GradientRows& dk, GradientRows& dv, const PartRows::Range& range)
+        : codes(p, false), dk(dk, range), dv(dv, range) {}
+  };
+
+  int64_t first_block(int64_t part) const { return blocks_ * part / count_; }
+
+  // The keys that a part adds something to: near ones, and those that stop being far at one of its blocks.
+  int64_t reaches_from(int64_t part) const {
+    const int64_t first = first_block(part);
+    return first == 0 ? 0 : before_.edge(first - 1);
+  }
+  int64_t reaches_to(int64_t part) const {
+    const int64_t last = first_block(part + 1);
+    return last == blocks_ ? head_.length : head_.p.causal ? last * kBlock : behind_.edge(behind_.block(last));
+  }
+
+  PartRows::Range range_of(int64_t part) const {
+    const int64_t first = reaches_from(part), last = reaches_to(part);
+    const int64_t own_first = part == 0 ? first : reaches_to(part - 1);
+    const int64_t own_last = part + 1 == count_ ? last : std::max(own_first, reaches_from(part + 1));
+    return {first, last, own_first, own_last};
+  }
+
+  template <typename Rows>
+  void take_far(int64_t first, int64_t last, const AlignedArray<float>& values, Rows& dv) const {
+    for (int64_t j = first; j < last; ++j) {
+      if (!head_.keys.ignored(j)) {
+        dv.add(j, values.get() + head_.keys.code(j) * head_.p.value_columns);
+      }
+    }
+  }
+
+  void take_near(Part& part, const GradientScratch& scratch) const {
+    const Problem& p = head_.p;
+    for (int64_t c = 0; c < scratch.near.columns; ++c) {
+      if (scratch.near.offsets[c] != 0.0f) {  // masked or padding
+        continue;
+      }
+      const int64_t j = scratch.near.first + c;
+      part.dv.add(j, scratch.d_near_values.get() + c * p.value_columns);
+      part.dk.add(j, scratch.d_inside.get() + c * p.depth_columns);
+      if (p.cluster) {
+        add_to(
+            part.codes.codewords.get() + head_.keys.code(j) * p.depth_columns,
+            scratch.d_outside.get() + c * p.depth_columns, p.depth);
+      }
+    }
+  }
+
+  void join() {
+    const Problem& p = head_.p;
+    if (!p.everything_far()) {
+      for (const auto& part : parts_) {
+        part->dk.join();
+        part->dv.join();
+      }
+    }
+    PartRows dv(dv_, {0, head_.length, 0, head_.length});
+    const int64_t sums = p.far_columns * p.value_columns;
+    AlignedArray<float> others = CodeGradients::zeros(sums);
+    // What the blocks of later parts have found for keys that are far before them, then of earlier parts.
+    for (int64_t n = count_ - 1; n >= 0; --n) {
+      if (!p.everything_far()) {
+        before_.keys_between(
+            first_block(n) - 1, first_block(n + 1) - 1, [&](int64_t a, int64_t b) { take_far(a, b, others, dv); });
+      }
+      add_to(others.get(), parts_[n]->codes.values.get(), sums);
+    }
+    if (p.everything_far()) {
+      take_far(0, head_.length, others, dv);
+    } else if (!p.causal) {
+      std::fill_n(others.get(), sums, 0.0f);
+      for (int64_t n = 0; n < count_; ++n) {
+        behind_.keys_between(
+            behind_.block(first_block(n + 1) - 1) - 1, behind_.block(first_block(n)),
+            [&](int64_t a, int64_t b) { take_far(a, b, others, dv); });
+        add_to(others.get(), parts_[n]->codes.values.get(), sums);
+      }
+    }
+    CodeGradients& all = parts_.front()->codes;
+    for (int64_t n = 1; n < count_; ++n) {
+      const CodeGradients& more = parts_[n]->codes;
+      add_to(all.codewords.get(), more.codewords.get(), p.cluster ? p.far_columns * p.depth_columns : 0);
+      for (int64_t g = 0; g < p.group; ++g) {
+        for (std::size_t i = 0; i < all.bias[g].size(); ++i) {
+          all.bias[g][i] += more.bias[g][i];
+        }
+      }
+    }
+    if (p.cluster) {
+      take_codewords(all.codewords);
+    }
+    dk_.finish();
+    dv_.finish();
+  }
+
+  // The keys of a code share its gradient.
+  void take_codewords(const AlignedArray<float>& codewords) {
+    const Problem& p = head_.p;
+    std::vector<float> share(p.num_codes, 0.0f);
+    for (int64_t j = 0; j < head_.length; ++j) {
+      share[head_.keys.code(j)] += head_.keys.ignored(j) ? 0.0f : 1.0f;
+    }
+    for (int64_t j = 0; j < head_.length; ++j) {
+      const int64_t code = head_.keys.code(j);
+      if (!head_.keys.ignored(j)) {
+        add_to(dk_.row(j), codewords.get() + code * p.depth_columns, p.depth, 1.0f / share[code]);
+      }
+    }
+  }
+
+  GradientHead head_;
+  Side before_, behind_;
+  int64_t blocks_, count_;
+  std::atomic<int64_t> left_;
+  GradientRows dk_, dv_;
+  std::vector<std::unique_ptr<Part>> parts_;
+};
+
+}  // namespace longvq
