@@ -87,10 +87,9 @@ inline Split split_by_window(const AttentionGradientBlock& block, int64_t first,
         d_bias[c] += static_cast<double>(inside[c - first]);
       }
     }
-    const bool some = window.last > window.first;
-    found.inside |= some;
+    found.inside |= window.last > window.first;
     // Causal: what lies behind a window is the future, not allowed.
-    found.outside |= !some || window.first > first || (!block.causal && window.last < last);
+    found.outside |= window.first > first || (!block.causal && window.last < last);
   }
   return found;
 }
