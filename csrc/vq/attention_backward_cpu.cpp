@@ -1,9 +1,9 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/headeronly/util/Exception.h>
 
-#include "../share_out.h"
 #include "attention.h"
 #include "attention_gradient_parts.h"
+#include "attention_work.h"
 
 namespace longvq {
 namespace {
@@ -21,35 +21,15 @@ void check_result(const Problem& p, const Tensor& x, const char* name) {
 using BiasGradients = std::vector<std::vector<std::vector<double>>>;
 
 void run(const Problem& p, const GradientTensors& tensors, BiasGradients& d_bias) {
-  // Heads are taken one after the other, and gone when they are done: only those in work take memory.
-  struct Pair {
-    std::once_flag made;
-    std::unique_ptr<GradientParts> parts;
-  };
-  struct Item {
-    int64_t pair, part;
-  };
-  std::vector<Pair> pairs(p.pairs());
-  std::vector<Item> items;
-  for (int64_t pair = 0; pair < p.pairs(); ++pair) {
-    const int64_t length = p.documents[pair / p.kv_heads].length;
-    for (int64_t part = 0; length > 0 && part < GradientParts::parts_of(p, length); ++part) {
-      items.push_back({pair, part});
-    }
-  }
-  const auto scratch_of = [&] { return GradientScratch(p); };
-  share_out(static_cast<int64_t>(items.size()), scratch_of, [&](int64_t i, GradientScratch& scratch) {
-    const Item item = items[i];
-    Pair& pair = pairs[item.pair];
-    std::call_once(pair.made, [&] {
-      pair.parts = std::make_unique<GradientParts>(
-          p, tensors, p.documents[item.pair / p.kv_heads], item.pair % p.kv_heads);
-    });
-    if (pair.parts->run(item.part, scratch)) {
-      d_bias[item.pair] = pair.parts->d_bias();
-      pair.parts.reset();
-    }
-  });
+  const Codebooks codebooks(p, true);
+  work_through(
+      p, [&](int64_t length) { return GradientParts::parts_of(p, length); },
+      [&](const Document& document, int64_t kv_head) {
+        return std::make_unique<GradientParts>(p, codebooks, tensors, document, kv_head);
+      },
+      [&] { return GradientScratch(p); },
+      [](GradientParts& parts, int64_t part, GradientScratch& scratch) { parts.run(part, scratch); },
+      [&](int64_t pair, GradientParts& parts) { d_bias[pair] = parts.join(); });
 }
 
 Tensor bias_gradient(const Problem& p, const BiasGradients& d_bias) {

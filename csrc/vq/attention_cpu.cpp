@@ -2,10 +2,8 @@
 
 #include <torch/csrc/stable/ops.h>
 
-#include <memory>
-
-#include "../share_out.h"
 #include "attention_head.h"
+#include "attention_work.h"
 
 namespace longvq {
 namespace {
@@ -13,23 +11,14 @@ namespace {
 using torch::headeronly::ScalarType;
 
 void run(const Problem& p, void* out, float* normalizers) {
-  std::vector<std::unique_ptr<Head>> heads(p.pairs());
-  share_out(p.pairs(), [] { return 0; }, [&](int64_t item, int) {
-    heads[item] = std::make_unique<Head>(p, out, normalizers, p.documents[item / p.kv_heads], item % p.kv_heads);
-  });
-  struct Block {
-    const Head* head;
-    int64_t number;
-  };
-  std::vector<Block> blocks;
-  for (const auto& head : heads) {
-    for (int64_t number = 0; number * kBlock < head->length; ++number) {
-      blocks.push_back({head.get(), number});
-    }
-  }
-  share_out(static_cast<int64_t>(blocks.size()), [&] { return Scratch(p); }, [&](int64_t item, Scratch& scratch) {
-    blocks[item].head->attend(blocks[item].number, scratch);
-  });
+  const Codebooks codebooks(p, false);
+  work_through(
+      p, [](int64_t length) { return (length + kBlock - 1) / kBlock; },
+      [&](const Document& document, int64_t kv_head) {
+        return std::make_unique<Head>(p, codebooks, out, normalizers, document, kv_head);
+      },
+      [&] { return Scratch(p); }, [](Head& head, int64_t block, Scratch& scratch) { head.attend(block, scratch); },
+      [](int64_t, Head&) {});
 }
 
 }  // namespace

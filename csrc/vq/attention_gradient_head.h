@@ -46,10 +46,9 @@ struct CodeGradients {
   AlignedArray<float> values, codewords;  // (far_columns, value_columns) by the sums of values, (.., depth_columns)
   std::vector<std::vector<double>> bias;  // of each query head of the group
 
-  // With `only_values` for a pass that makes nothing else.
-  CodeGradients(const Problem& p, bool only_values)
-      : values(zeros(p.far_columns * p.value_columns)),
-        codewords(zeros(p.cluster && !only_values ? p.far_columns * p.depth_columns : 0)),
+  CodeGradients(const Problem& p, bool with_values, bool with_codewords)
+      : values(zeros(with_values ? p.far_columns * p.value_columns : 0)),
+        codewords(zeros(with_codewords ? p.far_columns * p.depth_columns : 0)),
         bias(p.group, std::vector<double>(p.bias.has_value() && p.window > 0 ? 2 * p.window - 1 : 0, 0.0)) {}
 
   static AlignedArray<float> zeros(int64_t count) {
@@ -98,14 +97,15 @@ struct GradientHead {
   Document document;
   int64_t length, kv_head;
   Keys keys;
-  Panels codebook, codebook_rows;
+  const Panels &codebook, &codebook_rows;
   std::vector<std::vector<float>> bias;  // of each query head of the group
   std::vector<float> units;
   FarFields fields;
 
-  GradientHead(const Problem& p, const GradientTensors& tensors, const Document& document, int64_t kv_head)
+  GradientHead(const Problem& p, const Codebooks& codebooks, const GradientTensors& tensors, const Document& document,
+               int64_t kv_head)
       : p(p), tensors(tensors), document(document), length(document.length), kv_head(kv_head),
-        keys(p, document, kv_head), codebook(pack_codebook(p, keys, false)), codebook_rows(pack_codebook(p, keys, true)),
+        keys(p, document, kv_head), codebook(codebooks.columns[kv_head]), codebook_rows(codebooks.rows[kv_head]),
         units(units_of(p, document, keys)), fields(p, keys, document.length, Sums::kColumns) {
     for (int64_t g = 0; g < p.group; ++g) {
       bias.push_back(bias_of(p, kv_head * p.group + g));

@@ -1,11 +1,9 @@
 // The backward of one head in parts, which are its blocks from one to another. A part can be computed by itself, but for
-// what the blocks of other parts have found for the same keys: that is added up at the end, in order, so that the result
-// doesn't depend on who computes which part when. For attention_backward_cpu.cpp.
+// what the blocks of other parts have found for the same keys: join() adds that up, in order, so that the result doesn't
+// depend on who computes which part when. For attention_backward_cpu.cpp.
 #pragma once
 
-#include <atomic>
 #include <memory>
-#include <mutex>
 
 #include "attention_gradient_head.h"
 
@@ -43,9 +41,11 @@ class PartRows {
 
 class GradientParts {
  public:
-  GradientParts(const Problem& p, const GradientTensors& tensors, const Document& document, int64_t kv_head)
-      : head_(p, tensors, document, kv_head), before_(p, document.length, false), behind_(p, document.length, true),
-        blocks_(before_.steps), count_(parts_of(p, document.length)), left_(count_),
+  GradientParts(const Problem& p, const Codebooks& codebooks, const GradientTensors& tensors, const Document& document,
+                int64_t kv_head)
+      : head_(p, codebooks, tensors, document, kv_head), all_inside_(document.length <= p.window),
+        before_(p, document.length, false), behind_(p, document.length, true), blocks_(before_.steps),
+        count_(parts_of(p, document.length)),
         dk_(tensors.dk, p.type, p.place(document, kv_head, p.kv_heads), document.length, p.depth),
         dv_(tensors.dv, p.type, p.place(document, kv_head, p.kv_heads), document.length, p.values), parts_(count_) {}
 
@@ -57,10 +57,9 @@ class GradientParts {
     return std::max<int64_t>(1, std::min(wanted, length / shortest));
   }
 
-  // Returns whether it was the last one that was left: then the results are complete.
-  bool run(int64_t number, GradientScratch& scratch) {
+  void run(int64_t number, GradientScratch& scratch) {
     const Problem& p = head_.p;
-    parts_[number] = std::make_unique<Part>(p, dk_, dv_, range_of(number));
+    parts_[number] = std::make_unique<Part>(p, !all_inside_, dk_, dv_, range_of(number));
     Part& part = *parts_[number];
     const int64_t first = first_block(number), last = first_block(number + 1);
     // From the last block to the first: a key has its gradient when it stops being far.
@@ -71,30 +70,52 @@ class GradientParts {
         before_.keys_between(block - 1, block, [&](int64_t a, int64_t b) { take_far(a, b, part.codes.values, part.dv); });
       }
     }
-    if (!p.causal && !p.everything_far()) {  // and from the first to the last for keys that are far behind
-      CodeGradients codes(p, true);
+    if (!p.causal && !p.everything_far() && !all_inside_) {  // and from the first to the last for keys that are far behind
+      CodeGradients codes(p, true, false);
       for (int64_t step = behind_.block(first); step >= behind_.block(last - 1); --step) {
         head_.attend(behind_.block(step), true, codes, scratch);
         behind_.keys_between(step - 1, step, [&](int64_t a, int64_t b) { take_far(a, b, codes.values, part.dv); });
       }
     }
-    if (left_.fetch_sub(1) > 1) {
-      return false;
-    }
-    join();
-    return true;
   }
 
-  // (G, 2 W - 1) or empty, once the results are complete.
-  const std::vector<std::vector<double>>& d_bias() const { return parts_.front()->codes.bias; }
+  // When all have run. Returns the gradients of the biases, (G, 2 W - 1) or empty.
+  std::vector<std::vector<double>> join() {
+    const Problem& p = head_.p;
+    if (!p.everything_far()) {
+      for (const auto& part : parts_) {
+        part->dk.join();
+        part->dv.join();
+      }
+    }
+    if (!all_inside_) {
+      add_far();
+    }
+    CodeGradients& all = parts_.front()->codes;
+    for (int64_t n = 1; n < count_; ++n) {
+      const CodeGradients& more = parts_[n]->codes;
+      add_to(all.codewords.get(), more.codewords.get(), p.cluster ? p.far_columns * p.depth_columns : 0);
+      for (int64_t g = 0; g < p.group; ++g) {
+        for (std::size_t i = 0; i < all.bias[g].size(); ++i) {
+          all.bias[g][i] += more.bias[g][i];
+        }
+      }
+    }
+    if (p.cluster && !all_inside_) {
+      take_codewords(all.codewords);
+    }
+    dk_.finish();
+    dv_.finish();
+    return std::move(all.bias);
+  }
 
  private:
   struct Part {
     CodeGradients codes;
     PartRows dk, dv;
 
-    Part(const Problem& p, GradientRows& dk, GradientRows& dv, const PartRows::Range& range)
-        : codes(p, false), dk(dk, range), dv(dv, range) {}
+    Part(const Problem& p, bool far, GradientRows& dk, GradientRows& dv, const PartRows::Range& range)
+        : codes(p, far, far && p.cluster), dk(dk, range), dv(dv, range) {}
   };
 
   int64_t first_block(int64_t part) const { return blocks_ * part / count_; }
@@ -134,7 +155,7 @@ class GradientParts {
       const int64_t j = scratch.near.first + c;
       part.dv.add(j, scratch.d_near_values.get() + c * p.value_columns);
       part.dk.add(j, scratch.d_inside.get() + c * p.depth_columns);
-      if (p.cluster) {
+      if (p.cluster && !all_inside_) {
         add_to(
             part.codes.codewords.get() + head_.keys.code(j) * p.depth_columns,
             scratch.d_outside.get() + c * p.depth_columns, p.depth);
@@ -142,18 +163,12 @@ class GradientParts {
     }
   }
 
-  void join() {
+  // What the blocks of later parts have found for keys that are far before them, then of earlier parts.
+  void add_far() {
     const Problem& p = head_.p;
-    if (!p.everything_far()) {
-      for (const auto& part : parts_) {
-        part->dk.join();
-        part->dv.join();
-      }
-    }
     PartRows dv(dv_, {0, head_.length, 0, head_.length});
     const int64_t sums = p.far_columns * p.value_columns;
     AlignedArray<float> others = CodeGradients::zeros(sums);
-    // What the blocks of later parts have found for keys that are far before them, then of earlier parts.
     for (int64_t n = count_ - 1; n >= 0; --n) {
       if (!p.everything_far()) {
         before_.keys_between(
@@ -172,21 +187,6 @@ class GradientParts {
         add_to(others.get(), parts_[n]->codes.values.get(), sums);
       }
     }
-    CodeGradients& all = parts_.front()->codes;
-    for (int64_t n = 1; n < count_; ++n) {
-      const CodeGradients& more = parts_[n]->codes;
-      add_to(all.codewords.get(), more.codewords.get(), p.cluster ? p.far_columns * p.depth_columns : 0);
-      for (int64_t g = 0; g < p.group; ++g) {
-        for (std::size_t i = 0; i < all.bias[g].size(); ++i) {
-          all.bias[g][i] += more.bias[g][i];
-        }
-      }
-    }
-    if (p.cluster) {
-      take_codewords(all.codewords);
-    }
-    dk_.finish();
-    dv_.finish();
   }
 
   // The keys of a code share its gradient.
@@ -205,9 +205,9 @@ class GradientParts {
   }
 
   GradientHead head_;
+  bool all_inside_;  // every key in the window of every query
   Side before_, behind_;
   int64_t blocks_, count_;
-  std::atomic<int64_t> left_;
   GradientRows dk_, dv_;
   std::vector<std::unique_ptr<Part>> parts_;
 };

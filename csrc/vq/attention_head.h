@@ -28,14 +28,15 @@ struct Head {
   Document document;
   int64_t length, kv_head;
   Keys keys;
-  Panels codebook;
+  const Panels& codebook;
   std::vector<std::vector<float>> bias;  // of each query head of the group
   std::vector<float> units;
   FarFields fields;
 
-  Head(const Problem& p, void* out, float* normalizers, const Document& document, int64_t kv_head)
+  Head(const Problem& p, const Codebooks& codebooks, void* out, float* normalizers, const Document& document,
+       int64_t kv_head)
       : p(p), out(out), normalizers(normalizers), document(document), length(document.length), kv_head(kv_head),
-        keys(p, document, kv_head), codebook(pack_codebook(p, keys, false)), units(units_of(p, document, keys)),
+        keys(p, document, kv_head), codebook(codebooks.columns[kv_head]), units(units_of(p, document, keys)),
         fields(p, keys, document.length, Sums::kRows) {
     for (int64_t g = 0; g < p.group; ++g) {
       bias.push_back(bias_of(p, kv_head * p.group + g));

@@ -8,22 +8,28 @@
 
 namespace longvq {
 
-// The codebook of a head, (D, far_columns) or, as rows, (far_columns, depth_columns).
-inline Panels pack_codebook(const Problem& p, const Keys& keys, bool as_rows) {
-  Panels panels(
-      as_rows ? p.far_columns : p.depth, as_rows ? p.depth_columns : p.far_columns, p.kernel.panel);
-  panels.clear();
-  std::vector<float> buffer(p.depth);
-  for (int64_t code = 0; code < p.num_codes; ++code) {
-    const float* codeword = keys.codebook.row(code, buffer.data());
-    if (as_rows) {
-      panels.set_row(code, codeword, p.depth);
-    } else {
-      panels.set_column(code, codeword);
+// The codebook of each key-value head, packed once for all documents.
+struct Codebooks {
+  std::vector<Panels> columns, rows;  // (D, far_columns); for the backward also (far_columns, depth_columns)
+
+  Codebooks(const Problem& p, bool backward) {
+    std::vector<float> buffer(p.depth);
+    for (int64_t head = 0; head < p.kv_heads; ++head) {
+      columns.emplace_back(p.depth, p.far_columns, p.kernel.panel).clear();
+      if (backward) {
+        rows.emplace_back(p.far_columns, p.depth_columns, p.kernel.panel).clear();
+      }
+      const Matrix codebook = codebook_of(p, head);
+      for (int64_t code = 0; code < p.num_codes; ++code) {
+        const float* codeword = codebook.row(code, buffer.data());
+        columns[head].set_column(code, codeword);
+        if (backward) {
+          rows[head].set_row(code, codeword, p.depth);
+        }
+      }
     }
   }
-  return panels;
-}
+};
 
 // The near keys of a block as the kernels read them. Those of the backward have both layouts.
 struct NearKeys {

@@ -82,8 +82,7 @@ Problem::Problem(
 
 Keys::Keys(const Problem& p, const Document& document, int64_t head)
     : k(p.matrix_of(p.k, document, head)), v(p.matrix_of(p.v, document, head)),
-      codebook{static_cast<const char*>(p.codebook.const_data_ptr()) + head * p.codebook.stride(0) * 4,
-               p.codebook.stride(1), p.codebook.stride(2), p.depth, ElementType::kFloat},
+      codebook(codebook_of(p, head)),
       codes(static_cast<const int64_t*>(p.codes.const_data_ptr()) + document.row * p.codes.stride(0) +
             head * p.codes.stride(1) + document.start * p.codes.stride(2)),
       code_stride(p.codes.stride(2)), masked(nullptr), mask_stride(0) {
@@ -92,6 +91,11 @@ Keys::Keys(const Problem& p, const Document& document, int64_t head)
     masked = static_cast<const bool*>(p.mask->const_data_ptr()) + document.row * p.mask->stride(0) +
              document.start * mask_stride;
   }
+}
+
+Matrix codebook_of(const Problem& p, int64_t head) {
+  const float* data = static_cast<const float*>(p.codebook.const_data_ptr()) + head * p.codebook.stride(0);
+  return {reinterpret_cast<const char*>(data), p.codebook.stride(1), p.codebook.stride(2), p.depth, ElementType::kFloat};
 }
 
 int64_t bias_column(const Problem& p, int64_t i) {

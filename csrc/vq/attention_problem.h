@@ -78,6 +78,9 @@ struct Keys {
   bool ignored(int64_t j) const { return masked != nullptr && masked[j * mask_stride]; }
 };
 
+// (S, D) of a key-value head.
+Matrix codebook_of(const Problem& p, int64_t head);
+
 // What the window's biases look like to the kernel: by key - query + W - 1. Empty: none.
 std::vector<float> bias_of(const Problem& p, int64_t head);
 

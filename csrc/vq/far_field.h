@@ -123,28 +123,49 @@ class FarFields {
     if (p_.everything_far()) {
       return *kept_before_.front();
     }
-    field.copy(p_, *kept_before_[block / spacing_]);
+    field.keys = 0;
+    if (!has_far_keys(block)) {
+      return field;
+    }
+    const FarField* before = kept_before_[block / spacing_].get();
+    if (before != nullptr) {
+      field.copy(p_, *before);
+    } else {
+      field.clear(p_);
+    }
     add_since(before_, block, field);
     if (!p_.causal) {
       const int64_t step = behind_.block(block);
-      field.add(p_, *kept_behind_[step / spacing_]);
+      const FarField* behind = kept_behind_[step / spacing_].get();
+      if (behind != nullptr) {
+        field.add(p_, *behind);
+      }
       add_since(behind_, step, field);
     }
     return field;
   }
 
  private:
-  using Kept = std::vector<std::unique_ptr<FarField>>;
+  using Kept = std::vector<std::unique_ptr<FarField>>;  // nullptr: no far key yet
+
+  bool has_far_keys(int64_t block) const {
+    return before_.edge(block) > 0 || (!p_.causal && behind_.edge(behind_.block(block)) < behind_.length);
+  }
 
   Kept keep(const Side& side, Sums layout) const {
     Kept kept;
     for (int64_t step = 0; step < side.steps; step += spacing_) {
-      auto field = std::make_unique<FarField>(p_, layout);
-      if (step > 0) {
-        field->copy(p_, *kept.back());
-      }
-      side.keys_between(
-          step > 0 ? step - spacing_ : -1, step, [&](int64_t a, int64_t b) { field->add(p_, keys_, a, b); });
+      std::unique_ptr<FarField> field;
+      side.keys_between(step > 0 ? step - spacing_ : -1, step, [&](int64_t a, int64_t b) {
+        const FarField* last = step > 0 ? kept.back().get() : nullptr;
+        if (a < b || last != nullptr) {
+          field = std::make_unique<FarField>(p_, layout);
+          if (last != nullptr) {
+            field->copy(p_, *last);
+          }
+          field->add(p_, keys_, a, b);
+        }
+      });
       kept.push_back(std::move(field));
     }
     return kept;
