@@ -5,13 +5,16 @@
 #include <cstdint>
 #include <memory>
 #include <new>
+#include <type_traits>
 
 namespace longvq {
 
 constexpr int64_t kAlignment = 64;  // bytes: one AVX-512 register, one cache line
 
+// Not aligned new: glibc before 2.38 can't use the place of a freed aligned block for another of the same size, so that a
+// loop which makes and frees arrays takes ever more memory. Where the block begins stands before the array.
 struct AlignedDelete {
-  void operator()(void* memory) const { ::operator delete(memory, std::align_val_t{kAlignment}); }
+  void operator()(void* array) const { ::operator delete(static_cast<void**>(array)[-1]); }
 };
 
 template <typename T>
@@ -19,8 +22,13 @@ using AlignedArray = std::unique_ptr<T[], AlignedDelete>;
 
 template <typename T>
 AlignedArray<T> aligned_array(int64_t size) {
-  const std::size_t bytes = static_cast<std::size_t>(std::max<int64_t>(size, 1)) * sizeof(T);
-  return AlignedArray<T>(static_cast<T*>(::operator new(bytes, std::align_val_t{kAlignment})));
+  static_assert(alignof(T) <= kAlignment && std::is_trivially_default_constructible<T>::value, "plain numbers");
+  std::size_t space = static_cast<std::size_t>(std::max<int64_t>(size, 1)) * sizeof(T) + kAlignment;
+  void* const block = ::operator new(space + sizeof(void*));
+  void* array = static_cast<void**>(block) + 1;
+  std::align(kAlignment, space - kAlignment, array, space);
+  static_cast<void**>(array)[-1] = block;
+  return AlignedArray<T>(static_cast<T*>(array));
 }
 
 }  // namespace longvq
