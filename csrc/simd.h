@@ -5,6 +5,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <utility>
 
 // LONGVQ_JOIN(assign_kernel_, LONGVQ_ISA) is the name of a variant, in *_kernel.cpp.
 #define LONGVQ_JOIN_(a, b) a##b
@@ -40,6 +41,16 @@ inline Vector load(const void* memory) {  // any alignment
 template <typename Vector>
 inline void store(void* memory, Vector value) {
   std::memcpy(memory, &value, sizeof value);
+}
+
+// Lanes of a, then of b, by their index; GCC before 12 lacks clang's name for it.
+template <std::size_t... I>
+inline Floats lanes_of(Floats a, Floats b, std::index_sequence<I...>) {
+#if defined(__clang__) || __GNUC__ >= 12
+  return __builtin_shufflevector(a, b, I...);
+#else
+  return __builtin_shuffle(a, b, SignedWords{static_cast<int32_t>(I)...});
+#endif
 }
 
 // Keeps a value that several instructions need in a register: compilers would rather load it again for each of them.

@@ -64,7 +64,8 @@ struct GradientScratch {
   AlignedArray<float> d_near_values, d_inside, d_outside;
   Panels query_panels, grad_panels;
   NearKeys near;
-  FarField far;
+  FarField far, far_marks;  // one with sums of values and one without
+  Panels far_values;        // those sums as columns
   std::vector<float> buffer;
 
   explicit GradientScratch(const Problem& p) : GradientScratch(p, p.near_columns(kBlock)) {}
@@ -82,7 +83,8 @@ struct GradientScratch {
         d_inside(aligned_array<float>(most * p.depth_columns)), d_outside(aligned_array<float>(most * p.depth_columns)),
         query_panels(kBlock, p.depth_columns, p.kernel.panel),
         grad_panels(kBlock, p.value_columns, p.kernel.panel), near(p, most, true),
-        far(p, Sums::kColumns), buffer(std::max(p.depth, p.values)) {}
+        far(p, SumsLayout::rows(p)), far_marks(p, SumsLayout::none()),
+        far_values(p.values, p.far_columns, p.kernel.panel), buffer(std::max(p.depth, p.values)) {}
 
   void clear_near(const Problem& p) {
     std::fill_n(d_near_values.get(), near.columns * p.value_columns, 0.0f);
@@ -106,7 +108,7 @@ struct GradientHead {
                int64_t kv_head)
       : p(p), tensors(tensors), document(document), length(document.length), kv_head(kv_head),
         keys(p, document, kv_head), codebook(codebooks.columns[kv_head]), codebook_rows(codebooks.rows[kv_head]),
-        units(units_of(p, document, keys)), fields(p, keys, document.length, Sums::kColumns) {
+        units(units_of(p, document, keys)), fields(p, keys, document.length, SumsLayout::rows(p)) {
     for (int64_t g = 0; g < p.group; ++g) {
       bias.push_back(bias_of(p, kv_head * p.group + g));
     }
@@ -122,12 +124,13 @@ struct GradientHead {
   // gradients of the far values are made.
   void attend(int64_t number, bool only_values, CodeGradients& codes, GradientScratch& scratch) const {
     const int64_t first = number * kBlock, last = std::min(first + kBlock, length);
-    const FarField& far = fields.of_block(number, scratch.far);
+    const FarField& far = fields.of_block(number, only_values ? scratch.far_marks : scratch.far);
     AttentionGradientBlock block{};
     if (only_values) {
       scratch.near.columns = 0;
     } else {
       scratch.near.gather(p, keys, first, last, length);
+      pack_sums(far, scratch.far_values);
     }
     scratch.clear_near(p);
     see(block, p, codebook, far, scratch.near, first);
@@ -146,7 +149,7 @@ struct GradientHead {
     block.grad_panels = scratch.grad_panels.data.get();
     block.query_panels = scratch.query_panels.data.get();
     block.codebook_rows = codebook_rows.data.get();
-    block.far_values = far.sums.data.get();
+    block.far_values = scratch.far_values.data.get();
     block.near_values = scratch.near.values.data.get();
     block.codeword_rows = scratch.near.codeword_rows.data.get();
     block.exact_rows = scratch.near.exact_rows.data.get();
@@ -169,6 +172,14 @@ struct GradientHead {
         store_query(g, i, scratch.d_queries.get() + (i - first) * p.depth_columns);
       }
     }
+  }
+
+  void pack_sums(const FarField& far, Panels& packed) const {
+    std::vector<const float*> rows(far.keys > 0 ? p.far_columns : 0);
+    for (std::size_t code = 0; code < rows.size(); ++code) {
+      rows[code] = far.sums.data.get() + code * p.value_columns;
+    }
+    p.kernel.pack_columns(rows.data(), rows.size(), p.values, packed.data.get());
   }
 
   void store_query(int64_t g, int64_t i, float* gradient) const {

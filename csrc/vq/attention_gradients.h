@@ -116,19 +116,25 @@ inline void near_gradients(const AttentionGradientBlock& block, int64_t first, i
       columns, Left<true>{block.scores, kChunkStride}, {block.grad_panels, rows, 0, rows}, block.value_columns,
       {block.d_near_values + first * block.value_columns, block.value_columns});
 
+  const Out d_queries{block.d_queries, block.depth_columns};
+  const Right codewords{block.codeword_rows, near, first, columns};
+  const bool one_key = block.exact_keys == nullptr;  // inside the window and outside: queries see no difference
+  if (one_key) {
+    product<true>(rows, Left<false>{block.slopes, kChunkStride}, codewords, block.depth_columns, d_queries);
+  }
   const Split part = split_by_window(block, first, last);
   const Left<false> inside{block.inside, kChunkStride}, outside{block.slopes, kChunkStride};
-  const Right local{block.exact_keys != nullptr ? block.exact_rows : block.codeword_rows, near, first, columns};
   const Right query_panels{block.query_panels, rows, 0, rows};
-  const Out d_queries{block.d_queries, block.depth_columns};
   if (part.inside) {
-    product<true>(rows, inside, local, block.depth_columns, d_queries);
+    if (!one_key) {
+      product<true>(rows, inside, {block.exact_rows, near, first, columns}, block.depth_columns, d_queries);
+    }
     product<true>(
         columns, Left<true>{block.inside, kChunkStride}, query_panels, block.depth_columns,
         {block.d_inside + first * block.depth_columns, block.depth_columns});
   }
-  if (part.outside) {
-    product<true>(rows, outside, {block.codeword_rows, near, first, columns}, block.depth_columns, d_queries);
+  if (part.outside && !one_key) {
+    product<true>(rows, outside, codewords, block.depth_columns, d_queries);
   }
   if (part.outside && block.cluster) {
     product<true>(
@@ -137,17 +143,32 @@ inline void near_gradients(const AttentionGradientBlock& block, int64_t first, i
   }
 }
 
-inline void backward(const AttentionGradientBlock& block) {
-  for (int64_t row = 0; row < block.rows; ++row) {
-    // One chain over E, of the instructions that dP is made with: of a key that is alone both are equal, and dS is 0.
-    const float *grad = block.grad + row * block.value_columns, *out = block.out + row * block.value_columns;
-    Floats delta{};
-    for (int64_t e = 0; e < block.values; ++e) {
-      Floats of_grad = Floats{} + grad[e];
+// delta = dO . O of ROWS queries. One chain over E each, of the instructions that dP is made with: of a key that is alone
+// both are equal, and dS is 0.
+template <int ROWS>
+inline void find_deltas(const AttentionGradientBlock& block, int64_t first) {
+  const float *grad = block.grad + first * block.value_columns, *out = block.out + first * block.value_columns;
+  Floats delta[ROWS] = {};
+  for (int64_t e = 0; e < block.values; ++e) {
+    for (int r = 0; r < ROWS; ++r) {
+      Floats of_grad = Floats{} + grad[r * block.value_columns + e];
       keep(of_grad);  // or compilers would see that one lane is enough, and multiply apart from the addition
-      delta += of_grad * out[e];
+      delta[r] += of_grad * out[r * block.value_columns + e];
     }
-    block.delta[row] = delta[0];
+  }
+  for (int r = 0; r < ROWS; ++r) {
+    block.delta[first + r] = delta[r][0];
+  }
+}
+
+inline void backward(const AttentionGradientBlock& block) {
+  constexpr int kTogether = 8;  // chains that wait for their additions side by side
+  int64_t row = 0;
+  for (; row + kTogether <= block.rows; row += kTogether) {
+    find_deltas<kTogether>(block, row);
+  }
+  for (; row < block.rows; ++row) {
+    find_deltas<1>(block, row);
   }
   for (int64_t first = 0; first < block.far_columns; first += kChunk) {
     far_gradients(block, first, first + kChunk < block.far_columns ? first + kChunk : block.far_columns);

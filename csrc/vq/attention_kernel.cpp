@@ -5,6 +5,7 @@
 #include "attention_gradients.h"
 #include "attention_products.h"
 #include "attention_weights.h"
+#include "pack_columns.h"
 
 namespace longvq {
 namespace {
@@ -76,6 +77,7 @@ void forward(const AttentionBlock& block) {
 
 }  // namespace
 
-extern const AttentionKernel LONGVQ_JOIN(attention_kernel_, LONGVQ_ISA) = {kLanes, kPanel, &forward, &backward};
+extern const AttentionKernel LONGVQ_JOIN(attention_kernel_, LONGVQ_ISA) = {
+    kLanes, kPanel, &forward, &backward, &pack_columns};
 
 }  // namespace longvq

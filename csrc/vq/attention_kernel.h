@@ -89,6 +89,8 @@ struct AttentionKernel {
   int64_t panel;  // width of a panel, a multiple of lanes; the last one may be narrower
   void (*forward)(const AttentionBlock&);
   void (*backward)(const AttentionGradientBlock&);
+  // Panels (depth, columns), columns a multiple of lanes, of a matrix whose columns are given one by one.
+  void (*pack_columns)(const float* const* columns_of, int64_t columns, int64_t depth, float* panels);
 };
 
 extern const AttentionKernel attention_kernel_default;

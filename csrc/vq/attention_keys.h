@@ -38,14 +38,14 @@ struct NearKeys {
   Panels codeword_rows, exact_rows;
   AlignedArray<float> offsets;
   bool backward;
-  std::vector<float> buffer;
 
   NearKeys(const Problem& p, int64_t most, bool backward)
       : codewords(p.depth, most, p.kernel.panel), exact_keys(p.exact ? p.depth : 0, most, p.kernel.panel),
         values(backward ? p.values : most, backward ? most : p.value_columns, p.kernel.panel),
         codeword_rows(backward ? most : 0, p.depth_columns, p.kernel.panel),
         exact_rows(backward && p.exact ? most : 0, p.depth_columns, p.kernel.panel),
-        offsets(aligned_array<float>(most)), backward(backward), buffer(std::max(p.depth, p.values)) {}
+        offsets(aligned_array<float>(most)), backward(backward), rows_(most), zeros_(std::max(p.depth, p.values)),
+        converted_(aligned_array<float>(most * std::max(p.depth, p.values))) {}
 
   // Of the block of queries first_query .. last_query.
   void gather(const Problem& p, const Keys& keys, int64_t first_query, int64_t last_query, int64_t length) {
@@ -58,40 +58,55 @@ struct NearKeys {
     values.resize(backward ? p.values : columns, backward ? columns : p.value_columns);
     codeword_rows.resize(backward ? columns : 0, p.depth_columns);
     exact_rows.resize(backward && p.exact ? columns : 0, p.depth_columns);
-    for (Panels* panels : {&codewords, &exact_keys, &values, &codeword_rows, &exact_rows}) {
-      panels->clear();
-    }
     for (int64_t c = 0; c < columns; ++c) {
-      const int64_t j = first + c;
-      const bool there = c < count && !keys.ignored(j);
-      offsets[c] = there ? 0.0f : -kInfinity;
-      if (there) {
-        set(p, keys, j, c);
+      offsets[c] = c < count && !keys.ignored(first + c) ? 0.0f : -kInfinity;
+    }
+    find_rows(keys.codebook, [&](int64_t j) { return keys.code(j); });
+    as_columns(p, codewords);
+    if (backward) {
+      as_rows(p.depth, codeword_rows);
+    }
+    if (p.exact) {
+      find_rows(keys.k, [](int64_t j) { return j; });
+      as_columns(p, exact_keys);
+      if (backward) {
+        as_rows(p.depth, exact_rows);
       }
+    }
+    find_rows(keys.v, [](int64_t j) { return j; });
+    if (backward) {
+      as_columns(p, values);
+    } else {
+      as_rows(p.values, values);
     }
   }
 
  private:
-  void set(const Problem& p, const Keys& keys, int64_t j, int64_t column) {
-    const float* codeword = keys.codebook.row(keys.code(j), buffer.data());
-    codewords.set_column(column, codeword);
-    if (backward) {
-      codeword_rows.set_row(column, codeword, p.depth);
-    }
-    if (p.exact) {
-      const float* key = keys.k.row(j, buffer.data());
-      exact_keys.set_column(column, key);
-      if (backward) {
-        exact_rows.set_row(column, key, p.depth);
-      }
-    }
-    const float* value = keys.v.row(j, buffer.data());
-    if (backward) {
-      values.set_column(column, value);
-    } else {
-      values.set_row(column, value, p.values);
+  // Where the rows of the near keys are; zeros for masked keys and padding.
+  template <typename Index>
+  void find_rows(const Matrix& matrix, const Index& index_of) {
+    for (int64_t c = 0; c < columns; ++c) {
+      rows_[c] = offsets[c] == 0.0f ? matrix.row(index_of(first + c), converted_.get() + c * matrix.columns)
+                                    : zeros_.data();
     }
   }
+
+  void as_columns(const Problem& p, Panels& panels) const {
+    p.kernel.pack_columns(rows_.data(), columns, panels.depth, panels.data.get());
+  }
+
+  void as_rows(int64_t count, Panels& panels) const {
+    if (panels.columns > count) {
+      panels.clear();
+    }
+    for (int64_t c = 0; c < columns; ++c) {
+      panels.set_row(c, rows_[c], count);
+    }
+  }
+
+  std::vector<const float*> rows_;
+  std::vector<float> zeros_;
+  AlignedArray<float> converted_;
 };
 
 // Fills in what decides the scores of a block, except the queries' own and the bias.

@@ -1,8 +1,6 @@
 // Compiled once per instruction set, with LONGVQ_ISA set to its name; see simd.h for what it may include.
 #include "attention_step_kernel.h"
 
-#include <utility>
-
 #include "../simd.h"
 #include "exp_negative.h"
 
@@ -10,17 +8,6 @@ namespace longvq {
 namespace {
 
 constexpr float kInfinity = __builtin_inff();
-
-// Lanes of a, then of b, by their index; GCC before 12 lacks clang's name for it.
-template <std::size_t... I>
-inline Floats lanes_of(Floats a, Floats b, std::index_sequence<I...>) {
-#if defined(__clang__) || __GNUC__ >= 12
-  return __builtin_shufflevector(a, b, I...);
-#else
-  typedef int32_t Ints __attribute__((vector_size(kLanes * sizeof(int32_t))));
-  return __builtin_shuffle(a, b, Ints{static_cast<int32_t>(I)...});
-#endif
-}
 
 // Sums of neighbouring lanes: of each four of a, then of the same four of b. Nothing crosses 128 bits, which is slow.
 template <std::size_t... I>

@@ -9,22 +9,26 @@
 
 namespace longvq {
 
-// The layout of the sums: by codes as rows for weights times sums, as columns for gradients times sums.
-enum class Sums { kRows, kColumns };
+// How the sums lie in memory: those that serve as panels of the kernels at once, those whose rows will be packed into
+// columns, or none.
+struct SumsLayout {
+  int64_t columns, panel;
+
+  static SumsLayout panels(const Problem& p) { return {p.value_columns, p.kernel.panel}; }
+  static SumsLayout rows(const Problem& p) { return {p.value_columns, p.value_columns}; }
+  static SumsLayout none() { return {0, 1}; }
+};
 
 // Numbers of the far keys of each code and sums of their values.
 struct FarField {
-  Sums layout;
-  Panels sums;
+  Panels sums;  // (far_columns, value_columns), or without columns where nobody needs them
   AlignedArray<float> counts, offsets;
   std::vector<float> buffer;
   int64_t keys = 0;
 
-  FarField(const Problem& p, Sums layout)
-      : layout(layout), sums(
-            layout == Sums::kRows ? p.far_columns : p.values, layout == Sums::kRows ? p.value_columns : p.far_columns,
-            p.kernel.panel),
-        counts(aligned_array<float>(p.far_columns)), offsets(aligned_array<float>(p.far_columns)), buffer(p.values) {
+  FarField(const Problem& p, const SumsLayout& layout)
+      : sums(p.far_columns, layout.columns, layout.panel), counts(aligned_array<float>(p.far_columns)),
+        offsets(aligned_array<float>(p.far_columns)), buffer(p.values) {
     clear(p);
   }
 
@@ -60,11 +64,8 @@ struct FarField {
         continue;
       }
       const int64_t code = of.code(j);
-      const float* value = of.v.row(j, buffer.data());
-      if (layout == Sums::kRows) {
-        sums.add_to_row(code, value, p.values);
-      } else {
-        sums.add_to_column(code, value);
+      if (sums.columns > 0) {
+        sums.add_to_row(code, of.v.row(j, buffer.data()), p.values);
       }
       counts[code] += 1.0f;
       offsets[code] = 0.0f;
@@ -103,7 +104,7 @@ struct Side {
 // between. Nothing is ever taken out of a sum, which would leave the rounding of what is gone.
 class FarFields {
  public:
-  FarFields(const Problem& p, const Keys& keys, int64_t length, Sums layout)
+  FarFields(const Problem& p, const Keys& keys, int64_t length, const SumsLayout& layout)
       : p_(p), keys_(keys), before_(p, length, false), behind_(p, length, true),
         // About twice as many keys between two as there are codes: they take half the memory of the values.
         spacing_(std::max<int64_t>(4, 2 * p.num_codes / kBlock)) {
@@ -152,7 +153,7 @@ class FarFields {
     return before_.edge(block) > 0 || (!p_.causal && behind_.edge(behind_.block(block)) < behind_.length);
   }
 
-  Kept keep(const Side& side, Sums layout) const {
+  Kept keep(const Side& side, const SumsLayout& layout) const {
     Kept kept;
     for (int64_t step = 0; step < side.steps; step += spacing_) {
       std::unique_ptr<FarField> field;

@@ -46,20 +46,12 @@ struct Panels {
 
   int64_t width(int64_t first_column) const { return std::min(panel, columns - first_column); }
 
-  // Column `column` becomes, or grows by, `depth` numbers.
+  // Column `column` becomes `depth` numbers.
   void set_column(int64_t column, const float* values) {
     const int64_t first = column / panel * panel, step = width(first);
     float* out = data.get() + first * depth + column - first;
     for (int64_t d = 0; d < depth; ++d) {
       out[d * step] = values[d];
-    }
-  }
-
-  void add_to_column(int64_t column, const float* values) {
-    const int64_t first = column / panel * panel, step = width(first);
-    float* out = data.get() + first * depth + column - first;
-    for (int64_t d = 0; d < depth; ++d) {
-      out[d * step] += values[d];
     }
   }
 
