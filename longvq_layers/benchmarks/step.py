@@ -22,6 +22,7 @@ from longvq_layers.models import SequenceClassifier, SequenceEncoder
 # name -> block and its options; the feed-forward width makes the sizes equal
 MODELS: dict[str, tuple[str, dict]] = {
     "longvq": ("longvq", {"d_ff": 512}),
+    "longvq, recompute": ("longvq", {"d_ff": 512, "recompute": True}),
     "fused": ("transformer", {"d_ff": 1024}),
     "dense": ("transformer", {"d_ff": 1024, "attention": "dense"}),
 }

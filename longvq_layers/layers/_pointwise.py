@@ -61,8 +61,8 @@ class _GatedResidual(Function):
 
     @staticmethod
     def forward(logits, new, old):
-        gate = logits.sigmoid()
-        return gate * new + (1 - gate) * old
+        dtype = torch.promote_types(torch.promote_types(logits.dtype, new.dtype), old.dtype)
+        return torch.lerp(old.to(dtype), new.to(dtype), logits.sigmoid().to(dtype))
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -72,11 +72,12 @@ class _GatedResidual(Function):
     @staticmethod
     def backward(ctx, grad):
         logits, new, old = ctx.saved_tensors
-        gate = logits.sigmoid()
-        dlogits = (grad * (new - old) * gate * (1 - gate)).to(logits.dtype) if ctx.needs_input_grad[0] else None
-        dnew = (grad * gate).to(new.dtype) if ctx.needs_input_grad[1] else None
-        dold = (grad * (1 - gate)).to(old.dtype) if ctx.needs_input_grad[2] else None
-        return dlogits, dnew, dold
+        wanted, gate = ctx.needs_input_grad, logits.sigmoid()
+        # In this order no more than three results and temporaries exist at a time.
+        dlogits = torch.ops.aten.sigmoid_backward(grad * (new - old), gate).to(logits.dtype) if wanted[0] else None
+        dnew = grad * gate
+        dold = (grad - dnew).to(old.dtype) if wanted[2] else None
+        return dlogits, dnew.to(new.dtype), dold
 
     @staticmethod
     def jvp(ctx, dlogits, dnew, dold):

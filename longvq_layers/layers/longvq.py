@@ -5,6 +5,7 @@ from collections.abc import Callable
 import torch
 from einops import rearrange
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from longvq_layers.layers import _inputs, _steps
 from longvq_layers.layers._pieces import advance
@@ -63,6 +64,8 @@ class LongVQBlock(nn.Module):
         key_grad: "cluster" (default) or "window", see `ops.vq_attention`.
         commitment: β of the commitment loss, default 1e-4.
         codebook_decay: γ of the codebook's moving averages, default 0.99; see `Codebook`.
+        recompute: whether training keeps only what SSM and attention read and write, and computes gates, projections
+            of V and the feed-forward block again in the backward: half the memory for a tenth more time. Default False.
         backend: of SSM and attention, default "auto".
         device, dtype: of the parameters; SSM and codebook stay in float32 or float64.
 
@@ -115,6 +118,7 @@ class LongVQBlock(nn.Module):
         key_grad: str = "cluster",
         commitment: float = 1e-4,
         codebook_decay: float = 0.99,
+        recompute: bool = False,
         backend: str = "auto",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -148,7 +152,7 @@ class LongVQBlock(nn.Module):
         self.hidden_dropout, self.dropout_type = hidden_dropout, dropout_type
         self.norm, self.norm_type = norm, norm_type
         self.local_keys, self.key_grad, self.backend = local_keys, key_grad, backend
-        self.commitment, self.codebook_decay = commitment, codebook_decay
+        self.commitment, self.codebook_decay, self.recompute = commitment, codebook_decay, bool(recompute)
         factory = {"device": device, "dtype": dtype}
         core = {"window": window, "causal": causal, "window_bias": window_bias, **factory}
         heads = (num_heads, num_heads, d_attn // num_heads)
@@ -287,24 +291,42 @@ class LongVQBlock(nn.Module):
             y = self._gated_attention(x, self.norm1(x, key_padding_mask), remember, attend)
         else:
             y = self.norm1(self._gated_attention(x, x, remember, attend), key_padding_mask)
-        if self.ffn is not None and self.norm == "pre":
-            y = y + self.ffn(self.norm2(y, key_padding_mask))
-        elif self.ffn is not None:
-            y = self.norm2(y + self.ffn(y), key_padding_mask)
+        if self.ffn is not None:
+            y = self._keep_inputs(self._feed_forward, y, key_padding_mask)
         return _inputs.zero_padding(y, key_padding_mask)
 
     def _gated_attention(self, x: Tensor, normed: Tensor, remember: Callable, attend: Callable) -> Tensor:
-        silu = nn.functional.silu
-        z = self.dropout(silu(remember(normed)))
-        v = silu(self.v_proj(normed))
-        q, k, v = (
+        memory = remember(normed)
+        if self.training and self.dropout.p > 0:  # its two readers must see the same elements dropped
+            z, silu_z = self.dropout(nn.functional.silu(memory)), _same
+        else:
+            z, silu_z = memory, nn.functional.silu
+        q, k, v = self._keep_inputs(self._attention_inputs, z, normed, silu_z)
+        out = rearrange(attend(q, k, v), "b h l d -> b l (h d)")
+        return self._keep_inputs(self._gates, z, out, normed, x, silu_z)
+
+    def _attention_inputs(self, z: Tensor, normed: Tensor, silu_z: Callable) -> tuple[Tensor, Tensor, Tensor]:
+        v, z = nn.functional.silu(self.v_proj(normed)), silu_z(z)
+        return tuple(
             rearrange(wide, "b l (h d) -> b h l d", h=self.num_heads) for wide in (self.q_proj(z), self.k_proj(z), v)
         )
-        out = rearrange(attend(q, k, v), "b h l d -> b l (h d)")
-        of_gates = z if self.ssm_gate else normed
+
+    def _gates(self, z: Tensor, out: Tensor, normed: Tensor, x: Tensor, silu_z: Callable) -> Tensor:
+        of_gates = silu_z(z) if self.ssm_gate else normed
         gated = silu_product(self.attention_gate(of_gates), out)
-        u = self.dropout(silu(self.candidate_x(normed) + self.candidate_o(gated)))
+        u = self.dropout(nn.functional.silu(self.candidate_x(normed) + self.candidate_o(gated)))
         return gated_residual(self.output_gate(of_gates), u, x)
+
+    def _feed_forward(self, y: Tensor, key_padding_mask: Tensor | None) -> Tensor:
+        if self.norm == "pre":
+            return y + self.ffn(self.norm2(y, key_padding_mask))
+        return self.norm2(y + self.ffn(y), key_padding_mask)
+
+    def _keep_inputs(self, part: Callable, *inputs: object) -> Tensor | tuple[Tensor, ...]:
+        # Of a part of the block, with `recompute`, only the inputs: they are kept anyway, by what made or reads them.
+        if self.recompute and self.training and torch.is_grad_enabled():
+            return checkpoint(part, *inputs, use_reentrant=False)
+        return part(*inputs)
 
     def _check_streams(self, name: str) -> None:
         _steps.causal(name, self.causal)
@@ -341,8 +363,13 @@ class LongVQBlock(nn.Module):
             key_grad=self.key_grad,
             commitment=self.commitment,
             codebook_decay=self.codebook_decay,
+            recompute=self.recompute,
             backend=self.backend,
         )
+
+
+def _same(x: Tensor) -> Tensor:
+    return x
 
 
 def _round_up(width: float, multiple: int) -> int:
