@@ -64,8 +64,9 @@ struct GradientScratch {
   AlignedArray<float> d_near_values, d_inside, d_outside;
   Panels query_panels, grad_panels;
   NearKeys near;
-  FarField far, far_marks;  // one with sums of values and one without
-  Panels far_values;        // those sums as columns
+  FarField far;
+  Panels far_values;  // its sums as columns
+  std::vector<AlignedArray<float>> block_values;
   std::vector<float> buffer;
 
   explicit GradientScratch(const Problem& p) : GradientScratch(p, p.near_columns(kBlock)) {}
@@ -83,8 +84,17 @@ struct GradientScratch {
         d_inside(aligned_array<float>(most * p.depth_columns)), d_outside(aligned_array<float>(most * p.depth_columns)),
         query_panels(kBlock, p.depth_columns, p.kernel.panel),
         grad_panels(kBlock, p.value_columns, p.kernel.panel), near(p, most, true),
-        far(p, SumsLayout::rows(p)), far_marks(p, SumsLayout::none()),
-        far_values(p.values, p.far_columns, p.kernel.panel), buffer(std::max(p.depth, p.values)) {}
+        far(p, Sums::kRows), far_values(p.values, p.far_columns, p.kernel.panel), buffer(std::max(p.depth, p.values)) {}
+
+  // Zeros for the gradients of the sums of far values of one block of a part, its `number`th.
+  float* clear_block(const Problem& p, int64_t number) {
+    const int64_t size = p.far_columns * p.value_columns;
+    if (number == static_cast<int64_t>(block_values.size())) {
+      block_values.push_back(aligned_array<float>(size));
+    }
+    std::fill_n(block_values[number].get(), size, 0.0f);
+    return block_values[number].get();
+  }
 
   void clear_near(const Problem& p) {
     std::fill_n(d_near_values.get(), near.columns * p.value_columns, 0.0f);
@@ -108,7 +118,7 @@ struct GradientHead {
                int64_t kv_head)
       : p(p), tensors(tensors), document(document), length(document.length), kv_head(kv_head),
         keys(p, document, kv_head), codebook(codebooks.columns[kv_head]), codebook_rows(codebooks.rows[kv_head]),
-        units(units_of(p, document, keys)), fields(p, keys, document.length, SumsLayout::rows(p)) {
+        units(units_of(p, document, keys)), fields(p, keys, document.length, Sums::kRows) {
     for (int64_t g = 0; g < p.group; ++g) {
       bias.push_back(bias_of(p, kv_head * p.group + g));
     }
@@ -120,21 +130,16 @@ struct GradientHead {
 
   GradientHead(const GradientHead&) = delete;  // the far fields refer to the keys
 
-  // One block. Gradients of its queries are stored; those of near keys are left in the scratch. With `only_values` only the
-  // gradients of the far values are made.
-  void attend(int64_t number, bool only_values, CodeGradients& codes, GradientScratch& scratch) const {
+  // One block. Gradients of its queries are stored, those of near keys are left in the scratch, and those of the sums of
+  // far values are added to `d_far_values`.
+  void attend(int64_t number, float* d_far_values, CodeGradients& codes, GradientScratch& scratch) const {
     const int64_t first = number * kBlock, last = std::min(first + kBlock, length);
-    const FarField& far = fields.of_block(number, only_values ? scratch.far_marks : scratch.far);
+    const FarField& far = fields.of_block(number, scratch.far);
     AttentionGradientBlock block{};
-    if (only_values) {
-      scratch.near.columns = 0;
-    } else {
-      scratch.near.gather(p, keys, first, last, length);
-      pack_sums(far, scratch.far_values);
-    }
+    scratch.near.gather(p, keys, first, last, length);
+    pack_sums(far, scratch.far_values);
     scratch.clear_near(p);
     see(block, p, codebook, far, scratch.near, first);
-    block.only_values = only_values;
     block.rows = last - first;
     block.queries = scratch.queries.get();
     block.values = p.values;
@@ -157,7 +162,7 @@ struct GradientHead {
     block.slopes = scratch.slopes.get();
     block.inside = scratch.inside.get();
     block.d_queries = scratch.d_queries.get();
-    block.d_far_values = codes.values.get();
+    block.d_far_values = d_far_values;
     block.d_codes = codes.codewords.get();
     block.d_near_values = scratch.d_near_values.get();
     block.d_inside = scratch.d_inside.get();
@@ -168,7 +173,7 @@ struct GradientHead {
       block.d_bias = codes.bias[g].data();
       std::fill_n(scratch.d_queries.get(), block.rows * p.depth_columns, 0.0f);
       p.kernel.backward(block);
-      for (int64_t i = first; i < last && !only_values; ++i) {
+      for (int64_t i = first; i < last; ++i) {
         store_query(g, i, scratch.d_queries.get() + (i - first) * p.depth_columns);
       }
     }

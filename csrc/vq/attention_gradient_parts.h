@@ -44,17 +44,21 @@ class GradientParts {
   GradientParts(const Problem& p, const Codebooks& codebooks, const GradientTensors& tensors, const Document& document,
                 int64_t kv_head)
       : head_(p, codebooks, tensors, document, kv_head), all_inside_(document.length <= p.window),
+        both_sides_(two_sided(p, document.length)),
         before_(p, document.length, false), behind_(p, document.length, true), blocks_(before_.steps),
         count_(parts_of(p, document.length)),
         dk_(tensors.dk, p.type, p.place(document, kv_head, p.kv_heads), document.length, p.depth),
         dv_(tensors.dv, p.type, p.place(document, kv_head, p.kv_heads), document.length, p.values), parts_(count_) {}
 
   // The same for any number of threads. Parts are no shorter than the codes are many, for each has sums for all of them,
-  // and several times as long as what two of them both reach.
+  // and several times as long as what two of them both reach. Of keys on both sides the sums of each block are kept while
+  // a part is computed, so they are no longer than they need to be. An even number, so that two threads end together.
   static int64_t parts_of(const Problem& p, int64_t length) {
     constexpr int64_t kItems = 16;  // enough to share out evenly
-    const int64_t wanted = (kItems + p.pairs() - 1) / p.pairs(), shortest = std::max(p.num_codes, 4 * (kBlock + p.reach));
-    return std::max<int64_t>(1, std::min(wanted, length / shortest));
+    const int64_t shortest = std::max(p.num_codes, 3 * (kBlock + p.reach)), longest = std::max(shortest, 16 * kBlock);
+    const int64_t wanted = (kItems + p.pairs() - 1) / p.pairs(), least = two_sided(p, length) ? length / longest : 1;
+    const int64_t parts = std::min(std::max(wanted, least), length / shortest);
+    return parts < 2 ? 1 : parts / 2 * 2;
   }
 
   void run(int64_t number, GradientScratch& scratch) {
@@ -64,17 +68,23 @@ class GradientParts {
     const int64_t first = first_block(number), last = first_block(number + 1);
     // From the last block to the first: a key has its gradient when it stops being far.
     for (int64_t block = last - 1; block >= first; --block) {
-      head_.attend(block, false, part.codes, scratch);
+      float* sums = part.codes.values.get();
+      float* own = both_sides_ ? scratch.clear_block(p, last - 1 - block) : sums;
+      head_.attend(block, own, part.codes, scratch);
       take_near(part, scratch);
+      if (both_sides_) {
+        add_to(sums, own, p.far_columns * p.value_columns);
+      }
       if (!p.everything_far()) {
         before_.keys_between(block - 1, block, [&](int64_t a, int64_t b) { take_far(a, b, part.codes.values, part.dv); });
       }
     }
-    if (!p.causal && !p.everything_far() && !all_inside_) {  // and from the first to the last for keys that are far behind
-      CodeGradients codes(p, true, false);
-      for (int64_t step = behind_.block(first); step >= behind_.block(last - 1); --step) {
-        head_.attend(behind_.block(step), true, codes, scratch);
-        behind_.keys_between(step - 1, step, [&](int64_t a, int64_t b) { take_far(a, b, codes.values, part.dv); });
+    if (both_sides_) {  // and from the first to the last for keys that are far behind
+      const AlignedArray<float> sums = CodeGradients::zeros(p.far_columns * p.value_columns);
+      for (int64_t block = first; block < last; ++block) {
+        add_to(sums.get(), scratch.block_values[last - 1 - block].get(), p.far_columns * p.value_columns);
+        const int64_t step = behind_.block(block);
+        behind_.keys_between(step - 1, step, [&](int64_t a, int64_t b) { take_far(a, b, sums, part.dv); });
       }
     }
   }
@@ -117,6 +127,10 @@ class GradientParts {
     Part(const Problem& p, bool far, GradientRows& dk, GradientRows& dv, const PartRows::Range& range)
         : codes(p, far, far && p.cluster), dk(dk, range), dv(dv, range) {}
   };
+
+  static bool two_sided(const Problem& p, int64_t length) {
+    return !p.causal && !p.everything_far() && length > p.window;
+  }
 
   int64_t first_block(int64_t part) const { return blocks_ * part / count_; }
 
@@ -206,6 +220,7 @@ class GradientParts {
 
   GradientHead head_;
   bool all_inside_;  // every key in the window of every query
+  bool both_sides_;  // keys can be far before a block or behind it
   Side before_, behind_;
   int64_t blocks_, count_;
   GradientRows dk_, dv_;

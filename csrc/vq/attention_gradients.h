@@ -39,11 +39,9 @@ inline void far_gradients(const AttentionGradientBlock& block, int64_t first, in
   const Out scores{block.scores, kChunkStride}, slopes{block.slopes, kChunkStride};
   product<false>(
       rows, Left<false>{block.queries, depth}, {block.codebook + first * depth, depth, 0, depth}, columns, scores);
-  if (!block.only_values) {
-    product<false>(
-        rows, Left<false>{block.grad, block.value_columns}, {block.far_values + first * values, values, 0, values},
-        columns, slopes);
-  }
+  product<false>(
+      rows, Left<false>{block.grad, block.value_columns}, {block.far_values + first * values, values, 0, values},
+      columns, slopes);
   for (int64_t row = 0; row < rows; ++row) {
     weigh_row(
         block, row, columns, block.far_offsets + first, block.far_counts + first, block.scores + row * kChunkStride,
@@ -52,9 +50,6 @@ inline void far_gradients(const AttentionGradientBlock& block, int64_t first, in
   product<true>(
       columns, Left<true>{block.scores, kChunkStride}, {block.grad_panels, rows, 0, rows}, block.value_columns,
       {block.d_far_values + first * block.value_columns, block.value_columns});
-  if (block.only_values) {
-    return;
-  }
   if (block.cluster) {
     product<true>(
         columns, Left<true>{block.slopes, kChunkStride}, {block.query_panels, rows, 0, rows}, block.depth_columns,
@@ -173,7 +168,7 @@ inline void backward(const AttentionGradientBlock& block) {
   for (int64_t first = 0; first < block.far_columns; first += kChunk) {
     far_gradients(block, first, first + kChunk < block.far_columns ? first + kChunk : block.far_columns);
   }
-  for (int64_t first = 0; first < block.near_columns && !block.only_values; first += kChunk) {
+  for (int64_t first = 0; first < block.near_columns; first += kChunk) {
     near_gradients(block, first, first + kChunk < block.near_columns ? first + kChunk : block.near_columns);
   }
 }

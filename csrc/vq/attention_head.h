@@ -18,7 +18,7 @@ struct Scratch {
         exact_scores(aligned_array<float>(p.exact ? kBlock * p.near_columns(kBlock) : 0)),
         out(aligned_array<float>(kBlock * p.value_columns)), total(aligned_array<float>(kBlock)),
         top(aligned_array<float>(kBlock)), near(p, p.near_columns(kBlock), false),
-        far(p, SumsLayout::panels(p)), buffer(p.depth) {}
+        far(p, Sums::kPanels), buffer(p.depth) {}
 };
 
 struct Head {
@@ -37,7 +37,7 @@ struct Head {
        int64_t kv_head)
       : p(p), out(out), normalizers(normalizers), document(document), length(document.length), kv_head(kv_head),
         keys(p, document, kv_head), codebook(codebooks.columns[kv_head]), units(units_of(p, document, keys)),
-        fields(p, keys, document.length, SumsLayout::panels(p)) {
+        fields(p, keys, document.length, Sums::kPanels) {
     for (int64_t g = 0; g < p.group; ++g) {
       bias.push_back(bias_of(p, kv_head * p.group + g));
     }

@@ -57,7 +57,6 @@ struct AttentionGradientBlock : AttentionScores {
   int64_t values;              // E
   int64_t value_columns;       // padded E
   int64_t depth_columns;       // padded D
-  bool only_values;            // whether d_far_values is all that is wanted
   bool cluster;                // whether keys learn from outside the window: else d_codes and d_outside stay
 
   const float *top, *total;    // (rows,) weights of softmax are exp(score - top) / total

@@ -9,25 +9,18 @@
 
 namespace longvq {
 
-// How the sums lie in memory: those that serve as panels of the kernels at once, those whose rows will be packed into
-// columns, or none.
-struct SumsLayout {
-  int64_t columns, panel;
-
-  static SumsLayout panels(const Problem& p) { return {p.value_columns, p.kernel.panel}; }
-  static SumsLayout rows(const Problem& p) { return {p.value_columns, p.value_columns}; }
-  static SumsLayout none() { return {0, 1}; }
-};
+// How the sums lie in memory: as panels of the kernels, or as plain rows, which will be packed into columns.
+enum class Sums { kPanels, kRows };
 
 // Numbers of the far keys of each code and sums of their values.
 struct FarField {
-  Panels sums;  // (far_columns, value_columns), or without columns where nobody needs them
+  Panels sums;  // (far_columns, value_columns)
   AlignedArray<float> counts, offsets;
   std::vector<float> buffer;
   int64_t keys = 0;
 
-  FarField(const Problem& p, const SumsLayout& layout)
-      : sums(p.far_columns, layout.columns, layout.panel), counts(aligned_array<float>(p.far_columns)),
+  FarField(const Problem& p, Sums layout)
+      : sums(p.far_columns, p.value_columns, layout == Sums::kPanels ? p.kernel.panel : p.value_columns), counts(aligned_array<float>(p.far_columns)),
         offsets(aligned_array<float>(p.far_columns)), buffer(p.values) {
     clear(p);
   }
@@ -64,9 +57,7 @@ struct FarField {
         continue;
       }
       const int64_t code = of.code(j);
-      if (sums.columns > 0) {
-        sums.add_to_row(code, of.v.row(j, buffer.data()), p.values);
-      }
+      sums.add_to_row(code, of.v.row(j, buffer.data()), p.values);
       counts[code] += 1.0f;
       offsets[code] = 0.0f;
       ++keys;
@@ -104,7 +95,7 @@ struct Side {
 // between. Nothing is ever taken out of a sum, which would leave the rounding of what is gone.
 class FarFields {
  public:
-  FarFields(const Problem& p, const Keys& keys, int64_t length, const SumsLayout& layout)
+  FarFields(const Problem& p, const Keys& keys, int64_t length, Sums layout)
       : p_(p), keys_(keys), before_(p, length, false), behind_(p, length, true),
         // About twice as many keys between two as there are codes: they take half the memory of the values.
         spacing_(std::max<int64_t>(4, 2 * p.num_codes / kBlock)) {
@@ -153,7 +144,7 @@ class FarFields {
     return before_.edge(block) > 0 || (!p_.causal && behind_.edge(behind_.block(block)) < behind_.length);
   }
 
-  Kept keep(const Side& side, const SumsLayout& layout) const {
+  Kept keep(const Side& side, Sums layout) const {
     Kept kept;
     for (int64_t step = 0; step < side.steps; step += spacing_) {
       std::unique_ptr<FarField> field;

@@ -16,7 +16,7 @@ def peak_of_step(name: str, sizes: tuple, length: int, threads: int) -> int | No
 
     Args:
         name: of the model in `step.MODELS`.
-        sizes: d_model, depth, codes, window, checkpointing, as `step.build` takes them.
+        sizes: d_model, depth, codes, window, as `step.build` takes them.
         length: of the sequence.
         threads: of PyTorch.
 

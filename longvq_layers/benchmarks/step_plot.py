@@ -6,7 +6,7 @@ from matplotlib.axes import Axes
 
 from longvq_layers.benchmarks import plot
 
-_COLOURS = {"longvq": plot.OURS, "fused": "#b9791f", "dense": "#8a8f98"}
+_COLOURS = {"longvq": plot.OURS, "longvq, recompute": "#7a3b9e", "fused": "#b9791f", "dense": "#8a8f98"}
 
 
 def draw(path: Path, rows: list) -> None:

@@ -11,16 +11,19 @@ from torch.autograd import Function
 
 def silu_product(a: Tensor, b: Tensor) -> Tensor:
     """``silu(a) ⊙ b`` of tensors of one shape."""
-    return _call(_SiluProduct, a, b)
+    return _call(_SiluProduct, a, b, plain=False)
 
 
-def gated_residual(logits: Tensor, new: Tensor, old: Tensor) -> Tensor:
-    """``g ⊙ new + (1 − g) ⊙ old`` with ``g = sigmoid(logits)``, of tensors of one shape."""
-    return _call(_GatedResidual, logits, new, old)
+def gated_residual(logits: Tensor, new: Tensor, old: Tensor, *, recompute: bool = False) -> Tensor:
+    """``g ⊙ new + (1 − g) ⊙ old`` with ``g = sigmoid(logits)``, of tensors of one shape.
+
+    `recompute`: it is the last step of what checkpointing computes again, keeps nothing and need not run a second time.
+    """
+    return _call(_GatedResidual, logits, new, old, plain=recompute)
 
 
-def _call(function: type[Function], *tensors: Tensor) -> Tensor:
-    plain = torch.compiler.is_compiling() or not torch.is_grad_enabled()  # nothing is saved for backward anyway
+def _call(function: type[Function], *tensors: Tensor, plain: bool) -> Tensor:
+    plain = plain or torch.compiler.is_compiling() or not torch.is_grad_enabled()  # these keep nothing anyway
     return function.forward(*tensors) if plain else function.apply(*tensors)
 
 

@@ -296,26 +296,27 @@ class LongVQBlock(nn.Module):
         return _inputs.zero_padding(y, key_padding_mask)
 
     def _gated_attention(self, x: Tensor, normed: Tensor, remember: Callable, attend: Callable) -> Tensor:
+        silu = nn.functional.silu
         memory = remember(normed)
-        if self.training and self.dropout.p > 0:  # its two readers must see the same elements dropped
-            z, silu_z = self.dropout(nn.functional.silu(memory)), _same
+        if self.training and self.dropout.p > 0:  # all its readers must see the same elements dropped
+            z, silu_z = self.dropout(silu(memory)), _same
         else:
-            z, silu_z = memory, nn.functional.silu
-        q, k, v = self._keep_inputs(self._attention_inputs, z, normed, silu_z)
+            z, silu_z = memory, silu
+        v = self._keep_inputs(lambda normed: silu(self.v_proj(normed)), normed)
+        q, k = self._keep_inputs(self._queries_and_keys, z, silu_z)
+        q, k, v = (rearrange(wide, "b l (h d) -> b h l d", h=self.num_heads) for wide in (q, k, v))
         out = rearrange(attend(q, k, v), "b h l d -> b l (h d)")
         return self._keep_inputs(self._gates, z, out, normed, x, silu_z)
 
-    def _attention_inputs(self, z: Tensor, normed: Tensor, silu_z: Callable) -> tuple[Tensor, Tensor, Tensor]:
-        v, z = nn.functional.silu(self.v_proj(normed)), silu_z(z)
-        return tuple(
-            rearrange(wide, "b l (h d) -> b h l d", h=self.num_heads) for wide in (self.q_proj(z), self.k_proj(z), v)
-        )
+    def _queries_and_keys(self, z: Tensor, silu_z: Callable) -> tuple[Tensor, Tensor]:
+        z = silu_z(z)
+        return self.q_proj(z), self.k_proj(z)
 
     def _gates(self, z: Tensor, out: Tensor, normed: Tensor, x: Tensor, silu_z: Callable) -> Tensor:
         of_gates = silu_z(z) if self.ssm_gate else normed
         gated = silu_product(self.attention_gate(of_gates), out)
         u = self.dropout(nn.functional.silu(self.candidate_x(normed) + self.candidate_o(gated)))
-        return gated_residual(self.output_gate(of_gates), u, x)
+        return gated_residual(self.output_gate(of_gates), u, x, recompute=self.recompute)
 
     def _feed_forward(self, y: Tensor, key_padding_mask: Tensor | None) -> Tensor:
         if self.norm == "pre":
