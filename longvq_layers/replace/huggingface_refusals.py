@@ -20,6 +20,7 @@ CROSS_NAMES = frozenset({"crossattention", "cross_attn", "cross_attention", "enc
 # Keyword arguments that change no score; any other one that is set is refused by name.
 HARMLESS = frozenset(
     {
+        "cache",
         "cache_position",
         "input_ids",
         "inputs_embeds",

@@ -29,6 +29,7 @@ from longvq_layers.models.huggingface import (
     LongVQForSequenceClassification,
     LongVQModel,
 )
+from longvq_layers.models.huggingface.cache_name import NAME
 
 VOCABULARY = 30
 each_kind = pytest.mark.parametrize("kind", list(BLOCKS))
@@ -225,7 +226,7 @@ def test_outputs():
     model = trained()
     tokens, mask = prompts()
     output = model(tokens, attention_mask=mask, output_hidden_states=True)
-    assert output.past_key_values is None and output.loss is None
+    assert getattr(output, NAME) is None and output.loss is None
     assert [h.shape for h in output.hidden_states] == [(3, 9, 16)] * 3
     assert torch.equal(model.lm_head(output.hidden_states[-1]), output.logits)
     embeds = model.get_input_embeddings()(tokens)
@@ -246,7 +247,7 @@ def test_empty_and_short_inputs(kind, shape):
     assert classifier(tokens).logits.shape == (shape[0], 2)
     if kind != "transformer":
         with torch.no_grad():
-            cache = model(tokens, use_cache=True).past_key_values
+            cache = getattr(model(tokens, use_cache=True), NAME)
         assert cache.batch_size == shape[0] and cache.get_seq_length() == shape[1]
 
 
@@ -427,7 +428,7 @@ def test_several_turns_on_one_cache(kind, padded):
     mask = mask if padded else torch.ones_like(mask)
     cache = LongVQCache()
     for turn in range(3):
-        fast = run(model, tokens, mask, past_key_values=cache, do_sample=False)
+        fast = run(model, tokens, mask, cache=cache, do_sample=False)
         slow = run(model, tokens, mask, use_cache=False, do_sample=False)
         assert torch.equal(fast, slow), turn
         tokens = torch.cat([fast, torch.randint(1, VOCABULARY, (3, 4))], 1)
@@ -438,7 +439,7 @@ def test_several_turns_on_one_cache(kind, padded):
         with pytest.raises(ValueError, match="input_ids must go on after the"):
             run(model, new, past_key_values=copy.deepcopy(cache), do_sample=False)
     elif not torch.equal(whole, mask):
-        with pytest.raises(ValueError, match="attention_mask must agree with what past_key_values has read"):
+        with pytest.raises(ValueError, match="attention_mask must agree with what the cache has read"):
             run(model, new, whole, past_key_values=copy.deepcopy(cache), do_sample=False)
     expected = run(model, tokens, mask, use_cache=False, do_sample=False)[:, -12:]
     assert torch.equal(run(model, new, mask, past_key_values=cache, do_sample=False)[:, -12:], expected)
@@ -449,7 +450,7 @@ def test_one_prompt_in_several_ways():
     prompt = torch.randint(1, VOCABULARY, (1, 20))  # no 0: without a mask transformers takes it for padding
     cache = LongVQCache()
     with torch.no_grad():
-        model(prompt, past_key_values=cache)
+        model(prompt, cache=cache)
     for _ in range(2):
         tokens = torch.cat([prompt, torch.randint(1, VOCABULARY, (1, 3))], 1)
         fast = run(model, tokens, past_key_values=copy.deepcopy(cache), do_sample=False)
@@ -497,7 +498,7 @@ def test_forward_with_a_cache_equals_forward():
                 use_cache=True,
                 output_hidden_states=True,
             )
-            cache = output.past_key_values
+            cache = getattr(output, NAME)
             parts.append(output)
     assert isinstance(cache, LongVQCache) and cache.lengths.tolist() == mask.sum(1).tolist()
     real = mask.bool()
@@ -515,7 +516,7 @@ def test_blocks_without_a_constant_state_generate_without_a_cache(kind, options)
     model = trained(kind, block_options=options or SMALL[kind])
     tokens, mask = prompts()
     output = run(model, tokens, mask, do_sample=False, return_dict_in_generate=True)
-    assert output.past_key_values is None and not model.model.streams()
+    assert getattr(output, NAME) is None and not model.model.streams()
     sequence = tokens[1:2, 2:]
     for _ in range(12):
         sequence = torch.cat([sequence, model(sequence).logits[:, -1:].argmax(-1)], 1)
@@ -537,14 +538,17 @@ def test_what_generation_refuses():
         run(model, tokens, cache_implementation="static")
     with pytest.raises(NotImplementedError, match="can't assist another one"):
         run(model, tokens, is_assistant=True)
-    with pytest.raises(TypeError, match="past_key_values must be a LongVQCache, got DynamicCache"):
+    with pytest.raises(TypeError, match="cache must be a LongVQCache, got DynamicCache"):
         run(model, tokens, past_key_values=DynamicCache())
     cache = LongVQCache()
     run(model, tokens, past_key_values=cache)
-    with pytest.raises(ValueError, match=r"input_ids must go on after the 20 positions in past_key_values, got 9"):
+    with pytest.raises(ValueError, match=r"input_ids must go on after the 20 positions in the cache, got 9"):
         run(model, tokens, past_key_values=cache)
-    with pytest.raises(ValueError, match=r"past_key_values must have the 2 rows of the input, got 1"):
+    with pytest.raises(ValueError, match=r"cache must have the 2 rows of the input, got 1"):
         model(tokens.expand(2, -1), past_key_values=cache)
+    for call in (model, model.model, model.generate):
+        with pytest.raises(ValueError, match="give either cache or past_key_values, two names of one argument"):
+            call(tokens, past_key_values=cache, cache=cache)
     for call in (lambda: cache.crop(-1), cache.activate_past_recording):
         with pytest.raises(NotImplementedError, match="can't be taken back"):
             call()

@@ -77,8 +77,9 @@ def test_half_types_accumulate_in_float32(dtype):
     u, kernel = torch.ones(1, 5000, 2, dtype=dtype), torch.ones(2, 5000, dtype=dtype)
     y = ops.long_conv(u, kernel)
     exact = torch.arange(1.0, 5001.0)[None, :, None].expand(1, -1, 2)
-    # A sum within float32's error of the middle between two half numbers may round to either.
-    assert ((y.double() - exact) / exact).abs().max() <= torch.finfo(dtype).eps * 0.5001 + 1e-5
+    # The transform's own error is relative to the largest of its results, and depends on the processor.
+    allowed = 0.5001 * torch.finfo(dtype).eps * exact + 2 * torch.finfo(torch.float32).eps * exact.max()
+    assert ((y.double() - exact).abs() <= allowed).all()
     assert torch.equal(ops.long_conv(u, kernel), ops.long_conv(u.float(), kernel.float()).to(dtype))
 
 

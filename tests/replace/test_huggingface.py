@@ -8,6 +8,7 @@ import torch
 from largest import LargestTensor
 
 from longvq_layers import commitment_loss
+from longvq_layers.models.huggingface.cache_name import NAME
 from longvq_layers.replace import replace_attention, restore_attention
 from tests.replace.models import CAUSAL, FAMILIES, bert, bert_config, gpt2, llama, output, padded, tokens
 from tests.tolerances import assert_close
@@ -113,7 +114,7 @@ def test_a_prompt_in_pieces_is_the_prompt(family):
     whole = output(model, ids)
     with torch.no_grad():
         first = model(ids[:, :20], use_cache=True)
-        second = model(ids[:, 20:], past_key_values=first.past_key_values, use_cache=True)
+        second = model(ids[:, 20:], **{NAME: getattr(first, NAME)}, use_cache=True)
     assert_close(first.logits, whole[:, :20], "first piece")
     assert_close(second.logits, whole[:, 20:], "second piece")
 

@@ -21,6 +21,7 @@ from transformers import (
     T5EncoderModel,
 )
 
+from longvq_layers.models.huggingface.cache_name import NAME
 from longvq_layers.replace import replace_attention, restore_attention
 from tests.replace.models import TOKENS, VOCABULARY, bert, bert_config, gpt2, llama, output, tokens
 
@@ -160,7 +161,7 @@ def test_static_caches_are_refused():
     model = replaced(llama())
     cache = StaticCache(config=model.config, max_cache_len=64)
     with pytest.raises(NotImplementedError, match="Static caches"):
-        output(model, tokens(), past_key_values=cache)
+        output(model, tokens(), **{NAME: cache})
 
 
 @pytest.mark.parametrize("name", ["softcap", "s_aux", "position_bias", "head_mask", "sliding_window", "cu_seq_lens_q"])

@@ -8,7 +8,7 @@ from longvq_layers.models.backbone import BackboneState
 
 
 class LongVQCache(Cache):
-    """The past of a batch of sequences, for `past_key_values=`; its memory is the same at every length.
+    """The past of a batch of sequences, for `cache=` or `past_key_values=`; its memory is the same at every length.
 
     An empty one is filled by the first forward that gets it. Later forwards update it in place: to go on from one
     prompt in several ways, give each a `copy.deepcopy`. What was read can't be taken back, so there is no `crop`, and
@@ -23,7 +23,7 @@ class LongVQCache(Cache):
         >>> config = LongVQConfig(hidden_size=32, num_hidden_layers=2, causal=True)
         >>> model, cache = LongVQForCausalLM(config).eval(), LongVQCache()
         >>> prompt = torch.randint(256, (1, 10))
-        >>> tokens = model.generate(prompt, past_key_values=cache, max_new_tokens=5, do_sample=False)
+        >>> tokens = model.generate(prompt, cache=cache, max_new_tokens=5, do_sample=False)
         >>> tokens.shape, cache.get_seq_length()  # the last token is not read yet
         (torch.Size([1, 15]), 14)
     """
@@ -65,6 +65,11 @@ class LongVQCache(Cache):
     def is_compileable(self) -> bool:
         """False: `generate` is not to compile the steps by itself."""
         return False
+
+    @property
+    def is_linear(self) -> list[bool]:
+        """[False]: what it has read is to be cut off the input, as with keys and values."""
+        return [False]
 
     @property
     def is_croppable(self) -> bool:

@@ -6,6 +6,7 @@ from transformers import GenerationConfig, GenerationMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from longvq_layers.layers.commitment import commitment_loss
+from longvq_layers.models.huggingface import cache_name
 from longvq_layers.models.huggingface.cache import LongVQCache
 from longvq_layers.models.huggingface.configuration import LongVQConfig
 from longvq_layers.models.huggingface.modeling import LongVQModel, LongVQPreTrainedModel
@@ -71,6 +72,7 @@ class LongVQForCausalLM(LongVQPreTrainedModel, GenerationMixin):
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
         return_dict: bool | None = None,
+        cache: LongVQCache | None = None,
     ) -> CausalLMOutputWithPast | tuple:
         """Predict the next token at every position.
 
@@ -84,8 +86,8 @@ class LongVQForCausalLM(LongVQPreTrainedModel, GenerationMixin):
             others: see `LongVQModel`.
 
         Returns:
-            `CausalLMOutputWithPast`: loss if there are labels, logits (B, L, vocab_size), past_key_values,
-            hidden_states.
+            `CausalLMOutputWithPast`: loss if there are labels, logits (B, L, vocab_size), cache (past_key_values in
+            transformers before 5.24), hidden_states.
         """
         encoded = self.model(
             input_ids,
@@ -97,6 +99,7 @@ class LongVQForCausalLM(LongVQPreTrainedModel, GenerationMixin):
             output_hidden_states=output_hidden_states,
             output_attentions=output_attentions,
             return_dict=True,
+            cache=cache,
         )
         hidden = encoded.last_hidden_state
         loss = None
@@ -109,7 +112,10 @@ class LongVQForCausalLM(LongVQPreTrainedModel, GenerationMixin):
             logits = self.lm_head(hidden)
             loss = self._loss(logits, labels, cu_seqlens, num_items_in_batch)
         output = CausalLMOutputWithPast(
-            loss=loss, logits=logits, past_key_values=encoded.past_key_values, hidden_states=encoded.hidden_states
+            loss=loss,
+            logits=logits,
+            hidden_states=encoded.hidden_states,
+            **{cache_name.NAME: getattr(encoded, cache_name.NAME)},
         )
         return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
 
@@ -133,7 +139,7 @@ class LongVQForCausalLM(LongVQPreTrainedModel, GenerationMixin):
         """As in transformers; raises RuntimeError in training mode, where reading would move the codebooks."""
         if self.training:
             raise RuntimeError("LongVQForCausalLM.generate: the model is in training mode; call eval() first")
-        return super().generate(*args, **kwargs)
+        return super().generate(*args, **cache_name.renamed("LongVQForCausalLM.generate", kwargs))
 
     def prepare_inputs_for_generation(
         self,
@@ -142,24 +148,26 @@ class LongVQForCausalLM(LongVQPreTrainedModel, GenerationMixin):
         past_key_values: LongVQCache | None = None,
         inputs_embeds: Tensor | None = None,
         is_first_iteration: bool | None = False,
+        cache: LongVQCache | None = None,
         **kwargs,
     ) -> dict:
         """What `generate` calls the model with."""
+        cache = cache_name.given("LongVQForCausalLM.prepare_inputs_for_generation", past_key_values, cache)
         if is_first_iteration and next_sequence_length is not None and next_sequence_length < 1:
             raise ValueError(
-                f"LongVQForCausalLM.generate: input_ids must go on after the {past_key_values.get_seq_length()} "
-                f"positions in past_key_values, got {input_ids.shape[1]}; pass the whole sequence, or what is new "
+                f"LongVQForCausalLM.generate: input_ids must go on after the {cache.get_seq_length()} "
+                f"positions in the cache, got {input_ids.shape[1]}; pass the whole sequence, or what is new "
                 "and an attention_mask for the whole"
             )
         inputs = super().prepare_inputs_for_generation(
             input_ids,
             next_sequence_length=next_sequence_length,
-            past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             is_first_iteration=is_first_iteration,
+            **{cache_name.NAME: cache},
             **kwargs,
         )
-        if past_key_values is not None and not is_first_iteration:
+        if cache is not None and not is_first_iteration:
             inputs.pop("attention_mask", None)  # generated tokens are no padding, and the cache knows the rest
         return inputs
 
@@ -180,10 +188,10 @@ class LongVQForCausalLM(LongVQPreTrainedModel, GenerationMixin):
             raise NotImplementedError(
                 f"{name}: the model can't assist another one, for that takes tokens back out of the cache"
             )
-        if model_kwargs.get("past_key_values") is not None or generation_config.use_cache is False:
+        if model_kwargs.get(cache_name.NAME) is not None or generation_config.use_cache is False:
             return
         if self.model.streams():
-            model_kwargs["past_key_values"] = LongVQCache()
+            model_kwargs[cache_name.NAME] = LongVQCache()
         elif model_kwargs.get("inputs_embeds") is not None:
             raise NotImplementedError(
                 f"{name}: inputs_embeds need a cache, which blocks that need all their past don't have; pass input_ids"

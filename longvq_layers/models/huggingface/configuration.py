@@ -31,7 +31,7 @@ class LongVQConfig(PreTrainedConfig):
     """
 
     model_type = "longvq_layers"
-    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012, Trainer adds lists to it
+    keys_to_ignore_at_inference = ["cache", "past_key_values"]  # noqa: RUF012, Trainer adds lists to it
 
     def __init__(
         self,

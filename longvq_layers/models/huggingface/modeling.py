@@ -6,6 +6,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from longvq_layers.layers.codebook import Codebook
+from longvq_layers.models.huggingface import cache_name
 from longvq_layers.models.huggingface.cache import LongVQCache
 from longvq_layers.models.huggingface.configuration import LongVQConfig
 from longvq_layers.models.sequence import SequenceEncoder
@@ -19,7 +20,7 @@ class LongVQPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ("LongVQBlock", "MegaBlock", "SPADEBlock", "S4DBlock", "TransformerBlock")
-    _skip_keys_device_placement = ("past_key_values",)
+    _skip_keys_device_placement = ("cache", "past_key_values")
 
     @classmethod
     def from_pretrained(cls, *args, output_loading_info: bool = False, **kwargs):
@@ -113,6 +114,7 @@ class LongVQModel(LongVQPreTrainedModel):
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
         return_dict: bool | None = None,
+        cache: LongVQCache | None = None,
     ) -> BaseModelOutputWithPast | tuple:
         """Run the encoder.
 
@@ -121,8 +123,9 @@ class LongVQModel(LongVQPreTrainedModel):
             inputs_embeds: (B, L, hidden_size), dtype of the model.
             attention_mask: (B, L), 1 = keep, 0 = padding, on either side; with a cache it may also cover the past,
                 (B, past + L). Default all 1.
-            past_key_values: what came before, updated in place. Inference only: eval mode, no gradients.
-            use_cache: return a cache; default only when `past_key_values` is given.
+            past_key_values, cache: two names of what came before, updated in place. Inference only: eval mode, no
+                gradients.
+            use_cache: return a cache; default only when one is given.
             cu_seqlens: (documents + 1,) int32, offsets of documents packed into one row (B = 1).
             output_hidden_states: also return the embeddings and what every block made of them, the last one normed;
                 default that of the config.
@@ -130,8 +133,8 @@ class LongVQModel(LongVQPreTrainedModel):
             return_dict: False for a tuple; default that of the config.
 
         Returns:
-            `BaseModelOutputWithPast`: last_hidden_state (B, L, hidden_size), 0 at padding; past_key_values;
-            hidden_states.
+            `BaseModelOutputWithPast`: last_hidden_state (B, L, hidden_size), 0 at padding; cache (past_key_values in
+            transformers before 5.24); hidden_states.
 
         Raises:
             ValueError, TypeError: wrong shapes or dtypes, or a mask that says other things about the past than before.
@@ -147,7 +150,7 @@ class LongVQModel(LongVQPreTrainedModel):
             raise NotImplementedError(f"{name}: output_attentions must be False: attention weights are never formed")
         x = self._embed(input_ids, inputs_embeds)
         batch, length, _ = x.shape
-        cache = self._cache(past_key_values, use_cache, cu_seqlens, batch)
+        cache = self._cache(cache_name.given(name, past_key_values, cache), use_cache, cu_seqlens, batch)
         mask = _key_padding_mask(name, attention_mask, x, cache)
         collect = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         hidden: list[Tensor] | None = [] if collect else None
@@ -157,7 +160,7 @@ class LongVQModel(LongVQPreTrainedModel):
             y, state = self.encoder.backbone.step(x, cache.state, mask, hidden=hidden)
             cache.advance(state, mask, length)
         output = BaseModelOutputWithPast(
-            last_hidden_state=y, past_key_values=cache, hidden_states=None if hidden is None else (*hidden, y)
+            last_hidden_state=y, hidden_states=None if hidden is None else (*hidden, y), **{cache_name.NAME: cache}
         )
         return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
 
@@ -183,9 +186,9 @@ class LongVQModel(LongVQPreTrainedModel):
         if cache is None:
             cache = LongVQCache()
         if not isinstance(cache, LongVQCache):
-            raise TypeError(f"{name}: past_key_values must be a LongVQCache, got {type(cache).__name__}")
+            raise TypeError(f"{name}: cache must be a LongVQCache, got {type(cache).__name__}")
         if use_cache is False:
-            raise ValueError(f"{name}: use_cache must not be False with past_key_values, which are updated in place")
+            raise ValueError(f"{name}: use_cache must not be False with a cache, which is updated in place")
         if self.training:
             raise RuntimeError(f"{name}: a cache needs eval mode, for in training mode the codebook moves; call eval()")
         if cache.state is None:
@@ -193,7 +196,7 @@ class LongVQModel(LongVQPreTrainedModel):
             cache.lengths = torch.zeros(batch, dtype=torch.int64, device=self.encoder.embedding.weight.device)
         if cache.batch_size != batch:
             raise ValueError(
-                f"{name}: past_key_values must have the {batch} rows of the input, got {cache.batch_size}; for several "
+                f"{name}: cache must have the {batch} rows of the input, got {cache.batch_size}; for several "
                 "beams or return sequences call its batch_repeat_interleave first"
             )
         return cache
@@ -213,7 +216,7 @@ def _key_padding_mask(name: str, attention_mask: Tensor | None, x: Tensor, cache
         read = (attention_mask[:, :past] != 0).sum(1)
         if not torch.equal(read, cache.lengths):
             raise ValueError(
-                f"{name}: attention_mask must agree with what past_key_values has read, {cache.lengths.tolist()} "
+                f"{name}: attention_mask must agree with what the cache has read, {cache.lengths.tolist()} "
                 f"tokens a row, got {read.tolist()} in its first {past} columns; tokens can't be taken back"
             )
     return attention_mask[:, attention_mask.shape[1] - length :] == 0
