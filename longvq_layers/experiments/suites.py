@@ -125,7 +125,6 @@ def _ablation() -> Suite:
         "laplace attention": {"activation": "laplace"},
         "32 codes": {"num_codes": 32},
         "128 codes": {"num_codes": 128},
-        "256 codes": {"num_codes": 256},
         "512 codes": {"num_codes": 512},
     }
     return Suite(
