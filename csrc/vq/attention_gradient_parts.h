@@ -51,14 +51,15 @@ class GradientParts {
         dv_(tensors.dv, p.type, p.place(document, kv_head, p.kv_heads), document.length, p.values), parts_(count_) {}
 
   // The same for any number of threads. Parts are no shorter than the codes are many, for each has sums for all of them,
-  // and several times as long as what two of them both reach. Of keys on both sides the sums of each block are kept while
-  // a part is computed, so they are no longer than they need to be. An even number, so that two threads end together.
+  // and several times as long as what two of them both reach. With keys on both sides the sums of each block are kept
+  // while a part is computed, so it is not much longer than that. An even number, so that two threads end together.
   static int64_t parts_of(const Problem& p, int64_t length) {
     constexpr int64_t kItems = 16;  // enough to share out evenly
     const int64_t shortest = std::max(p.num_codes, 3 * (kBlock + p.reach)), longest = std::max(shortest, 16 * kBlock);
-    const int64_t wanted = (kItems + p.pairs() - 1) / p.pairs(), least = two_sided(p, length) ? length / longest : 1;
-    const int64_t parts = std::min(std::max(wanted, least), length / shortest);
-    return parts < 2 ? 1 : parts / 2 * 2;
+    const int64_t wanted = (kItems + p.pairs() - 1) / p.pairs(), most = length / shortest;
+    const int64_t least = two_sided(p, length) ? (length + longest - 1) / longest : 1;
+    const int64_t parts = std::min(std::max(wanted, least), most);
+    return parts < 2 ? 1 : parts % 2 == 0 ? parts : parts < most ? parts + 1 : parts - 1;
   }
 
   void run(int64_t number, GradientScratch& scratch) {
