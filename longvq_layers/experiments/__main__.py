@@ -5,6 +5,7 @@ Runs that are finished are not done again, one that was killed goes on. Prints a
 """
 
 import argparse
+import signal
 import sys
 from pathlib import Path
 
@@ -22,6 +23,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each; default %(default)s")
     parser.add_argument("--out", type=Path, help="folder of the runs, default experiments/SUITE")
     args = parser.parse_args(arguments)
+    if args.jobs < 1:
+        parser.error(f"--jobs must be at least 1, got {args.jobs}")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the runs end with it
     suite, out = SUITES[args.suite](), args.out or Path("experiments") / args.suite
     run_all(suite, out, args.seeds, args.jobs, lambda line: print(line, file=sys.stderr, flush=True))
     print(f"{suite.about}.\n\n{report.markdown(suite, report.collect(suite, out, args.seeds))}")

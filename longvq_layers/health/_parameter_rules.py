@@ -85,6 +85,17 @@ def ssm_findings(model: nn.Module, limits: dict[str, float]) -> Iterator[Finding
 
 def gradient_findings(table: GradientTable, limits: dict[str, float]) -> Iterator[Finding]:
     """Gradients that are not numbers, nothing, or out of proportion to those of the other blocks."""
+    if not table.any_nonzero:
+        if any(row.grad_norm == 0 for row in table):
+            yield Finding(
+                "note",
+                "gradient_vanishing",
+                "",
+                "all gradients are exactly 0",
+                "after zero_grad(set_to_none=False) that is as it should be; after backward() nothing learns",
+                "call diagnose between backward() and zero_grad(); else look whether the loss depends on the model",
+            )
+        return
     for row in table:
         if row.bad:
             yield Finding(

@@ -23,7 +23,7 @@ class CodebookRow:
         steps: training calls that it learned from.
         usage: share of the codes that a key chose, or that were re-seeded, in the last `within` calls.
         dead: number of the other codes.
-        longest_idle: calls since the code that waits longest was last chosen.
+        longest_idle: calls since the code that waits longest was last chosen, at most `steps`.
         perplexity: number of codes that equal shares would need for the same entropy, 1 to S.
         top_share: share of the keys that the most used code takes.
         quantization_error: 0 = every key is a code, 1 = no better than the mean; NaN before any key.
@@ -88,7 +88,7 @@ def _rows(name: str, book: Codebook, within: int) -> list[CodebookRow]:
         [
             book.usage(within),
             (book.idle >= within).sum(-1),
-            book.idle.amax(-1),
+            book.idle.amax(-1).clamp(max=book.steps),  # codes that never had a key start as idle for long
             book.perplexity(),
             count.amax(-1) / count.sum(-1),
             book.quantization_error(),

@@ -47,7 +47,7 @@ def diagnose(
 
     Codebooks, parameters and (between `backward()` and `zero_grad()`) gradients are read from the model itself.
     Entropy, what the gates really let through and the commitment loss need a monitor; with one, the gradients of its
-    last `after_backward` are used if the model has none at the moment.
+    last `after_backward` are used if the model has none at the moment, or only zeros.
 
     Args:
         model: any module; nothing is changed.
@@ -80,7 +80,7 @@ def diagnose(
         raise ValueError("diagnose: monitor must be one of the same model, got one of another")
     limits = chosen(thresholds)
     gradients = gradient_scales(model)
-    if monitor is not None and monitor.gradients is not None and all(p.grad is None for p in model.parameters()):
+    if monitor is not None and monitor.gradients is not None and not gradients.any_nonzero:
         gradients = monitor.gradients
     findings = [
         *parameter_findings(model, limits),

@@ -42,6 +42,11 @@ class GradientRow:
 class GradientTable(list[GradientRow]):
     """A list of `GradientRow`; `print` shows blocks as lines and kinds as columns, in each cell ‖g‖/‖w‖ and (RMS)."""
 
+    @property
+    def any_nonzero(self) -> bool:
+        """Whether there is a gradient anywhere that isn't 0."""
+        return any(row.grad_norm > 0 or row.bad for row in self)
+
     def __str__(self) -> str:
         kinds = [kind for kind in KINDS if any(row.kind == kind for row in self)]
         cells = {(row.name, row.kind): f"{_text.number(row.ratio)} ({_text.number(row.rms)})" for row in self}

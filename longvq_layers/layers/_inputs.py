@@ -53,6 +53,12 @@ def positive(layer: str, **sizes: int) -> None:
             raise ValueError(f"{layer}: {name} must be at least 1, got {value}")
 
 
+def flags(layer: str, **values: object) -> None:
+    for name, value in values.items():
+        if not isinstance(value, bool):
+            raise TypeError(f"{layer}: {name} must be a bool, got {value!r}")
+
+
 def floating(layer: str, dtype: object) -> None:
     """`dtype` is None or a floating dtype."""
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):

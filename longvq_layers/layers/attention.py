@@ -86,6 +86,7 @@ class VQAttention(nn.Module):
         _inputs.divides("VQAttention", "num_heads", num_heads, "embed_dim", embed_dim)
         _inputs.divides("VQAttention", "num_kv_heads", num_kv_heads, "num_heads", num_heads)
         _inputs.floating("VQAttention", dtype)
+        _inputs.flags("VQAttention", causal=causal, bias=bias)
         _inputs.probability("VQAttention", "dropout", dropout)
         self.embed_dim, self.num_heads, self.num_kv_heads = embed_dim, num_heads, num_kv_heads
         self.head_dim = embed_dim // num_heads

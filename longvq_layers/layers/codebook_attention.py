@@ -83,10 +83,11 @@ class CodebookAttention(WindowBias):
         check.one_of(name, "backend", backend, BACKENDS)
         _inputs.number(name, "commitment", commitment)
         _inputs.floating(name, dtype)
+        _inputs.flags(name, causal=causal, window_bias=window_bias)
         if not 0 <= commitment < float("inf"):
             raise ValueError(f"{name}: commitment must be a finite number, at least 0, got {commitment}")
         self.num_heads, self.num_kv_heads, self.head_dim, self.value_dim = num_heads, num_kv_heads, head_dim, value_dim
-        self.num_codes, self.window, self.causal = num_codes, window, bool(causal)
+        self.num_codes, self.window, self.causal = num_codes, window, causal
         self.local_keys, self.key_grad, self.activation = local_keys, key_grad, activation
         self.commitment, self.backend = commitment, backend
         self.codebook = Codebook(

@@ -49,6 +49,7 @@ class CrossAttention(nn.Module):
         _inputs.positive(name, embed_dim=embed_dim, num_heads=num_heads)
         _inputs.divides(name, "num_heads", num_heads, "embed_dim", embed_dim)
         _inputs.floating(name, dtype)
+        _inputs.flags(name, bias=bias)
         _inputs.probability(name, "dropout", dropout)
         self.embed_dim, self.num_heads = embed_dim, num_heads
         factory = {"device": device, "dtype": dtype}

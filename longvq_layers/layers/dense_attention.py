@@ -59,8 +59,9 @@ class DenseAttention(WindowBias):
         _inputs.divides(name, "num_kv_heads", num_kv_heads, "num_heads", num_heads)
         check.window(name, window)
         _inputs.floating(name, dtype)
+        _inputs.flags(name, causal=causal, window_bias=window_bias)
         self.num_heads, self.num_kv_heads, self.head_dim, self.value_dim = num_heads, num_kv_heads, head_dim, value_dim
-        self.window, self.causal = window, bool(causal)
+        self.window, self.causal = window, causal
         self._add_window_bias(window_bias, num_heads, window, causal, device, dtype)
 
     def forward(

@@ -63,8 +63,9 @@ class DampedEMA(KeepsFloat32):
         super().__init__()
         _inputs.positive("DampedEMA", channels=channels, ndim=ndim)
         _inputs.floating("DampedEMA", dtype)
+        _inputs.flags("DampedEMA", causal=causal)
         check.one_of("DampedEMA", "backend", backend, BACKENDS)
-        self.channels, self.ndim, self.causal, self.backend = channels, ndim, bool(causal), backend
+        self.channels, self.ndim, self.causal, self.backend = channels, ndim, causal, backend
         real = {"device": device, "dtype": storage_dtype(dtype)}
         rows = channels if causal else 2 * channels
         self.delta = nn.Parameter(torch.empty(rows, ndim, 1, **real))

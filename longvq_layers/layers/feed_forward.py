@@ -83,11 +83,12 @@ class FeedForward(nn.Module):
         super().__init__()
         name = "FeedForward"
         _inputs.positive(name, d_model=d_model, d_ff=d_ff)
+        _inputs.flags(name, glu=glu)
         hidden_dropout = dropout if hidden_dropout is None else hidden_dropout
         _inputs.probability(name, "dropout", dropout)
         _inputs.probability(name, "hidden_dropout", hidden_dropout)
         check.one_of(name, "activation", activation, tuple(ACTIVATIONS))
-        self.d_model, self.d_ff, self.activation, self.glu = d_model, d_ff, activation, bool(glu)
+        self.d_model, self.d_ff, self.activation, self.glu = d_model, d_ff, activation, glu
         self.dropout_type = dropout_type
         self.up = nn.Linear(d_model, 2 * d_ff if glu else d_ff, device=device, dtype=dtype)  # W₁, then W₃
         self.down = nn.Linear(d_ff, d_model, device=device, dtype=dtype)

@@ -61,9 +61,10 @@ class GatedAttention(nn.Module):
         super().__init__()
         name = "GatedAttention"
         _inputs.positive(name, dim=dim, max_positions=max_positions, **({} if chunk is None else {"chunk": chunk}))
+        _inputs.flags(name, causal=causal)
         _inputs.probability(name, "dropout", dropout)
         check.one_of(name, "activation", activation, ATTENTION)
-        self.dim, self.chunk, self.causal, self.activation = dim, chunk, bool(causal), activation
+        self.dim, self.chunk, self.causal, self.activation = dim, chunk, causal, activation
         self.rel_pos_bias, self.max_positions, self.dropout = rel_pos_bias, max_positions, dropout
         self.bias = make_relative_bias(name, rel_pos_bias, dim, chunk or max_positions, device, dtype)
 

@@ -68,9 +68,10 @@ class LocalAttention(WindowBias):
         _inputs.divides(name, "num_heads", num_heads, "embed_dim", embed_dim)
         _inputs.divides(name, "num_kv_heads", num_kv_heads, "num_heads", num_heads)
         _inputs.floating(name, dtype)
+        _inputs.flags(name, causal=causal, bias=bias, window_bias=window_bias)
         _inputs.probability(name, "dropout", dropout)
         self.embed_dim, self.num_heads, self.num_kv_heads = embed_dim, num_heads, num_kv_heads
-        self.head_dim, self.window, self.causal = embed_dim // num_heads, window, bool(causal)
+        self.head_dim, self.window, self.causal = embed_dim // num_heads, window, causal
         kv_dim = num_kv_heads * self.head_dim
         factory = {"device": device, "dtype": dtype}
         self.q_proj = nn.Linear(embed_dim, embed_dim, bias, **factory)

@@ -65,7 +65,8 @@ class LongVQBlock(nn.Module):
         commitment: β of the commitment loss, default 1e-4.
         codebook_decay: γ of the codebook's moving averages, default 0.99; see `Codebook`.
         recompute: whether training keeps only what SSM and attention read and write, and computes gates, projections
-            of V and the feed-forward block again in the backward: half the memory for a tenth more time. Default False.
+            of V and the feed-forward block again in the backward: half the memory for about 15% more time. Default
+            False. Backward must run in the mode of forward (training), and not under `torch.func` transforms.
         backend: of SSM and attention, default "auto".
         device, dtype: of the parameters; SSM and codebook stay in float32 or float64.
 
@@ -134,25 +135,28 @@ class LongVQBlock(nn.Module):
         _inputs.divides(name, "num_heads", num_heads, "d_attn", d_attn)
         _inputs.divides(name, "num_heads", num_heads, "d_value", d_value)
         _inputs.floating(name, dtype)
+        _inputs.flags(name, window_bias=window_bias, ssm_gate=ssm_gate, glu=glu, causal=causal, recompute=recompute)
         _inputs.probability(name, "dropout", dropout)
         _inputs.probability(name, "hidden_dropout", hidden_dropout)
         check.one_of(name, "norm", norm, ("pre", "post"))
         check.one_of(name, "ssm", ssm, ("s4d", "ema"))
         check.one_of(name, "ffn_activation", ffn_activation, tuple(ACTIVATIONS))
         check.one_of(name, "activation", activation, ("softmax", "laplace"))
+        check.one_of(name, "local_keys", local_keys, ("quantized", "exact"))
+        check.one_of(name, "key_grad", key_grad, ("cluster", "window"))
         if num_codes is None and activation != "softmax":
             raise ValueError(f"{name}: activation must be 'softmax' with num_codes=None, got {activation!r}")
         if d_ff is False or d_ff != 0:  # False equals 0
             _inputs.positive(name, d_ff=d_ff)
-        self.d_model, self.num_heads, self.num_codes, self.causal = d_model, num_heads, num_codes, bool(causal)
-        self.window, self.window_bias, self.activation = window, bool(window_bias), activation
-        self.d_state, self.ema_dim, self.ssm_gate = d_state, ema_dim, bool(ssm_gate)
+        self.d_model, self.num_heads, self.num_codes, self.causal = d_model, num_heads, num_codes, causal
+        self.window, self.window_bias, self.activation = window, window_bias, activation
+        self.d_state, self.ema_dim, self.ssm_gate = d_state, ema_dim, ssm_gate
         self.d_attn, self.d_value = d_attn, d_value
-        self.d_ff, self.ffn_activation, self.glu = d_ff, ffn_activation, bool(glu)
+        self.d_ff, self.ffn_activation, self.glu = d_ff, ffn_activation, glu
         self.hidden_dropout, self.dropout_type = hidden_dropout, dropout_type
         self.norm, self.norm_type = norm, norm_type
         self.local_keys, self.key_grad, self.backend = local_keys, key_grad, backend
-        self.commitment, self.codebook_decay, self.recompute = commitment, codebook_decay, bool(recompute)
+        self.commitment, self.codebook_decay, self.recompute = commitment, codebook_decay, recompute
         factory = {"device": device, "dtype": dtype}
         core = {"window": window, "causal": causal, "window_bias": window_bias, **factory}
         heads = (num_heads, num_heads, d_attn // num_heads)

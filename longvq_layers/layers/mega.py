@@ -113,13 +113,14 @@ class MegaBlock(nn.Module):
         if d_ff != 0:
             _inputs.positive(name, d_ff=d_ff)
         _inputs.floating(name, dtype)
+        _inputs.flags(name, causal=causal, glu=glu)
         check.one_of(name, "norm", norm, ("pre", "post"))
         hidden_dropout = dropout if hidden_dropout is None else hidden_dropout
         for option, p in (("dropout", dropout), ("hidden_dropout", hidden_dropout)):
             _inputs.probability(name, option, p)
         self.d_model, self.d_attn, self.d_value, self.d_ff = d_model, d_attn, d_value, int(d_ff)
         self.norm, self.norm_type, self.dropout_type = norm, norm_type, dropout_type
-        self.ffn_activation, self.glu = ffn_activation, bool(glu)
+        self.ffn_activation, self.glu = ffn_activation, glu
         factory = {"device": device, "dtype": dtype}
         self.norm1 = _norm(norm_type, d_model, **factory)
         self.ema = DampedEMA(d_model, ndim=ema_dim, causal=causal, backend=backend, **factory)

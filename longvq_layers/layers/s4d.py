@@ -65,9 +65,10 @@ class S4DLayer(nn.Module):
         super().__init__()
         _inputs.positive("S4DLayer", d_model=d_model)
         _inputs.floating("S4DLayer", dtype)
+        _inputs.flags("S4DLayer", causal=causal, glu=glu)
         _inputs.probability("S4DLayer", "dropout", dropout)
         check.one_of("S4DLayer", "activation", activation, tuple(_ACTIVATIONS))
-        self.d_model, self.activation, self.glu = d_model, activation, bool(glu)
+        self.d_model, self.activation, self.glu = d_model, activation, glu
         self.ssm = DiagonalSSM(
             d_model,
             d_state=d_state,

@@ -99,6 +99,7 @@ class SPADEBlock(nn.Module):
         _inputs.positive(name, d_ff=d_ff)
         _inputs.divides(name, "num_heads", num_heads, "d_model", d_model)
         _inputs.floating(name, dtype)
+        _inputs.flags(name, global_ssm=global_ssm, glu=glu, causal=causal, cross_attention=cross_attention)
         _inputs.probability(name, "dropout", dropout)
         check.one_of(name, "combine", combine, COMBINE)
         check.one_of(name, "norm", norm, ("pre", "post"))

@@ -83,6 +83,7 @@ class DiagonalSSM(KeepsFloat32):
         super().__init__()
         _inputs.positive("DiagonalSSM", channels=channels, d_state=d_state)
         _inputs.floating("DiagonalSSM", dtype)
+        _inputs.flags("DiagonalSSM", causal=causal)
         if d_state % 2:
             raise ValueError(f"DiagonalSSM: d_state must be even (conjugate pairs), got {d_state}")
         check.one_of("DiagonalSSM", "init", init, ("lin", "inv", "real"))
@@ -92,7 +93,7 @@ class DiagonalSSM(KeepsFloat32):
         _inputs.number("DiagonalSSM", "dt_max", dt_max)
         if not 0 < dt_min <= dt_max < float("inf"):
             raise ValueError(f"DiagonalSSM: dt_min and dt_max must be 0 < dt_min <= dt_max, got {dt_min}, {dt_max}")
-        self.channels, self.d_state, self.causal = channels, d_state, bool(causal)
+        self.channels, self.d_state, self.causal = channels, d_state, causal
         self.init, self.discretization, self.backend = init, discretization, backend
         self.dt_min, self.dt_max = dt_min, dt_max
         self.trained = _names(trained)

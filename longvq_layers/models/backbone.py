@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from longvq_layers.layers import _inputs
+from longvq_layers.layers import _inputs, _steps
 from longvq_layers.layers.longvq import LongVQBlock
 from longvq_layers.layers.mega import MegaBlock
 from longvq_layers.layers.norm import make_norm
@@ -20,6 +20,8 @@ from longvq_layers.ops._state import State
 
 
 def _spade(d_model: int, *, layer: int, num_heads: int = 4, global_layers: int = 1, **options) -> nn.Module:
+    if not isinstance(global_layers, int) or global_layers < 0:
+        raise ValueError(f"SequenceBackbone: global_layers must be an int, 0 or more, got {global_layers!r}")
     return SPADEBlock(d_model, num_heads, global_ssm=layer < global_layers, **options)
 
 
@@ -35,6 +37,15 @@ BLOCKS: Mapping[str, Callable[..., nn.Module]] = {
     "s4d": _uniform(S4DBlock),
     "transformer": _uniform(TransformerBlock),
 }
+
+
+def _check_options(caller: str, options: object, taken: tuple[str, ...]) -> None:
+    # An option that overrode an argument of the stack would make it say one thing of itself and do another.
+    if options is not None and not isinstance(options, Mapping):
+        raise TypeError(f"{caller}: block_options must be a mapping from names to values, got {options!r}")
+    for name in taken:
+        if name in (options or {}):
+            raise ValueError(f"{caller}: block_options must not contain {name!r}, which all blocks get from the stack")
 
 
 class SequenceBackbone(nn.Module):
@@ -81,9 +92,12 @@ class SequenceBackbone(nn.Module):
         name = "SequenceBackbone"
         _inputs.positive(name, d_model=d_model, depth=depth)
         check.one_of(name, "block", block, tuple(BLOCKS))
-        self.d_model, self.depth, self.block, self.causal = d_model, depth, block, bool(causal)
+        _inputs.flags(name, causal=causal, gradient_checkpointing=gradient_checkpointing)
+        own = {"causal": causal, "norm_type": norm_type, "device": device, "dtype": dtype}
+        _check_options(name, block_options, ("d_model", "layer", *own))
+        self.d_model, self.depth, self.block, self.causal = d_model, depth, block, causal
         self.gradient_checkpointing = gradient_checkpointing
-        options = {"causal": causal, "norm_type": norm_type, **(block_options or {}), "device": device, "dtype": dtype}
+        options = {**(block_options or {}), **own}
         self.blocks = nn.ModuleList(BLOCKS[block](d_model, layer=layer, **options) for layer in range(depth))
         self.norm = make_norm(name, norm_type, d_model, device=device, dtype=dtype)
 
@@ -147,8 +161,10 @@ class SequenceBackbone(nn.Module):
         Raises:
             NotImplementedError: as `initial_state`.
             RuntimeError: in training mode.
+            ValueError, TypeError: a state of another kind or depth, wrong shapes or dtypes.
         """
         self._check_streams()
+        self._check_state(state)
         states = []
         for block, past in zip(self.blocks, state.layers, strict=True):
             if hidden is not None:
@@ -156,6 +172,14 @@ class SequenceBackbone(nn.Module):
             x, past = block.step(x, past, key_padding_mask)
             states.append(past)
         return _inputs.zero_padding(self.norm(x), key_padding_mask), BackboneState(tuple(states))
+
+    def _check_state(self, state: object) -> None:
+        name = "SequenceBackbone.step"
+        _steps.state_type(name, state, BackboneState)
+        if len(state.layers) != self.depth:
+            raise ValueError(
+                f"{name}: state must have the {self.depth} layers of the model, got one with {len(state.layers)}"
+            )
 
     def _check_streams(self) -> None:
         if not hasattr(self.blocks[0], "step"):

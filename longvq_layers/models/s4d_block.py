@@ -74,9 +74,10 @@ class S4DBlock(nn.Module):
         super().__init__()
         name = "S4DBlock"
         _inputs.positive(name, d_model=d_model)
+        _inputs.flags(name, causal=causal)
         d_ff = 2 * d_model if d_ff is None else d_ff
         factory = {"device": device, "dtype": dtype}
-        self.d_model, self.causal = d_model, bool(causal)
+        self.d_model, self.causal = d_model, causal
         self.norm1 = make_norm(name, norm_type, d_model, **factory)
         self.mixer = S4DLayer(d_model, d_state=d_state, causal=causal, dropout=dropout, backend=backend, **factory)
         self.dropout = make_dropout(name, dropout_type, dropout)

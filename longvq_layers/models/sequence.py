@@ -66,6 +66,7 @@ class SequenceEncoder(nn.Module):
             _inputs.positive(name, input_dim=input_dim)
             self.embedding = nn.Linear(input_dim, d_model, **factory)
         self.dropout = nn.Dropout(dropout)
+        options = {"dropout": dropout, **block_options} if isinstance(block_options, Mapping) else block_options
         self.backbone = SequenceBackbone(
             d_model,
             depth,
@@ -73,7 +74,7 @@ class SequenceEncoder(nn.Module):
             causal=causal,
             gradient_checkpointing=gradient_checkpointing,
             norm_type=norm_type,
-            block_options={"dropout": dropout, **(block_options or {})},
+            block_options={"dropout": dropout} if options is None else options,
             **factory,
         )
 
@@ -103,7 +104,7 @@ class SequenceEncoder(nn.Module):
             inputs: as in `forward`, (B, T) or (B, T, input_dim), or without the axis T for one position.
             state, key_padding_mask: see `SequenceBackbone.step`.
         """
-        one = inputs.dim() == (1 if self.num_inputs is not None else 2)
+        one = isinstance(inputs, Tensor) and inputs.dim() == (1 if self.num_inputs is not None else 2)
         return self.backbone.step(self._embed(inputs, "B" if one else "B T", key_padding_mask), state, key_padding_mask)
 
     def _embed(self, inputs: Tensor, shape: str, key_padding_mask: Tensor | None) -> Tensor:

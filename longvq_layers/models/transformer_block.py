@@ -61,10 +61,11 @@ class TransformerBlock(nn.Module):
         name = "TransformerBlock"
         _inputs.positive(name, d_model=d_model, num_heads=num_heads)
         _inputs.divides(name, "2 num_heads", 2 * num_heads, "d_model", d_model)
+        _inputs.flags(name, causal=causal)
         _inputs.probability(name, "dropout", dropout)
         check.one_of(name, "attention", attention, ("fused", "dense"))
         factory = {"device": device, "dtype": dtype}
-        self.d_model, self.num_heads, self.causal, self.attention = d_model, num_heads, bool(causal), attention
+        self.d_model, self.num_heads, self.causal, self.attention = d_model, num_heads, causal, attention
         self.norm1 = make_norm(name, norm_type, d_model, **factory)
         self.qkv_proj = nn.Linear(d_model, 3 * d_model, **factory)
         self.out_proj = nn.Linear(d_model, d_model, **factory)

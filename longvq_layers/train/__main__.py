@@ -46,6 +46,9 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"Written: {folder / 'curve.png'}")
 
 
+_WORDS = {"true": True, "false": False, "none": None}  # in any case
+
+
 class _Progress:
     """A bar with tqdm where that is installed, and a line for every evaluation."""
 
@@ -123,6 +126,8 @@ def _option(text: str) -> tuple[str, object]:
     name, sign, value = text.partition("=")
     if not sign or not name.isidentifier():
         raise argparse.ArgumentTypeError(f"must be NAME=VALUE, got {text!r}")
+    if value.lower() in _WORDS:
+        return name, _WORDS[value.lower()]
     try:
         return name, ast.literal_eval(value)
     except (ValueError, SyntaxError):

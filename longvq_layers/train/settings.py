@@ -1,6 +1,7 @@
 """Everything that decides what a training run computes."""
 
 import json
+import os
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
@@ -67,13 +68,17 @@ class TrainSettings:
             _inputs.positive(name, parameters=self.parameters)
             if "d_ff" in self.block_options:
                 raise ValueError(f"{name}: give parameters, which chooses d_ff, or d_ff in block_options, not both")
-        for option in ("lr", "grad_clip"):
-            if not getattr(self, option) > 0:
+        if self.threads is not None:
+            _inputs.positive(name, threads=self.threads)
+        for option in ("lr", "grad_clip", "seconds"):
+            if getattr(self, option) is not None and not getattr(self, option) > 0:
                 raise ValueError(f"{name}: {option} must be above 0, got {getattr(self, option)}")
 
     def save(self, path: Path) -> None:
         """Write JSON."""
-        path.write_text(json.dumps(asdict(self), indent=2) + "\n")
+        unfinished = path.with_suffix(".unfinished")  # a run killed in between must find its settings again
+        unfinished.write_text(json.dumps(asdict(self), indent=2) + "\n")
+        os.replace(unfinished, path)
 
     @classmethod
     def load(cls, path: Path) -> "TrainSettings":

@@ -29,7 +29,7 @@ class Trainer:
         folder: made if it is not there.
 
     Raises:
-        ValueError: the folder holds a run with other settings.
+        ValueError: the folder holds a run with other settings or is a file; eval_batches=0 with an endless task.
 
     Example:
         >>> trainer = Trainer(TrainSettings("selective-copying", {"length": 32}, steps=2, d_model=16), "/tmp/run")
@@ -40,6 +40,8 @@ class Trainer:
     def __init__(self, settings: TrainSettings, folder: Path | str) -> None:
         self.settings, self.folder = settings, Path(folder)
         self.task = tasks.get(settings.task, **settings.task_options)
+        if not settings.eval_batches and self.task.size("val") is None:
+            raise ValueError(f"Trainer: eval_batches must be 1 or more, for {settings.task!r} is endless, got 0")
         self._check_folder()
         if settings.threads is not None:
             torch.set_num_threads(settings.threads)
@@ -110,6 +112,8 @@ class Trainer:
 
     def _check_folder(self) -> None:
         path = self._settings_file
+        if self.folder.exists() and not self.folder.is_dir():
+            raise ValueError(f"Trainer: the folder of the run must be a folder, got the file {self.folder}")
         if path.exists() and (difference := self.settings.difference(TrainSettings.load(path))):
             raise ValueError(
                 f"Trainer: {self.folder} holds a run with other settings ({difference}, asked for and found); choose "

@@ -1,6 +1,10 @@
 """Experiments: every variant is trained alike, finished runs are kept, the table says what the runs found."""
 
 import json
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 
@@ -45,6 +49,33 @@ def test_a_suite_is_run_reported_and_not_run_again(tmp_path, monkeypatch, capsys
 
     monkeypatch.setattr(runner, "_start", lambda *args: pytest.fail("a finished run was started again"))
     command.main(arguments)
+
+
+def test_no_jobs_are_refused(capsys):
+    with pytest.raises(SystemExit):
+        command.main(["digits", "--jobs", "0"])
+    assert "--jobs must be at least 1, got 0" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_runs_end_with_the_command(tmp_path):
+    arguments = ["-m", "longvq_layers.experiments", "digits", "--jobs", "1", "--out", str(tmp_path)]
+    process = subprocess.Popen([sys.executable, *arguments], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    log = tmp_path / "longvq-0" / "log.csv"
+    deadline = time.monotonic() + 60
+    while not log.exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    process.terminate()
+    assert process.wait(timeout=60) == 143
+    running = [path for path in Path("/proc").glob("[0-9]*/cmdline") if str(tmp_path).encode() in _read(path)]
+    assert log.exists() and not running
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError:  # it has ended
+        return b""
 
 
 @pytest.mark.slow

@@ -286,6 +286,17 @@ def test_gradients_of_the_monitor_when_the_model_has_none():
     assert diagnose(model).findings == []
 
 
+def test_gradients_that_were_zeroed_are_only_noted():
+    model = build("s4d")
+    monitor = Monitor(model)
+    train(model, 1)
+    monitor.after_backward()
+    model.zero_grad(set_to_none=False)
+    assert diagnose(model, monitor).findings == []  # its gradients are those of the last backward
+    assert "all gradients are exactly 0" in only(model, "gradient_vanishing", "", severity="note")
+    assert diagnose(model).healthy
+
+
 def test_nothing_is_changed(model):
     before = {key: value.clone() for key, value in model.state_dict().items()}
     random = torch.get_rng_state()

@@ -83,6 +83,7 @@ def test_statistics_are_those_of_the_codebooks():
     book: Codebook = layer.codebook
     book.idle[1, :3] = 12
     rows = codebook_statistics(layer)
+    assert [row.longest_idle for row in rows] == [int(book.idle[0].max()), 1]  # none waits longer than there were calls
     assert [(row.name, row.head, row.num_codes) for row in rows] == [("attention.codebook", h, 8) for h in (0, 1)]
     assert [row.dead for row in rows] == [0, 3]
     assert [row.usage for row in rows] == pytest.approx(book.usage().tolist())

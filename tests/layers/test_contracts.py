@@ -1,6 +1,7 @@
 """What every layer promises: shapes, causality, padding, copies, precision, compilation, gradients."""
 
 import copy
+import inspect
 import io
 import pickle
 
@@ -249,6 +250,15 @@ def test_eval_is_repeatable_and_changes_nothing(name):
     assert torch.equal(layer(x), layer(x))
     for key, value in layer.state_dict().items():
         assert torch.equal(value, before[key]), key
+
+
+@pytest.mark.parametrize("name", ["vq", "ssm", "ema", "s4d", "longvq", "mega", "local", "spade"])
+@pytest.mark.parametrize("option", ["causal", "glu", "window_bias", "ssm_gate", "bias", "recompute", "global_ssm"])
+def test_a_word_is_no_bool(name, option):
+    made = type(LAYERS[name]())
+    if option in inspect.signature(made).parameters:
+        with pytest.raises(TypeError, match=rf"^\w+: {option} must be a bool, got 'false'$"):
+            LAYERS[name](**{option: "false"})
 
 
 @each_layer

@@ -251,6 +251,14 @@ def test_empty_and_short_inputs(kind, shape):
         assert cache.batch_size == shape[0] and cache.get_seq_length() == shape[1]
 
 
+def test_wrong_labels_are_named():
+    model, tokens = LongVQForCausalLM(config("s4d")), torch.randint(VOCABULARY, (2, 9))
+    with pytest.raises(ValueError, match=r"labels must have shape \(B, L\) = \(2, 9\), got \(2, 8\)"):
+        model(tokens, labels=tokens[:, 1:])
+    with pytest.raises(TypeError, match=r"labels must be int64, got torch\.int32"):
+        model(tokens, labels=tokens.int())
+
+
 @each_kind
 def test_autocast(kind):
     model = LongVQForCausalLM(config(kind))
@@ -547,7 +555,7 @@ def test_what_generation_refuses():
     with pytest.raises(ValueError, match=r"cache must have the 2 rows of the input, got 1"):
         model(tokens.expand(2, -1), past_key_values=cache)
     for call in (model, model.model, model.generate):
-        with pytest.raises(ValueError, match="give either cache or past_key_values, two names of one argument"):
+        with pytest.raises(ValueError, match=r"give either cache or past_key_values, two names of one argument"):
             call(tokens, past_key_values=cache, cache=cache)
     for call in (lambda: cache.crop(-1), cache.activate_past_recording):
         with pytest.raises(NotImplementedError, match="can't be taken back"):

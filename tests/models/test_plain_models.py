@@ -291,11 +291,30 @@ def test_pool():
         ({"block": "lstm"}, ValueError, "block must be .*'lstm'"),
         ({"norm_type": "group"}, ValueError, "norm_type must be .*'group'"),
         ({"block_options": {"codes": 3}}, TypeError, "codes"),
+        ({"block_options": [1]}, TypeError, r"block_options must be a mapping from names to values, got \[1\]"),
+        ({"block_options": {"causal": True}}, ValueError, "block_options must not contain 'causal'"),
+        ({"block_options": {"d_model": 3}}, ValueError, "block_options must not contain 'd_model'"),
+        ({"block": "spade", "block_options": {"global_layers": -1}}, ValueError, "global_layers must be an int, 0 or"),
+        ({"causal": "False"}, TypeError, "causal must be a bool, got 'False'"),
     ],
 )
 def test_wrong_options_are_named(options, error, message):
     with pytest.raises(error, match=message):
         SequenceEncoder(**{"num_inputs": 30, "d_model": 16, "depth": 1, **options})
+
+
+def test_wrong_steps_are_named_and_change_nothing():
+    model = encoder("s4d", causal=True).eval()
+    with torch.no_grad():
+        with pytest.raises(TypeError, match="state must be a BackboneState, from initial_state, got NoneType"):
+            model.step(torch.zeros(2, dtype=torch.long), None)
+        with pytest.raises(TypeError, match=r"inputs must be a torch\.Tensor"):
+            model.step([1], model.initial_state(2))
+        state = encoder("s4d", causal=True, depth=3).eval().initial_state(2)
+        before = copy.deepcopy(state)
+        with pytest.raises(ValueError, match="state must have the 2 layers of the model, got one with 3"):
+            model.step(torch.ones(2, dtype=torch.long), state)
+    assert torch.equal(state.layers[0].memory, before.layers[0].memory)
 
 
 def test_wrong_inputs_are_named():

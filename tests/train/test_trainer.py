@@ -11,6 +11,7 @@ import torch
 
 from longvq_layers import tasks
 from longvq_layers.train import Trainer, TrainSettings, checkpoint
+from longvq_layers.train import __main__ as command
 from longvq_layers.train import model as models
 from longvq_layers.train import trainer as trainer_module
 from longvq_layers.train.evaluation import evaluate, loss_of
@@ -94,8 +95,29 @@ def test_a_folder_belongs_to_one_run(tmp_path):
 def test_settings_that_do_not_work_leave_nothing_behind(tmp_path):
     with pytest.raises(TypeError, match="unexpected keyword argument 'codes'"):
         Trainer(TrainSettings(**{**TINY, "block_options": {"codes": 3}}), tmp_path / "run")
+    with pytest.raises(ValueError, match="eval_batches must be 1 or more, for 'selective-copying' is endless, got 0"):
+        Trainer(TrainSettings(**{**TINY, "eval_batches": 0}), tmp_path / "run")
     assert not (tmp_path / "run").exists()
     Trainer(TrainSettings(**TINY), tmp_path / "run")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="the folder of the run must be a folder, got the file"):
+        Trainer(TrainSettings(**TINY), tmp_path / "file")
+
+
+def test_unfinished_settings_never_replace_any(tmp_path, monkeypatch):
+    TrainSettings(**TINY).save(tmp_path / "settings.json")
+    monkeypatch.setattr("os.replace", lambda *paths: pytest.fail("killed"))
+    with pytest.raises(pytest.fail.Exception):
+        TrainSettings(**TINY, lr=0.5).save(tmp_path / "settings.json")
+    assert TrainSettings.load(tmp_path / "settings.json") == TrainSettings(**TINY)
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("a=false", False), ("a=True", True), ("a=none", None), ("a=3", 3), ("a=[1,2]", [1, 2]), ("a=laplace", "laplace")],
+)
+def test_options_of_the_command(text, value):
+    assert command._option(text) == ("a", value)
 
 
 def test_an_unfinished_checkpoint_never_replaces_one(tmp_path, monkeypatch):
@@ -177,6 +199,8 @@ def test_loss_ignores_positions_without_an_answer():
         ({"steps": 0}, "steps must be at least 1"),
         ({"warmup": -1}, "warmup must be 0 or more"),
         ({"lr": 0.0}, "lr must be above 0"),
+        ({"seconds": 0.0}, "seconds must be above 0"),
+        ({"threads": 0}, "threads must be at least 1"),
         ({"parameters": 1000, "block_options": {"d_ff": 3}}, "not both"),
     ],
 )
@@ -185,11 +209,11 @@ def test_wrong_settings_are_named(change, message):
         TrainSettings(**{**TINY, **change})
 
 
-def test_command(tmp_path):
-    command = [sys.executable, "-m", "longvq_layers.train", "mqar", "--block", "s4d", "--causal", "--steps", "4"]
+def test_the_command(tmp_path):
+    start = [sys.executable, "-m", "longvq_layers.train", "mqar", "--block", "s4d", "--causal", "--steps", "4"]
     options = ["--task-option", "length=16", "--task-option", "pairs=2", "--task-option", "vocab=16", "--d-model", "8"]
     options += ["--eval-every", "2", "--eval-batches", "1", "--batch-size", "2", "--plot", "--out", str(tmp_path)]
-    done = subprocess.run([*command, *options], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([*start, *options], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert "s4d" in done.stdout and "test: loss" in done.stdout and "health: healthy" in done.stdout
     assert (tmp_path / "curve.png").stat().st_size > 5_000

@@ -10,6 +10,7 @@ from longvq_layers.models.huggingface import cache_name
 from longvq_layers.models.huggingface.cache import LongVQCache
 from longvq_layers.models.huggingface.configuration import LongVQConfig
 from longvq_layers.models.huggingface.modeling import LongVQModel, LongVQPreTrainedModel
+from longvq_layers.ops import _checks as check
 
 _IGNORED = -100  # labels that count for nothing
 
@@ -109,6 +110,10 @@ class LongVQForCausalLM(LongVQPreTrainedModel, GenerationMixin):
         else:
             if not (isinstance(logits_to_keep, int) and logits_to_keep == 0):
                 raise ValueError("LongVQForCausalLM: logits_to_keep must be 0, all positions, with labels")
+            check.tensor("LongVQForCausalLM", "labels", labels, "B L")
+            check.size("LongVQForCausalLM", "labels", labels, tuple(hidden.shape[:2]), "B L")
+            if labels.dtype != torch.int64:
+                raise TypeError(f"LongVQForCausalLM: labels must be int64, got {labels.dtype}")
             logits = self.lm_head(hidden)
             loss = self._loss(logits, labels, cu_seqlens, num_items_in_batch)
         output = CausalLMOutputWithPast(
