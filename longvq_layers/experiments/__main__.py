@@ -12,6 +12,7 @@ from pathlib import Path
 from longvq_layers.experiments import report
 from longvq_layers.experiments.runner import run_all
 from longvq_layers.experiments.suites import SUITES
+from longvq_layers.experiments.timing import step_times
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -25,13 +26,13 @@ def main(arguments: list[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     if args.jobs < 1:
         parser.error(f"--jobs must be at least 1, got {args.jobs}")
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the runs end with it
     suite, out = SUITES[args.suite](), args.out or Path("experiments") / args.suite
     run_all(suite, out, args.seeds, args.jobs, lambda line: print(line, file=sys.stderr, flush=True))
-    print(f"{suite.about}.\n\n{report.markdown(suite, report.collect(suite, out, args.seeds))}")
+    print(f"{suite.about}.\n\n{report.markdown(suite, report.collect(suite, out, args.seeds, step_times(suite)))}")
     report.draw(suite, out, args.seeds, out / f"{args.suite}.png")
     print(f"\nWritten: {out / f'{args.suite}.png'}")
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the runs end with it
     main()

@@ -17,7 +17,6 @@ def run(folder: Path) -> None:
     result = {
         "parameters": trainer.parameters,
         "steps": trainer.step,
-        "seconds_per_step": trainer.seconds / trainer.step,
         "test": trainer.test(_TEST * trainer.settings.eval_batches),  # 0 = all of a finite set
     }
     unfinished = folder / "result.unfinished"

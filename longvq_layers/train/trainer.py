@@ -83,7 +83,7 @@ class Trainer:
         settings, row = self.settings, {}
         self.model.train()
         while not self.done:
-            row = self._train_step()
+            row = self.train_step()
             if self.step % settings.eval_every == 0 or self.done:
                 row |= self._evaluate()
                 self._log.write(row)
@@ -120,7 +120,8 @@ class Trainer:
                 "another folder or delete it"
             )
 
-    def _train_step(self) -> dict[str, float]:
+    def train_step(self) -> dict[str, float]:
+        """One step of the optimiser on the next batch; the model must be in training mode. Part of `run`."""
         start = perf_counter()
         batch = self.task.batch("train", self.step, self.settings.batch_size, self.settings.seed)
         rate = self._rate()

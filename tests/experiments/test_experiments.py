@@ -43,8 +43,9 @@ def test_a_suite_is_run_reported_and_not_run_again(tmp_path, monkeypatch, capsys
     assert [file.parent.name for file in files] == ["ours-small-0", "ours-small-1", "theirs-0", "theirs-1"]
     results = [json.loads(file.read_text()) for file in files]
     assert all(result["steps"] == 4 for result in results)
-    lines = {line.label: line for line in report.collect(TINY, tmp_path, [0, 1])}
+    lines = {line.label: line for line in report.collect(TINY, tmp_path, [0, 1], {"ours, small": 0.01, "theirs": 0.02})}
     assert lines["theirs"].scores == tuple(result["test"]["accuracy"] for result in results[2:])
+    assert lines["theirs"].milliseconds == 20
     assert lines["theirs"].parameters == results[2]["parameters"]
 
     monkeypatch.setattr(runner, "_start", lambda *args: pytest.fail("a finished run was started again"))

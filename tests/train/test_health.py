@@ -56,7 +56,7 @@ def test_the_command_ends_with_a_diagnosis(tmp_path, capsys):
 def test_the_command_says_what_diverged(tmp_path, capsys, monkeypatch):
     def spoil(trainer, progress):
         trainer.model.encoder.backbone.blocks[0].q_proj.weight.data[0, 0] = torch.nan
-        trainer._train_step()
+        trainer.train_step()
 
     monkeypatch.setattr(Trainer, "run", spoil)
     with pytest.raises(FloatingPointError, match="is not finite"):
