@@ -58,10 +58,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> vq_attention_backward_cpu(
     const Tensor& grad, const Tensor& out, const Tensor& normalizers, const Tensor& q, const Tensor& k, const Tensor& v,
     const Tensor& codebook, const Tensor& codes, const OptionalTensor& bias, const OptionalTensor& key_padding_mask,
     const OptionalTensor& cu_seqlens, double scale, bool causal, int64_t window, const std::string& activation,
-    const std::string& local_keys, const std::string& key_grad) {
+    const std::string& local_keys, const std::string& key_grad, int64_t near_dim) {
   const Problem p(
       q, k, v, codebook, codes, bias, key_padding_mask, cu_seqlens, scale, causal, window, activation, local_keys,
-      key_grad);
+      key_grad, near_dim);
   check_result(p, grad, "grad");
   check_result(p, out, "out");
   STD_TORCH_CHECK(

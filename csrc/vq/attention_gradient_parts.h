@@ -161,7 +161,7 @@ class GradientParts {
     }
   }
 
-  void take_near(Part& part, const GradientScratch& scratch) const {
+  void take_near(Part& part, GradientScratch& scratch) const {
     const Problem& p = head_.p;
     for (int64_t c = 0; c < scratch.near.columns; ++c) {
       if (scratch.near.offsets[c] != 0.0f) {  // masked or padding
@@ -169,7 +169,9 @@ class GradientParts {
       }
       const int64_t j = scratch.near.first + c;
       part.dv.add(j, scratch.d_near_values.get() + c * p.value_columns);
-      part.dk.add(j, scratch.d_inside.get() + c * p.depth_columns);
+      float* d_inside = scratch.d_inside.get() + c * p.depth_columns;
+      std::fill(d_inside + p.near_depth, d_inside + p.depth, 0.0f);  // of the queries' other columns
+      part.dk.add(j, d_inside);
       if (p.cluster && !all_inside_) {
         add_to(
             part.codes.codewords.get() + head_.keys.code(j) * p.depth_columns,
@@ -214,7 +216,9 @@ class GradientParts {
     for (int64_t j = 0; j < head_.length; ++j) {
       const int64_t code = head_.keys.code(j);
       if (!head_.keys.ignored(j)) {
-        add_to(dk_.row(j), codewords.get() + code * p.depth_columns, p.depth, 1.0f / share[code]);
+        add_to(
+            dk_.row(j) + p.far_first, codewords.get() + code * p.depth_columns + p.far_first, p.depth - p.far_first,
+            1.0f / share[code]);
       }
     }
   }

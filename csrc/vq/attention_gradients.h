@@ -38,7 +38,8 @@ inline void far_gradients(const AttentionGradientBlock& block, int64_t first, in
   const int64_t rows = block.rows, columns = last - first, depth = block.depth, values = block.values;
   const Out scores{block.scores, kChunkStride}, slopes{block.slopes, kChunkStride};
   product<false>(
-      rows, Left<false>{block.queries, depth}, {block.codebook + first * depth, depth, 0, depth}, columns, scores);
+      rows, Left<false>{block.queries + block.far_first, depth},
+      {block.codebook + first * depth, depth, block.far_first, depth - block.far_first}, columns, scores);
   product<false>(
       rows, Left<false>{block.grad, block.value_columns}, {block.far_values + first * values, values, 0, values},
       columns, slopes);
@@ -93,11 +94,14 @@ inline Split split_by_window(const AttentionGradientBlock& block, int64_t first,
 inline void near_gradients(const AttentionGradientBlock& block, int64_t first, int64_t last) {
   const int64_t rows = block.rows, columns = last - first, depth = block.depth, values = block.values;
   const int64_t near = block.near_columns;
-  const Left<false> queries{block.queries, depth};
+  const Left<false> near_queries{block.queries, depth}, far_queries{block.queries + block.far_first, depth};
   const Out scores{block.scores, kChunkStride}, slopes{block.slopes, kChunkStride}, exact{block.inside, kChunkStride};
-  product<false>(rows, queries, {block.codewords + first * depth, depth, 0, depth}, columns, scores);
+  product<false>(
+      rows, far_queries, {block.codewords + first * depth, depth, block.far_first, depth - block.far_first}, columns,
+      scores);
   if (block.exact_keys != nullptr) {
-    product<false>(rows, queries, {block.exact_keys + first * depth, depth, 0, depth}, columns, exact);
+    product<false>(
+        rows, near_queries, {block.exact_keys + first * depth, depth, 0, block.near_depth}, columns, exact);
   }
   product<false>(
       rows, Left<false>{block.grad, block.value_columns}, {block.near_values + first * values, values, 0, values},

@@ -46,11 +46,13 @@ void softmax_weights(const AttentionBlock& block, int64_t row, float* scores) {
 
 void forward(const AttentionBlock& block) {
   const int64_t far = block.far_columns, near = block.near_columns, columns = far + near, depth = block.depth;
-  const Left<false> queries{block.queries, depth};
-  product<false>(block.rows, queries, {block.codebook, depth, 0, depth}, far, {block.scores, columns});
-  product<false>(block.rows, queries, {block.codewords, depth, 0, depth}, near, {block.scores + far, columns});
+  const int64_t far_first = block.far_first, far_depth = depth - far_first;
+  const Left<false> near_queries{block.queries, depth}, far_queries{block.queries + far_first, depth};
+  product<false>(block.rows, far_queries, {block.codebook, depth, far_first, far_depth}, far, {block.scores, columns});
+  product<false>(
+      block.rows, far_queries, {block.codewords, depth, far_first, far_depth}, near, {block.scores + far, columns});
   if (block.exact_keys != nullptr) {
-    product<false>(block.rows, queries, {block.exact_keys, depth, 0, depth}, near, {block.exact, near});
+    product<false>(block.rows, near_queries, {block.exact_keys, depth, 0, block.near_depth}, near, {block.exact, near});
   }
   for (int64_t row = 0; row < block.rows; ++row) {
     float* scores = block.scores + row * columns;

@@ -18,6 +18,8 @@ enum class AttentionWeight { kSoftmax, kLaplace };
 struct AttentionScores {
   int64_t rows;         // queries
   int64_t depth;        // D
+  int64_t near_depth;   // of exact keys the columns before this one count,
+  int64_t far_first;    // and of codes those from this one on
   int64_t far_columns;  // padded codes
   int64_t near_columns; // padded near keys
   AttentionWeight weight;

@@ -70,7 +70,7 @@ struct NearKeys {
       find_rows(keys.k, [](int64_t j) { return j; });
       as_columns(p, exact_keys);
       if (backward) {
-        as_rows(p.depth, exact_rows);
+        as_rows(p.near_depth, exact_rows);
       }
     }
     find_rows(keys.v, [](int64_t j) { return j; });
@@ -114,6 +114,8 @@ inline void see(
     AttentionScores& block, const Problem& p, const Panels& codebook, const FarField& far, const NearKeys& near,
     int64_t first_query) {
   block.depth = p.depth;
+  block.near_depth = p.near_depth;
+  block.far_first = p.far_first;
   block.far_columns = far.keys > 0 ? p.far_columns : 0;
   block.near_columns = near.columns;
   block.weight = p.weight;

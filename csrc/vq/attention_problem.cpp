@@ -27,7 +27,8 @@ ElementType type_of(const Tensor& q) {
 Problem::Problem(
     const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& codebook, const Tensor& codes,
     const OptionalTensor& bias, const OptionalTensor& mask, const OptionalTensor& cu_seqlens, double scale, bool causal,
-    int64_t window_, const std::string& activation, const std::string& local_keys, const std::string& key_grad)
+    int64_t window_, const std::string& activation, const std::string& local_keys, const std::string& key_grad,
+    int64_t near_dim)
     : q(q), k(k), v(v), codebook(codebook), codes(codes), bias(bias), mask(mask), type(type_of(q)),
       scale(static_cast<float>(scale)), causal(causal), window(window_),
       weight(activation == "laplace" ? AttentionWeight::kLaplace : AttentionWeight::kSoftmax),
@@ -45,6 +46,9 @@ Problem::Problem(
   STD_TORCH_CHECK(
       kv_heads >= 1 && heads % kv_heads == 0 && depth >= 1 && values >= 1 && num_codes >= 1 && window >= 0,
       "vq_attention: wrong sizes");
+  STD_TORCH_CHECK(
+      near_dim == 0 || (near_dim > 0 && near_dim < depth && local_keys == "exact"),
+      "vq_attention: near_dim must be between 0 and D, 0 without exact keys");
   STD_TORCH_CHECK(
       k.size(0) == batch && k.size(2) == length && k.size(3) == depth && v.size(0) == batch && v.size(1) == kv_heads &&
           v.size(2) == length && codebook.size(0) == kv_heads && codebook.size(2) == depth,
@@ -72,6 +76,7 @@ Problem::Problem(
     }
   }
   documents = documents_of("vq_attention", batch, length, cu_seqlens);
+  near_depth = near_dim == 0 ? depth : near_dim, far_first = near_dim;
   window = std::min(window, length);  // a wider window sees no more
   group = heads / kv_heads;
   reach = std::max<int64_t>(window - 1, 0);

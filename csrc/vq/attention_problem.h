@@ -30,6 +30,7 @@ struct Problem {
   AttentionWeight weight;
   bool exact, cluster;
   int64_t batch, heads, kv_heads, group, length, depth, values, num_codes;
+  int64_t near_depth, far_first;  // pairs inside the window: the columns up to here; outside: those from there
   int64_t reach;  // keys further than this from a block are far from all of it
   const AttentionKernel& kernel;
   int64_t far_columns, value_columns, depth_columns;  // padded to whole registers
@@ -39,7 +40,7 @@ struct Problem {
       const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& codebook, const Tensor& codes,
       const OptionalTensor& bias, const OptionalTensor& mask, const OptionalTensor& cu_seqlens, double scale,
       bool causal, int64_t window, const std::string& activation, const std::string& local_keys,
-      const std::string& key_grad);
+      const std::string& key_grad, int64_t near_dim);
 
   int64_t bias_columns() const { return window == 0 ? 0 : causal ? window : 2 * window - 1; }  // that have an effect
   bool everything_far() const { return window == 0 && !causal; }

@@ -91,7 +91,8 @@ struct BlockByBlock {
     }
     AttentionBlock block{};
     block.rows = rows;
-    block.depth = p.depth;
+    block.depth = block.near_depth = p.depth;
+    block.far_first = 0;
     block.far_columns = s.far;
     block.near_columns = gather_near(rows, position);
     block.values = s.values;

@@ -68,7 +68,8 @@ _define("vq_assign(Tensor k, Tensor codebook) -> Tensor", vq_assign, _vq_assign_
 
 _ATTENTION_INPUTS = (
     "Tensor q, Tensor k, Tensor v, Tensor codebook, Tensor codes, Tensor? bias, Tensor? key_padding_mask, "
-    "Tensor? cu_seqlens, float scale, bool causal, int window, str activation, str local_keys, str key_grad"
+    "Tensor? cu_seqlens, float scale, bool causal, int window, str activation, str local_keys, str key_grad, "
+    "int near_dim"
 )
 
 

@@ -65,6 +65,8 @@ def vq_attention(
     local_keys: str = "quantized",
     key_grad: str = "cluster",
     codes: Tensor | None = None,
+    far_q: Tensor | None = None,
+    far_k: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """Attention over vector-quantised keys, in time and memory linear in the length.
@@ -98,7 +100,12 @@ def vq_attention(
         activation: ``"softmax"`` (default) or ``"laplace"`` (elementwise, not normalised).
         local_keys: ``"quantized"`` (default, as in the paper) or ``"exact"``.
         key_grad: ``"cluster"`` (default) or ``"window"``.
-        codes: assignments (B, Hkv, L), int64, to use instead of ``vq_assign(k, codebook)``.
+        codes: assignments (B, Hkv, L), int64, to use instead of ``vq_assign(k, codebook)``, or of ``vq_assign(far_k,
+            codebook)``.
+        far_q: queries (B, H, L, F) to use outside the window instead of ``q``, with codewords (Hkv, S, F). For keys
+            that depend on the position, of which a code can't stand for many. Needs ``local_keys="exact"``, and far_k.
+            Default none.
+        far_k: keys (B, Hkv, L, F) that the codewords then stand for, and that get the gradients of those pairs.
         backend: ``"auto"`` (default), ``"native"``, ``"torch"`` or ``"reference"`` (dense, O(L²)).
 
     Returns:
@@ -118,7 +125,8 @@ def vq_attention(
     """
     op = "vq_attention"
     _check_qkv(op, q, k, v)
-    _check_codebook(op, k, codebook, heads_of="k")
+    apart = _check_far(op, q, k, far_q, far_k, local_keys)
+    _check_codebook(op, far_k if apart else k, codebook, heads_of="far_k" if apart else "k")
     _check_options(op, q, window, causal, bias, scale, activation, local_keys, key_grad)
     if key_padding_mask is not None:
         check.key_padding_mask(op, key_padding_mask, q.shape[0], q.shape[2])
@@ -131,12 +139,16 @@ def vq_attention(
 
     if codes is None:
         # The assignment has kernels of its own: "auto" takes the fastest for it, a named backend is kept to.
-        codes = vq_assign(k, codebook, backend=backend)
+        codes = vq_assign(far_k if apart else k, codebook, backend=backend)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    near_dim = q.shape[-1] if apart else 0
+    if apart:  # one operator, whose columns are first those of pairs inside the window, then those of the others
+        q, k = torch.cat([q, far_q], dim=-1), torch.cat([k, far_k], dim=-1)
+        codebook = torch.nn.functional.pad(codebook, (near_dim, 0))
     precise = torch.promote_types(q.dtype, torch.float32)
     bias = None if bias is None else bias.to(precise)
     arguments = (q, k, v, codebook.detach().to(precise), codes, bias, key_padding_mask, cu_seqlens)
-    options = (scale, bool(causal), int(window), activation, local_keys, key_grad)
+    options = (scale, bool(causal), int(window), activation, local_keys, key_grad, near_dim)
     if chosen == "reference":
         return reference.vq_attention(*arguments, *options)
     refuse_forward_mode(op, q, k, v, bias)
@@ -161,6 +173,27 @@ def _check_qkv(op: str, q: Tensor, k: Tensor, v: Tensor) -> None:
     check.size(op, "v", v, (batch, k.shape[1], length, v.shape[3]), "B Hkv L E")
     check.at_least_one(op, "q", q, 3, "key dimension D")
     check.at_least_one(op, "v", v, 3, "value dimension E")
+
+
+def _check_far(op: str, q: Tensor, k: Tensor, far_q: Tensor | None, far_k: Tensor | None, local_keys: str) -> bool:
+    # Whether there are other queries and keys outside the window.
+    if far_q is None and far_k is None:
+        return False
+    for name, x, missing in (("far_q", far_q, "far_k"), ("far_k", far_k, "far_q")):
+        if x is None:
+            raise ValueError(f"{op}: {name} must be given with {missing}, got None")
+    check.tensor(op, "far_q", far_q, "B H L F")
+    check.tensor(op, "far_k", far_k, "B Hkv L F")
+    for name, x in (("far_q", far_q), ("far_k", far_k)):
+        if x.dtype != q.dtype:
+            raise TypeError(f"{op}: {name} must have the dtype of q, {q.dtype}, got {x.dtype}")
+    check.at_least_one(op, "far_q", far_q, 3, "key dimension F")
+    check.size(op, "far_q", far_q, (*q.shape[:3], far_q.shape[3]), "B H L F")
+    check.size(op, "far_k", far_k, (*k.shape[:3], far_q.shape[3]), "B Hkv L F")
+    check.same_device(op, "q", q, far_q=far_q, far_k=far_k)
+    if local_keys != "exact":
+        raise ValueError(f'{op}: far_q needs local_keys="exact", got {local_keys!r}: inside the window no code is used')
+    return True
 
 
 def _check_codebook(op: str, k: Tensor, codebook: Tensor, heads_of: str) -> None:

@@ -155,10 +155,10 @@ def test_opcheck(activation, causal, namespace):
     mask = torch.rand(1, 70) < 0.2
     op = getattr(torch.ops, namespace).vq_attention.default
     torch.library.opcheck(
-        op, (q, k, v, codebook, codes, bias, mask, None, 0.5, causal, 3, activation, "exact", "cluster")
+        op, (q, k, v, codebook, codes, bias, mask, None, 0.5, causal, 3, activation, "exact", "cluster", 0)
     )
     torch.library.opcheck(
-        op, (q, k, v, codebook, codes, None, None, None, 0.5, causal, 0, activation, "exact", "window")
+        op, (q, k, v, codebook, codes, None, None, None, 0.5, causal, 0, activation, "exact", "window", 0)
     )
 
 
@@ -201,7 +201,7 @@ def test_memory_is_linear_in_the_length():
         q, k, v = (torch.randn(1, 1, length, 8) for _ in range(3))
         codebook, codes = torch.randn(1, 64, 8), torch.randint(64, (1, 1, length))
         bias = torch.zeros(1, 16 if causal else 31)
-        arguments = (q, k, v, codebook, codes, bias, None, None, 0.3, causal, 16, "softmax", "exact", "cluster")
+        arguments = (q, k, v, codebook, codes, bias, None, None, 0.3, causal, 16, "softmax", "exact", "cluster", 0)
         with LargestTensor() as mode:
             out, lse = ops.torch.attention.vq_attention(*arguments)
             ops.torch.attention_backward.vq_attention_backward(torch.ones_like(out), out, lse, *arguments)

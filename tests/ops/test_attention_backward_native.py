@@ -179,7 +179,7 @@ def test_fake_results_are_like_real_ones_and_wrong_calls_raise():
     leaves, codebook, _ = drawn(True, 9, length=100)
     q, k, v, bias = (x.detach() for x in leaves.values())
     codes = ops.vq_assign(k, codebook)
-    arguments = (q, k, v, codebook, codes, bias, None, None, 0.25, True, 9, "softmax", "exact", "cluster")
+    arguments = (q, k, v, codebook, codes, bias, None, None, 0.25, True, 9, "softmax", "exact", "cluster", 0)
     out, normalizers = torch.ops.longvq.vq_attention(*arguments)
     backward = torch.ops.longvq.vq_attention_backward.default
     right = [torch.randn_like(out), out, normalizers, *arguments]

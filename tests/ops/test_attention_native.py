@@ -155,7 +155,7 @@ def test_rows_are_independent_of_the_batch_and_the_future(causal):
 def test_wrong_direct_calls_raise():
     q, k, v, codebook = torch.randn(1, 2, 5, 4), torch.randn(1, 1, 5, 4), torch.randn(1, 1, 5, 3), torch.randn(1, 6, 4)
     codes = torch.zeros(1, 1, 5, dtype=torch.int64)
-    right = [q, k, v, codebook, codes, None, None, None, 0.5, False, 2, "softmax", "exact", "cluster"]
+    right = [q, k, v, codebook, codes, None, None, None, 0.5, False, 2, "softmax", "exact", "cluster", 0]
     torch.ops.longvq.vq_attention(*right)
     for place, wrong, message in (
         (0, q.double(), "float32"),

@@ -183,7 +183,7 @@ def test_opcheck_of_attention(namespace, causal):
     ):
         rows = [x[:, :, :length].detach().requires_grad_() for x in (q, k, v)]
         codes = ops.vq_assign(rows[1], codebook)
-        settings = (0.5, causal, 3, "softmax", "exact", "cluster")
+        settings = (0.5, causal, 3, "softmax", "exact", "cluster", 0)
         torch.library.opcheck(op, (*rows, codebook, codes, *options, offsets, *settings))
 
 
@@ -285,7 +285,7 @@ def test_the_initial_state_is_one_for_each_document():
 def test_offsets_that_nobody_could_check_before_are_checked_by_the_operators(namespace, offsets):
     """A compiled caller sees no values."""
     space = getattr(torch.ops, namespace)
-    codes, options = torch.zeros(1, 2, 5, dtype=torch.int64), (0.5, False, 2, "softmax", "exact", "cluster")
+    codes, options = torch.zeros(1, 2, 5, dtype=torch.int64), (0.5, False, 2, "softmax", "exact", "cluster", 0)
     with pytest.raises((ValueError, RuntimeError), match="vq_attention: cu_seqlens must"):
         space.vq_attention(Q, Q, Q, CODEBOOK, codes, None, None, offsets, *options)
     with pytest.raises((ValueError, RuntimeError), match="ssm_scan: cu_seqlens must"):

@@ -40,10 +40,14 @@ def vq_attention(
     activation: str,
     local_keys: str,
     key_grad: str,
+    near_dim: int,
 ) -> Tensor:
-    """Dense form of :func:`longvq_layers.ops.vq_attention`; all arguments are checked by the caller."""
+    """Dense form of :func:`longvq_layers.ops.vq_attention`; all arguments are checked by the caller.
+
+    `near_dim` > 0: the first columns of q and k are q and k of that function, the others its far_q and far_k.
+    """
     if cu_seqlens is not None and cu_seqlens.shape[0] > 1:  # else there is no document, and no position
-        options = (scale, causal, window, activation, local_keys, key_grad)
+        options = (scale, causal, window, activation, local_keys, key_grad, near_dim)
         parts = []
         for at in documents("vq_attention", cu_seqlens, q.shape[2]):
             rows, mask = (part(x, at, 2) for x in (q, k, v)), part(key_padding_mask, at, 1)
@@ -77,11 +81,12 @@ def vq_attention(
     count = allowed.sum(-1, keepdim=True).clamp(min=1).to(precise)
 
     unit = scale if activation == "softmax" else 1 / count
-    score_local = q @ local.transpose(2, 3) * unit
+    inside, outside = slice(0, near_dim or None), slice(near_dim, None)  # columns
+    score_local = q[..., inside] @ local[..., inside].transpose(2, 3) * unit
     if bias is not None and window > 0:
         column = (i - j) if causal else (j - i + window - 1)
         score_local = score_local + bias.to(precise)[:, column.clamp(0, bias.shape[1] - 1)]
-    score = torch.where(in_window, score_local, q @ far.transpose(2, 3) * unit)
+    score = torch.where(in_window, score_local, q[..., outside] @ far[..., outside].transpose(2, 3) * unit)
 
     if activation == "softmax":
         # A row without any allowed key would be NaN: give it finite scores here, zero weight below.

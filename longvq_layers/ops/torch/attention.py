@@ -28,6 +28,7 @@ def vq_attention(
     activation: str,
     local_keys: str,
     key_grad: str,
+    near_dim: int,
 ) -> tuple[Tensor, Tensor]:
     """Output (B, H, L, E) in the dtype of ``v``, and for the backward what softmax divided by, (B, H, L, 2).
 
@@ -38,7 +39,7 @@ def vq_attention(
         precise = torch.promote_types(q.dtype, torch.float32)
         return q.new_zeros(*q.shape[:3], v.shape[-1]), q.new_zeros(*q.shape[:3], 2, dtype=precise)
     if cu_seqlens is not None:
-        options = (scale, causal, window, activation, local_keys, key_grad)
+        options = (scale, causal, window, activation, local_keys, key_grad, near_dim)
         out = v.new_empty(*q.shape[:3], v.shape[-1])
         normalizers = q.new_empty(*q.shape[:3], 2, dtype=torch.promote_types(q.dtype, torch.float32))
         for at in documents("vq_attention", cu_seqlens, q.shape[2]):
@@ -46,7 +47,7 @@ def vq_attention(
             arguments = (*rows, codebook, part(codes, at, 2), bias, mask, None, *options)
             out[:, :, at], normalizers[:, :, at] = vq_attention(*arguments)
         return out, normalizers
-    options = Options(scale, causal, window, activation, local_keys, key_grad)
+    options = Options(scale, causal, window, activation, local_keys, key_grad, near_dim)
     with torch.autocast(q.device.type, enabled=False):
         s = Scores(q, k, v, codebook, codes, bias, key_padding_mask, options)
         out = s.v.new_empty(s.batch, s.kv_heads, s.group, s.length, s.value_width)

@@ -44,13 +44,14 @@ def vq_attention_backward(
     activation: str,
     local_keys: str,
     key_grad: str,
+    near_dim: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v and bias (an empty tensor without bias), in the dtypes of those arguments."""
     if out.numel() == 0:
         empty = q.new_empty(0) if bias is None else torch.zeros_like(bias)
         return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v), empty
     if cu_seqlens is not None:
-        options = (scale, causal, window, activation, local_keys, key_grad)
+        options = (scale, causal, window, activation, local_keys, key_grad, near_dim)
         dq, dk, dv = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
         dbias = q.new_empty(0) if bias is None else torch.zeros_like(bias, memory_format=torch.contiguous_format)
         for at in documents("vq_attention", cu_seqlens, q.shape[2]):
@@ -60,7 +61,7 @@ def vq_attention_backward(
             )
             dbias += more
         return dq, dk, dv, dbias
-    options = Options(scale, causal, window, activation, local_keys, key_grad)
+    options = Options(scale, causal, window, activation, local_keys, key_grad, near_dim)
     with torch.autocast(q.device.type, enabled=False):
         s = Scores(q, k, v, codebook, codes, bias, key_padding_mask, options)
         precise = s.v.dtype
@@ -126,6 +127,9 @@ def vq_attention_backward(
         dv += dv_far
 
         dk = dk_window
+        if near_dim:  # the scores of pairs inside the window have no part in the other columns, and the reverse
+            dk[..., near_dim:] = 0
+            dcode[..., :near_dim] = dk_outside[..., :near_dim] = 0
         if key_grad == "cluster":
             dk += shared_by_cluster(dcode, dk_outside, codes, key_padding_mask)
         if bias is None:

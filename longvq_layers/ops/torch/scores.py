@@ -31,6 +31,7 @@ class Options:
     activation: str
     local_keys: str
     key_grad: str
+    near_dim: int  # > 0: columns of q and k for pairs inside the window; the others are for all other pairs
 
 
 class Scores:
@@ -64,6 +65,11 @@ class Scores:
         self.codes = codes
         self.v = v.to(precise)
         self.k = k.to(precise) if options.local_keys == "exact" and options.window > 0 else None
+        if options.near_dim:  # zeros for the columns that a score has no part in
+            self.codebook = self.codebook.clone()
+            self.codebook[..., : options.near_dim] = 0
+            if self.k is not None:
+                self.k = torch.nn.functional.pad(self.k[..., : options.near_dim], (0, q.shape[3] - options.near_dim))
         self.bias = None
         if bias is not None and options.window > 0:
             self.bias = bias.to(precise).unflatten(0, (self.kv_heads, self.group))
