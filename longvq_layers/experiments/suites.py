@@ -160,6 +160,8 @@ def _digits() -> Suite:
 
 
 def _bytes(length: int, batch_size: int, limits: dict, about: str) -> Suite:
+    # The best rate of each block among 0.002, 0.004, 0.008, … in 400 steps of one seed at 1,024 bytes, on validation.
+    ours = _longvq(num_codes=128, window=64, d_state=32, codebook_decay=0.9)
     return Suite(
         f"Next byte of Python source, {length:,} bytes at a time, {about}",
         "bits_per_byte",
@@ -170,15 +172,15 @@ def _bytes(length: int, batch_size: int, limits: dict, about: str) -> Suite:
             "depth": 3,
             "parameters": 800_000,
             "batch_size": batch_size,
-            "lr": 2e-3,
+            "ssm_lr": 2e-3,
             "warmup": 50,
             "eval_batches": 65_536 // (length * batch_size),
             **limits,
         },
         {
-            "longvq": _longvq(num_codes=128, window=64, d_state=32, codebook_decay=0.9),
-            "s4d": {"block": "s4d", "block_options": {"d_state": 32}},
-            "transformer": {"block": "transformer"},
+            "longvq": {**ours, "lr": 16e-3},
+            "s4d": {"block": "s4d", "block_options": {"d_state": 32}, "lr": 16e-3},
+            "transformer": {"block": "transformer", "lr": 4e-3},
         },
     )
 
