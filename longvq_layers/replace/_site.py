@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
+from longvq_layers.replace.rotary import ClampedRotary
+
 
 @dataclass(eq=False)
 class Site:
@@ -19,4 +21,8 @@ class Site:
     sizes: tuple[int, int, int] | None  # H, Hkv, D; None: only a forward pass tells
     backend: str | None = None  # which one serves it, once that is known
     refusal: str | None = None  # why it can't be replaced
+    has_rotary: bool = False  # whether its keys arrive rotated by their position
+    rotary: ClampedRotary | None = None  # how that is taken off keys; None: it stays
+    may_stay_rotated: bool = True  # whether it may stay where it can't be taken off
+    why_rotated: str | None = None  # why it stays
     notes: list[str] = field(default_factory=list)

@@ -1,16 +1,51 @@
 """The module that a swapped attention carries: its codebook, the metric it was fitted in, and how to attend."""
 
+from dataclasses import dataclass
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from longvq_layers import ops
+from longvq_layers.layers import _steps
 from longvq_layers.layers._context import no_autocast, recomputing
 from longvq_layers.layers._kmeans import code_sums, pick
 from longvq_layers.layers._precision import KeepsFloat32, storage_dtype
 from longvq_layers.layers.codebook_attention import CodebookAttention
+from longvq_layers.replace.rotary import ClampedRotary
 
 _FEW = 1e-6  # keys; below it a code has no spread yet
+Far = tuple[Tensor, Tensor]  # queries and keys of pairs outside the window
+
+
+@dataclass(eq=False)
+class SwappedState:
+    """The past of a batch of sequences, and the codebook as the scores see it, which stays the same."""
+
+    past: ops.VQAttentionState
+    codebook: Tensor
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of the past, in bytes; the same at every length."""
+        return self.past.nbytes
+
+    def index_select(self, rows: Tensor) -> "SwappedState":
+        """The state of those rows."""
+        return SwappedState(self.past.index_select(rows), self.codebook)
+
+
+class Call(NamedTuple):
+    """What an attention module was called with beyond what its attention function is told.
+
+    Attributes:
+        rotation: (cos, sin) that its queries and keys are rotated with, or None.
+        cache_layer: the `VQCacheLayer` to attend with, or None.
+    """
+
+    rotation: tuple[Tensor, Tensor] | None = None
+    cache_layer: object | None = None
 
 
 class SwappedAttention(KeepsFloat32, CodebookAttention):
@@ -25,12 +60,15 @@ class SwappedAttention(KeepsFloat32, CodebookAttention):
     unequal keys exceeds exp of their mean, to second order by the factor exp(½ scale² σ_s² ‖q'‖² / D), q' = q M^-½.
     That is one more dimension of q (½ scale ‖q'‖² / D) and of C (σ_s²), which exact local keys have as 0.
 
+    Keys that carry a position may be given a second time without it (`far`): then the codes are those of the second.
+
     Args:
         num_heads: H, query heads.
         num_kv_heads: Hkv, key-value heads.
         head_dim: D, width of a key.
         num_codes, window, local_keys, backend, device, dtype: see `CodebookAttention`.
         variance_correction: whether a code accounts for the spread of its keys.
+        rotary: how positions are taken off queries and keys, for those who call; None where that isn't done.
 
     Buffers:
         to_metric (Hkv, D, D) = M^½, from_metric (Hkv, D, D) = M^-½, spread (Hkv, S) = σ_s² with its moving sums
@@ -47,6 +85,7 @@ class SwappedAttention(KeepsFloat32, CodebookAttention):
         window: int,
         local_keys: str,
         variance_correction: bool = True,
+        rotary: ClampedRotary | None = None,
         backend: str = "auto",
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
@@ -64,6 +103,8 @@ class SwappedAttention(KeepsFloat32, CodebookAttention):
             dtype=dtype,
         )
         self.variance_correction = variance_correction
+        self.rotary = rotary
+        self._call = Call()
         identity = torch.eye(head_dim, device=device, dtype=storage_dtype(dtype)).repeat(num_kv_heads, 1, 1)
         self.register_buffer("to_metric", identity)
         self.register_buffer("from_metric", identity.clone())
@@ -77,39 +118,89 @@ class SwappedAttention(KeepsFloat32, CodebookAttention):
         v: Tensor,
         key_padding_mask: Tensor | None = None,
         *,
+        far: Far | None = None,
         causal: bool = False,
         scale: float | None = None,
     ) -> Tensor:
         """q (B, H, L, D), k (B, Hkv, L, D), v (B, Hkv, L, E), key_padding_mask (B, L) True = ignore -> (B, H, L, E).
 
-        In training the codebook learns from k and the commitment loss is stored, as in `CodebookAttention`.
+        `far`: queries and keys, shaped like q and k, for pairs outside the window; default q and k themselves. In
+        training the codebook learns from those keys and the commitment loss is stored, as in `CodebookAttention`.
         """
-        if not self.training and not self.codebook._ready:
-            raise RuntimeError(
-                "longvq attention: the codebook has no codes yet; call replace_attention with calibration=, run one "
-                "batch in training mode, or load a state_dict that has codes"
-            )
+        self._check_codes()
         with no_autocast(q.device):
-            keys = self.in_metric(k)
+            far_q, far_k = (q, k) if far is None else far
+            keys = self.in_metric(far_k)
             codes, table = self.codebook.quantize(keys, key_padding_mask)
             self._commit(keys, codes, table, key_padding_mask)
             scale = self.head_dim**-0.5 if scale is None else scale
             learning = self.training and not self.codebook.frozen and not recomputing()
             if learning:
                 self.spread.copy_(self.spread_sum / self.spread_count.clamp(min=_FEW))
-            q, k, codebook = self._corrected(q, k, table @ self.from_metric, scale)
+            far_q, codebook = self._with_spread(far_q, scale), self._spread_out(table @ self.from_metric)
+            far_k = F.pad(far_k, (0, far_q.shape[-1] - far_k.shape[-1]))
             if learning:
                 self._learn_spread(keys, codes, table, key_padding_mask)
+            # Under autocast rotary positions leave q and k in float32.
+            q, k, far_q, far_k = (x.to(v.dtype) for x in (q, k, far_q, far_k))
+            pairs = (far_q, far_k) if far is None else (q, k)
+            apart = {} if far is None else {"far_q": far_q, "far_k": far_k}
             return ops.vq_attention(
-                q.to(v.dtype),  # under autocast rotary positions leave q and k in float32
-                k.to(v.dtype),
+                *pairs,
                 v,
                 codebook,
+                **apart,
                 causal=causal,
                 window=self.window,
                 key_padding_mask=key_padding_mask,
                 scale=scale,
                 local_keys=self.local_keys,
+                codes=codes,
+                backend=self.backend,
+            )
+
+    def initial_state(self, batch: int, value_dim: int) -> "SwappedState":
+        """The state of `batch` empty sequences, for `step`; causal attention in eval mode only."""
+        self._check_codes()
+        _steps.eval_mode("longvq attention", self)
+        codebook = self._spread_out(self.codebook.embedding @ self.from_metric)
+        if self.rotary is not None:
+            codebook = F.pad(codebook, (self.head_dim, 0))
+        past = ops.vq_attention_state(
+            batch, codebook, window=self.window, value_dim=value_dim, local_keys=self.local_keys
+        )
+        return SwappedState(past, codebook)
+
+    def step(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        state: "SwappedState",
+        key_padding_mask: Tensor | None = None,
+        *,
+        far: Far | None = None,
+        scale: float | None = None,
+    ) -> Tensor:
+        """The next T tokens, as `forward` would attend them (causal); `state` is updated in place."""
+        _steps.eval_mode("longvq attention", self)
+        with no_autocast(q.device):
+            scale = self.head_dim**-0.5 if scale is None else scale
+            far_q, far_k = (q, k) if far is None else far
+            codes = ops.vq_assign(self.in_metric(far_k), self.codebook.embedding, backend=self.backend)
+            far_q = self._with_spread(far_q, scale)
+            if far is None:
+                q, k = far_q, F.pad(k, (0, far_q.shape[-1] - k.shape[-1]))
+            else:  # columns of pairs inside the window, then of the others
+                q, k = torch.cat([q, far_q], dim=-1), F.pad(k, (0, far_q.shape[-1]))
+            return ops.vq_attention_step(
+                q.to(v.dtype),
+                k.to(v.dtype),
+                v,
+                state.codebook,
+                state.past,
+                key_padding_mask=key_padding_mask,
+                scale=scale,
                 codes=codes,
                 backend=self.backend,
             )
@@ -130,15 +221,25 @@ class SwappedAttention(KeepsFloat32, CodebookAttention):
         self._learn_spread(keys.unsqueeze(0), codes, table, None)
         self.spread.copy_(self.spread_sum / self.spread_count.clamp(min=_FEW))
 
-    def _corrected(self, q: Tensor, k: Tensor, codebook: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
-        # One more dimension each for q (B, H, L, D), k (B, Hkv, L, D) and codebook (Hkv, S, D).
+    def _check_codes(self) -> None:
+        if not self.training and not self.codebook._ready:
+            raise RuntimeError(
+                "longvq attention: the codebook has no codes yet; call replace_attention with calibration=, run one "
+                "batch in training mode, or load a state_dict that has codes"
+            )
+
+    def _with_spread(self, q: Tensor, scale: float) -> Tensor:
+        # q (B, H, L, D) with the dimension that meets the spread of the codes.
         if not self.variance_correction:
-            return q, k, codebook
-        group = q.shape[1] // k.shape[1]
+            return q
+        group = self.num_heads // self.num_kv_heads
         from_metric = self.from_metric.repeat_interleave(group, dim=0) if group > 1 else self.from_metric
         square = (q.to(from_metric.dtype) @ from_metric).square().sum(-1, keepdim=True)  # ‖q'‖², (B, H, L, 1)
-        q = torch.cat([q, (0.5 * scale / self.head_dim * square).to(q.dtype)], dim=-1)
-        return q, F.pad(k, (0, 1)), torch.cat([codebook, self.spread.unsqueeze(-1)], dim=-1)
+        return torch.cat([q, (0.5 * scale / self.head_dim * square).to(q.dtype)], dim=-1)
+
+    def _spread_out(self, codebook: Tensor) -> Tensor:
+        # codebook (Hkv, S, D) with the same dimension.
+        return torch.cat([codebook, self.spread.unsqueeze(-1)], dim=-1) if self.variance_correction else codebook
 
     @torch.no_grad()
     def _learn_spread(self, keys: Tensor, codes: Tensor, table: Tensor, key_padding_mask: Tensor | None) -> None:
@@ -152,6 +253,9 @@ class SwappedAttention(KeepsFloat32, CodebookAttention):
         sums, counts = self.codebook._group.sum(sums.squeeze(-1), counts)
         self.spread_sum.lerp_(sums, 1 - self.codebook.decay)
         self.spread_count.lerp_(counts, 1 - self.codebook.decay)
+
+    def __getstate__(self) -> dict:
+        return {**super().__getstate__(), "_call": Call()}
 
     def extra_repr(self) -> str:
         parts = [f"{self.num_heads}, {self.num_kv_heads}, {self.head_dim}", f"num_codes={self.num_codes}"]

@@ -1,6 +1,7 @@
 """Replace the attention of a model, and restore it."""
 
 import contextlib
+import copy
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
@@ -8,10 +9,11 @@ import torch
 from torch import nn
 
 from longvq_layers.replace import calibration as calibrating
-from longvq_layers.replace import choosing, huggingface, torch_nn
+from longvq_layers.replace import choosing, huggingface, positions, torch_nn
 from longvq_layers.replace._site import Site
 from longvq_layers.replace._swapped import SwappedAttention
 from longvq_layers.replace.report import LayerReport, ReplacementReport
+from longvq_layers.replace.rotary import ClampedRotary
 
 _ADAPTERS = (huggingface, torch_nn)
 _RECORD = "_longvq_replacement"  # where a replaced model keeps what is needed to undo it
@@ -24,6 +26,7 @@ def replace_attention(
     num_codes: int = 256,
     window: int = 64,
     local_keys: str = "exact",
+    far_positions: str = "auto",
     filter_fn: Callable[[nn.Module, str], bool] | None = None,
     calibration: Iterable | None = None,
     strict: bool = True,
@@ -42,6 +45,10 @@ def replace_attention(
         num_codes: S, codes per key-value head, default 256.
         window: W, positions attended key by key, default 64; 0 = none.
         local_keys: "exact" (default) or "quantized" keys inside the window.
+        far_positions: of rotary models, what pairs outside the window know of their distance. "rectified": the relative
+            position is clamped to the window, and codes stand for keys without positions, so that lengths beyond
+            training become usable; causal attention with exact local keys only. "rotated": codes stand for keys as they
+            arrive. "auto" (default): "rectified" where that is possible; the report says which, and why.
         filter_fn: `filter_fn(module, name) -> bool` chooses among the attention modules; default all. A later call can
             choose others, with other options; transformers' masks then stay dense.
         calibration: model inputs (each a tensor, a tuple of positional or a dict of keyword arguments) that the
@@ -60,7 +67,8 @@ def replace_attention(
         TypeError: model, calibration or an option of the wrong type.
         ValueError: nothing to replace, a chosen module is replaced already, an option out of range, calibration
             missing, empty or not finite.
-        NotImplementedError: a module that can't be replaced (strict), each with its reason.
+        NotImplementedError: a module that can't be replaced, or not in the way asked for (strict), each with its
+            reason.
 
     Example:
         >>> import torch
@@ -71,12 +79,14 @@ def replace_attention(
         torch.Size([2, 100, 32])
         >>> report.restore()
 
-    Source: LongVQ (arXiv 2404.11163); query-weighted k-means and exact local keys are this library's.
+    Source: LongVQ (arXiv 2404.11163); rectified positions after ReRoPE (kexue.fm/archives/9708); query-weighted k-means
+    and exact local keys are this library's.
     """
     flags = {"strict": strict, "dry_run": dry_run, "variance_correction": variance_correction}
     num_codes, window = choosing.as_int("num_codes", num_codes, least=1), choosing.as_int("window", window, least=0)
-    choosing.check_options(model, local_keys, filter_fn, backend, flags)
+    choosing.check_options(model, local_keys, far_positions, filter_fn, backend, flags)
     sites = [site for adapter in _ADAPTERS for site in adapter.find(model)]
+    positions.plan(model, sites, window, local_keys, far_positions)
     chosen, skipped = choosing.choose_sites(model, sites, filter_fn, strict)
     if calibration is None and not dry_run:
         choosing.check_modes(chosen)
@@ -95,7 +105,7 @@ def replace_attention(
                 site.notes.append("needs calibration= (the model is in eval mode)")
     else:
         if batches is None:
-            seams = [_seam(site, site.sizes, {**options, **correction}) for site in chosen]
+            seams = [_seam(site, site.sizes, site.rotary, {**options, **correction}) for site in chosen]
         else:
             chosen, seams, errors, keys = _calibrate_what_can_be(
                 model, chosen, skipped, batches, {**options, **correction}, strict
@@ -104,6 +114,7 @@ def replace_attention(
             seam.train(site.module.training)
         replacement = Replacement(_settle(model, chosen, seams, batches))
         model.__dict__.setdefault(_RECORD, []).append(replacement)
+    positions.remark(chosen)
     layers = [_layer_report(site, options, errors, skipped.get(site.name)) for site in sites]
     return ReplacementReport(
         layers,
@@ -170,14 +181,14 @@ class Replacement:
         self.undo()
 
 
-def _seam(site: Site, sizes: tuple[int, int, int], options: dict) -> SwappedAttention:
+def _seam(site: Site, sizes: tuple[int, int, int], rotary: ClampedRotary | None, options: dict) -> SwappedAttention:
     device, dtype = choosing.device_and_dtype(site)
     # Also in a caller's inference mode these are ordinary tensors, that can be trained later.
     with (
         torch.inference_mode(False),
         torch.random.fork_rng(devices=[]),
     ):  # a new codebook draws random codes; the caller's generator stays as it is
-        return SwappedAttention(*sizes, dtype=dtype, **options).to(device)
+        return SwappedAttention(*sizes, dtype=dtype, rotary=copy.deepcopy(rotary), **options).to(device)
 
 
 def _calibrate_what_can_be(
@@ -198,7 +209,15 @@ def _calibrate_what_can_be(
 
 def _calibrate(model: nn.Module, sites: list[Site], batches: list, options: dict):
     # The original attention drives the model in both passes; the first collects, the second measures.
-    recorders = [calibrating.Recorder(site.adapter.original_function(site.module), site.name) for site in sites]
+    recorders = [
+        calibrating.Recorder(
+            site.adapter.original_function(site.module),
+            site.name,
+            rotary=site.rotary,
+            may_stay_rotated=site.may_stay_rotated,
+        )
+        for site in sites
+    ]
     records: list = []
     try:
         _install(model, sites, recorders, records, masks=False)
@@ -211,7 +230,10 @@ def _calibrate(model: nn.Module, sites: list[Site], batches: list, options: dict
                 "tokens that use these modules, or leave them out with filter_fn="
             )
         keys = min(recorder.keys.shape[1] for recorder in recorders)
-        seams = [_seam(site, recorder.sizes, options) for site, recorder in zip(sites, recorders, strict=True)]
+        seams = []
+        for site, recorder in zip(sites, recorders, strict=True):
+            site.rotary, site.why_rotated = recorder.rotary, recorder.why_rotated or site.why_rotated
+            seams.append(_seam(site, recorder.sizes, recorder.rotary, options))
         for recorder, seam in zip(recorders, seams, strict=True):
             calibrating.fit(recorder, seam)
         calibrating.run(model, batches, recorders)
@@ -276,6 +298,7 @@ def _layer_report(site: Site, options: dict, errors: dict, skipped: str | None) 
         key_error=key_error,
         output_error=output_error,
         skipped=skipped,
+        far_positions=None if skipped or not site.has_rotary else "rotated" if site.rotary is None else "rectified",
         notes=() if skipped else tuple(site.notes),
         **used,
     )

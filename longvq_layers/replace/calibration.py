@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
-from longvq_layers.replace._swapped import SwappedAttention
+from longvq_layers.replace._swapped import Call, Far, SwappedAttention
+from longvq_layers.replace.rotary import ClampedRotary
 
 KEYS_PER_HEAD = 20_480  # kept per layer and head for k-means; more keys only cost time and memory
 SEED = 0x10C6  # calibration draws from generators of its own and leaves the global ones alone
@@ -30,13 +31,26 @@ class Recorder(nn.Module):
         original: the attention function that a transformers module would call by itself; None for
             nn.MultiheadAttention.
         name: of the module in the model, for errors.
+        rotary: how the positions are to be taken off queries and keys; the first call settles whether it can be.
+        may_stay_rotated: whether the positions stay where it can't be; else the call raises.
         keys_per_head: keys kept, a uniform sample of all that were seen.
     """
 
-    def __init__(self, original: Callable | None = None, name: str = "", *, keys_per_head: int = KEYS_PER_HEAD) -> None:
+    def __init__(
+        self,
+        original: Callable | None = None,
+        name: str = "",
+        *,
+        rotary: ClampedRotary | None = None,
+        may_stay_rotated: bool = False,
+        keys_per_head: int = KEYS_PER_HEAD,
+    ) -> None:
         super().__init__()
         self.original = original
         self.name = name
+        self.rotary, self.may_stay_rotated = rotary, may_stay_rotated
+        self.why_rotated: str | None = None
+        self._call = Call()
         self.batch = 0  # the calibration input that is being run, for errors
         self.candidate: list[SwappedAttention] = []  # in a list: not a submodule
         self._limit = keys_per_head
@@ -67,11 +81,14 @@ class Recorder(nn.Module):
         v: Tensor,
         output: Tensor,
         *,
+        far: Far | None = None,
         causal: bool,
         key_padding_mask: Tensor | None,
         scale: float | None,
     ) -> None:
         """q (B, H, L, D), k (B, Hkv, L, D), v (B, Hkv, L, E), output (B, H, L, E) of the original attention.
+
+        `far`: what stands for q and k outside the window, if that is something else.
 
         Raises:
             NotImplementedError: not one key per query. ValueError: NaN or infinity in a token that isn't padding.
@@ -86,10 +103,10 @@ class Recorder(nn.Module):
             real = ~key_padding_mask
         self._check_finite(real, queries=q, keys=k, values=v)
         if self.candidate:
-            self._measure(q, k, v, output, real, causal=causal, scale=scale)
+            self._measure(q, k, v, output, real, far=far, causal=causal, scale=scale)
         else:
             self.sizes = (q.shape[1], k.shape[1], k.shape[3])
-            self._collect(q, k, real)
+            self._collect(*((q, k) if far is None else far), real)
 
     def errors(self) -> tuple[float, float]:
         """Share of the keys' variance that the codes miss, and relative error of the attention output."""
@@ -123,13 +140,13 @@ class Recorder(nn.Module):
             keys = keys[:, kept.to(keys.device)]
         self.keys, self._rank = keys, rank
 
-    def _measure(self, q, k, v, output, real: Tensor, *, causal: bool, scale: float | None) -> None:
+    def _measure(self, q, k, v, output, real: Tensor, *, far: Far | None, causal: bool, scale: float | None) -> None:
         candidate = self.candidate[0]
-        swapped = candidate(q, k, v, ~real, causal=causal, scale=scale)
+        swapped = candidate(q, k, v, ~real, far=far, causal=causal, scale=scale)
         rows = real[:, None, :, None]
         self._sums["output_error"] += ((swapped - output) * rows).double().square().sum().item()
         self._sums["output"] += (output * rows).double().square().sum().item()
-        keys = candidate.in_metric(k)  # (B, Hkv, L, D)
+        keys = candidate.in_metric(k if far is None else far[1])  # (B, Hkv, L, D)
         codes = candidate.codebook(keys, ~real)
         index = codes.transpose(0, 1).flatten(1).unsqueeze(-1).expand(-1, -1, keys.shape[-1])
         coded = candidate.codebook.embedding.gather(1, index)  # (Hkv, B·L, D)

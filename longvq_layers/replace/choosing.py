@@ -21,11 +21,20 @@ def as_int(name: str, value: object, *, least: int) -> int:
     return number
 
 
-def check_options(model, local_keys, filter_fn, backend, flags: dict[str, bool]) -> None:
+def check_options(model, local_keys, far_positions, filter_fn, backend, flags: dict[str, bool]) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"replace_attention: model: got {type(model).__name__}, expected a torch.nn.Module")
     if local_keys not in ("exact", "quantized"):
         raise ValueError(f"replace_attention: local_keys: got {local_keys!r}, expected 'exact' or 'quantized'")
+    if far_positions not in ("auto", "rectified", "rotated"):
+        raise ValueError(
+            f"replace_attention: far_positions: got {far_positions!r}, expected 'auto', 'rectified' or 'rotated'"
+        )
+    if far_positions == "rectified" and local_keys == "quantized":
+        raise ValueError(
+            "replace_attention: far_positions: got 'rectified' with local_keys='quantized', expected local_keys='exact': "
+            "inside the window keys keep the positions that codes don't have"
+        )
     if backend not in dispatch.BACKENDS:
         raise ValueError(f"replace_attention: backend: got {backend!r}, expected one of {dispatch.BACKENDS}")
     for name, value in flags.items():

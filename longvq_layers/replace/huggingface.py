@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from longvq_layers.replace import huggingface_calls as calls
 from longvq_layers.replace import huggingface_refusals as refusals
 from longvq_layers.replace._site import Site
 from longvq_layers.replace.calibration import Recorder
@@ -60,6 +61,7 @@ class Installed:
             site.module.config = copies[id(config)]
             self.attached.append(site.module)
             site.module.longvq = seam
+            site.module.register_forward_pre_hook(calls.NoteCall(site.module), with_kwargs=True)
         for module, config in _sharing(model, sites, self.configs) if masks else ():
             self.configs.append((module, config))
             module.config = copies[id(config)]
@@ -75,11 +77,9 @@ class Installed:
             module.config = config
         for module in self.attached:
             module._modules.pop(NAME, None)
+            _remove_hooks(module, calls.NoteCall)
         for module in self.hooked:
-            ours = [key for key, hook in module._forward_pre_hooks.items() if hook is self.guard]
-            for key in ours:
-                del module._forward_pre_hooks[key]
-                module._forward_pre_hooks_with_kwargs.pop(key, None)
+            _remove_hooks(module, self.guard)
 
 
 def longvq_attention(
@@ -122,8 +122,13 @@ def _attend(
     is_causal: bool | None,
     kwargs: dict,
 ) -> tuple[Tensor, Tensor | None]:
+    call = calls.taken(seam)
+    if isinstance(seam, calls.Probe):
+        seam.keys = key
+        return value.new_zeros(*query.shape[:3], value.shape[3]).transpose(1, 2).contiguous(), None
     refusals.check_call(kwargs)
-    q_len, k_len = query.shape[2], key.shape[2]
+    layer = call.cache_layer
+    q_len, k_len = query.shape[2], key.shape[2] + (0 if layer is None else layer.positions)
     says = getattr(module, "is_causal", True) if is_causal is None else is_causal
     causal, padding = read_mask(attention_mask, causal=bool(says), q_len=q_len, k_len=k_len)
     if padding is not None and padding.shape[0] != query.shape[0]:
@@ -134,15 +139,34 @@ def _attend(
             "attention; expected as many keys as queries (with a cache: more keys, causal). Cross-attention and "
             "prefixes can't be replaced; leave them out with filter_fn="
         )
+    far = None
+    if call.rotation is not None:
+        if not causal:
+            raise NotImplementedError(
+                'longvq attention: far_positions: "rectified" needs causal attention, got a bidirectional call; use '
+                '"rotated"'
+            )
+        if key.shape[2] != q_len:
+            raise NotImplementedError(
+                f"longvq attention: got {q_len} queries for {k_len} keys of a cache that grows, whose keys can't be "
+                "taken without their positions any more; call the model under torch.no_grad() in eval mode, with an "
+                "empty cache at first, or use far_positions='rotated'"
+            )
+        far = seam.rotary(query, key, *call.rotation)
     if isinstance(seam, Recorder):
         output, weights = seam.original(
             module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, is_causal=is_causal, **kwargs
         )
-        seam.observe(query, key, value, output.transpose(1, 2), causal=causal, key_padding_mask=padding, scale=scaling)
+        options = {"causal": causal, "key_padding_mask": padding, "scale": scaling}
+        seam.observe(query, key, value, output.transpose(1, 2), far=far, **options)
         return output, weights
+    if layer is not None:
+        layer.positions += q_len
+        padding = None if padding is None else padding[:, -q_len:]
+        return seam.step(query, key, value, layer.state, padding, far=far, scale=scaling).transpose(1, 2), None
     if q_len < k_len:  # the queries are the last positions; the earlier rows are computed and dropped
         query = torch.cat([query.new_zeros(*query.shape[:2], k_len - q_len, query.shape[3]), query], dim=2)
-    output = seam(query, key, value, padding, causal=causal, scale=scaling)
+    output = seam(query, key, value, padding, far=far, causal=causal, scale=scaling)
     return output[:, :, k_len - q_len :].transpose(1, 2).contiguous(), None
 
 
@@ -170,6 +194,12 @@ class Guard:
                     "(set_attn_implementation?), so its codebooks would not be used; call restore_attention(model) to "
                     "undo the replacement, then set it"
                 )
+
+
+def _remove_hooks(module: nn.Module, ours: object) -> None:
+    for key in [key for key, hook in module._forward_pre_hooks.items() if hook is ours or type(hook) is ours]:
+        del module._forward_pre_hooks[key]
+        module._forward_pre_hooks_with_kwargs.pop(key, None)
 
 
 def original_function(module: nn.Module):
@@ -208,6 +238,7 @@ def _site(name: str, module: nn.Module) -> Site:
         causal="yes" if getattr(module, "is_causal", True) else "no",
         sizes=_sizes(module),
         refusal=refusals.refusal(name, module),
+        has_rotary=refusals.has_rotary(module),
         notes=refusals.notes(module),
     )
 

@@ -69,8 +69,6 @@ def notes(module: nn.Module) -> list[str]:
     remarks = []
     if _dropout(module) > 0:
         remarks.append("attention dropout is not applied to the probabilities in training")
-    if "apply_rotary_pos_emb" in _names(module):
-        remarks.append("rotary positions: keys are quantised as they arrive, rotated")
     return remarks
 
 
@@ -92,6 +90,11 @@ def check_call(kwargs: dict) -> None:
             f"longvq attention: {name}: got {type(value).__name__}, expected None: this argument may change the "
             "attention scores and is not supported; don't pass it, or restore_attention(model)"
         )
+
+
+def has_rotary(module: nn.Module) -> bool:
+    """Whether its forward rotates queries and keys by their positions."""
+    return any("rotary" in name or "rope" in name.lower() for name in _names(module))
 
 
 def _is_cross_attention(name: str, module: nn.Module) -> bool:

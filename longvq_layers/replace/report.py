@@ -20,6 +20,7 @@ class LayerReport:
     key_error: float | None  # share of the keys' variance that the codes miss, in the metric of the queries
     output_error: float | None  # ‖swapped − original‖ / ‖original‖ of the attention output, on the calibration data
     skipped: str | None = None
+    far_positions: str | None = None  # "rectified" or "rotated", see `replace_attention`; None without rotary positions
     notes: tuple[str, ...] = ()
 
 

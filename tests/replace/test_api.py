@@ -110,7 +110,7 @@ def test_the_report_is_a_table():
     assert len({len(line) for line in lines[1:3]}) == 1
     assert "(skipped)" in lines[3] and "LlamaAttention[longvq]" in lines[4]
     assert "skipped model.layers.0.self_attn: filter_fn returned False" in text
-    assert "rotary positions: keys are quantised as they arrive" in text
+    assert "rotary positions: outside the window the relative position is clamped" in text
     layer = report.replaced[0]
     assert (layer.num_codes, layer.window, layer.local_keys, layer.causal) == (8, 5, "exact", "yes")
     assert layer.backend in ("torch", "native")  # the one that serves, not "auto"

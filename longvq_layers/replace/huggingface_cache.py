@@ -1,0 +1,135 @@
+"""A layer of a transformers cache whose memory doesn't grow."""
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
+
+from longvq_layers.replace._swapped import SwappedAttention, SwappedState
+
+_KEEPS = "a cache of constant size keeps sums over its past, not the tokens"
+
+
+class VQCacheLayer(CacheLayerMixin):
+    """What one replaced attention keeps of the past: counts and sums of values per code, and the keys in the window.
+
+    It takes the place of an empty `DynamicLayer` by itself, see `take_over`. Beams and batches are reordered as in any
+    cache. What was read can't be taken back, so there is no `crop`, and with it no assisted decoding.
+
+    Args:
+        attention: the module that attends with it.
+    """
+
+    is_sliding = False
+    is_croppable = False
+    is_compileable = False
+    supports_early_init = False
+
+    def __init__(self, attention: SwappedAttention) -> None:
+        super().__init__()
+        self.attention = attention
+        self.state: SwappedState | None = None
+        self.positions = 0  # read so far, padding included
+        self.expected = False  # whether the attention is about to read what `update` hands through
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Make the state of empty sequences."""
+        self.state = self.attention.initial_state(key_states.shape[0], value_states.shape[-1])
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        """The new keys and values alone: the attention adds them to the state itself.
+
+        Raises:
+            RuntimeError: the attention that this was filled by isn't there any more (`restore_attention`).
+        """
+        if not self.expected:
+            raise RuntimeError(
+                "longvq attention: the cache was filled by a replaced attention that isn't there any more; start with "
+                "a new cache"
+            )
+        self.expected = False
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        return key_states, value_states
+
+    def get_seq_length(self) -> int:
+        """Number of positions read, padding included."""
+        return self.positions
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Number of keys that a mask for so many new positions covers, and the first of them."""
+        return self.positions + query_length, 0
+
+    def get_max_length(self) -> int:
+        """-1: there is no longest sequence."""
+        return -1
+
+    get_max_cache_shape = get_max_length  # its name before transformers 5.24
+
+    @property
+    def nbytes(self) -> int:
+        """Memory in bytes; the same at every length."""
+        return 0 if self.state is None else self.state.nbytes
+
+    def reset(self) -> None:
+        """Empty it."""
+        self.state, self.positions, self.is_initialized = None, 0, False
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Make row i a copy of what row ``indices[i]`` is; rows may be left out and repeated."""
+        if self.state is not None:
+            self.state = self.state.index_select(indices.to(self.state.past.device))
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """The same for beam search."""
+        self.batch_select_indices(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every row `repeats` times."""
+        if self.state is not None:
+            self.batch_select_indices(torch.arange(self.state.past.batch).repeat_interleave(repeats))
+
+    def crop(self, *args, **kwargs) -> None:
+        """Refused."""
+        raise NotImplementedError(
+            f"longvq attention: crop: {_KEEPS}, so assisted and contrastive decoding don't work; generate without "
+            "assistant_model, or with use_cache=False"
+        )
+
+    def activate_past_recording(self) -> None:
+        """Refused, like `crop`, for which it prepares."""
+        self.crop()
+
+    def offload(self) -> None:
+        """Nothing: it is small, and stays where the model is."""
+
+    prefetch = offload
+
+
+def take_over(cache: object, index: object, attention: SwappedAttention) -> VQCacheLayer | None:
+    """The layer of `cache` that `attention` is to use for its call, put there in the place of an empty one.
+
+    Returns:
+        None where the cache has to stay as it is: filled before the replacement, or of another kind.
+    """
+    cache = getattr(cache, "self_attention_cache", cache)  # of an EncoderDecoderCache
+    if not isinstance(cache, Cache) or not isinstance(index, int):
+        return None
+    if cache.layer_class_to_replicate is not None:
+        while len(cache.layers) <= index:
+            cache.layers.append(cache.layer_class_to_replicate())
+    if index >= len(cache.layers):
+        return None
+    layer = cache.layers[index]
+    if type(layer) is DynamicLayer and layer.get_seq_length() == 0:
+        layer = cache.layers[index] = VQCacheLayer(attention)
+    if not isinstance(layer, VQCacheLayer):
+        return None
+    if layer.attention is not attention:
+        if layer.positions:
+            raise RuntimeError(
+                "longvq attention: the cache was filled by another replaced attention; start with a new cache"
+            )
+        layer = cache.layers[index] = VQCacheLayer(attention)
+    layer.expected = True
+    return layer

@@ -1,0 +1,107 @@
+"""What a transformers attention module was called with beyond what its attention function is told: cache, positions."""
+
+import inspect
+
+import torch
+from torch import Tensor, nn
+
+from longvq_layers.replace._swapped import Call, SwappedAttention
+from longvq_layers.replace.calibration import Recorder
+from longvq_layers.replace.rotary import EMBEDDINGS
+
+_NAME = "longvq"
+_CACHES = ("cache", "past_key_values", "past_key_value", "layer_past")
+
+
+class NoteCall:
+    """Forward pre-hook of a replaced module: notes each call, for `taken`.
+
+    Args:
+        module: the module; only the names of its arguments are kept.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.names = tuple(inspect.signature(inspect.unwrap(type(module).forward)).parameters)[1:]
+
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        """Raises NotImplementedError for positions that can't be taken off, ValueError where they are missing."""
+        seam = module._modules[_NAME]
+        seam._call = Call()  # that of a call that raised, if there was one
+        given = {**dict(zip(self.names, args, strict=False)), **kwargs}
+        rotation = given.get(EMBEDDINGS)
+        if seam.rotary is not None and seam.rotary.part is None:
+            _settle(module, seam, given)
+        if seam.rotary is not None and rotation is None:
+            raise ValueError(
+                f"longvq attention: {EMBEDDINGS}: got None, expected (cos, sin) as codes have no positions"
+            )
+        layer = _cache_layer(module, seam, given)
+        seam._call = Call(None if seam.rotary is None else rotation, layer)
+
+
+def _cache_layer(module: nn.Module, seam: nn.Module, given: dict) -> object | None:
+    cache = next((given[name] for name in _CACHES if given.get(name) is not None), None)
+    if cache is None or not isinstance(seam, SwappedAttention) or seam.training:
+        return None
+    if not getattr(module, "is_causal", True):
+        return None
+    if torch.is_grad_enabled() and any(p.requires_grad for p in module.parameters()):
+        return None  # no gradient goes through a state that is updated in place
+    from longvq_layers.replace.huggingface_cache import take_over
+
+    return take_over(cache, getattr(module, "layer_idx", None), seam)
+
+
+def taken(seam: nn.Module) -> Call:
+    """The call that is going on, once."""
+    call = seam._call
+    seam._call = Call()
+    return call
+
+
+class Probe(nn.Module):
+    """Stands where a swapped attention stands, to see the keys of one call."""
+
+    rotary = None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.keys: Tensor | None = None
+        self._call = Call()
+
+
+def _settle(module: nn.Module, seam: nn.Module, given: dict) -> None:
+    # Run the module with its own positions and with none, and see whether the difference is understood.
+    rotation, why = given.get(EMBEDDINGS), "its keys are not what its rotation says"
+    if isinstance(rotation, tuple) and len(rotation) == 2 and all(isinstance(x, Tensor) for x in rotation):
+        cos, sin = rotation
+        rotated, plain = (
+            _keys(module, given, rotation),
+            _keys(module, given, (torch.ones_like(cos), sin.new_zeros(sin.shape))),
+        )
+        if torch.equal(rotated, plain) and bool((sin != 0).any()):
+            seam.rotary = None  # a layer without positions
+            return
+        if seam.rotary.settle(rotated, plain, cos, sin):
+            return
+    else:
+        why = f"its {EMBEDDINGS} are not (cos, sin)"
+    if isinstance(seam, Recorder) and seam.may_stay_rotated:
+        seam.rotary, seam.why_rotated = None, why
+        return
+    raise NotImplementedError(
+        f'longvq attention: far_positions: "rectified" is impossible in {type(module).__name__}: {why}; use "rotated"'
+    )
+
+
+def _keys(module: nn.Module, given: dict, rotation: tuple[Tensor, Tensor]) -> Tensor:
+    # The keys that reach the attention function with these positions.
+    given = {**given, EMBEDDINGS: rotation, **{name: None for name in _CACHES if name in given}}
+    seam, probe = module._modules[_NAME], Probe()
+    module._modules[_NAME] = probe
+    try:
+        with torch.no_grad():
+            module.forward(**given)
+    finally:
+        module._modules[_NAME] = seam
+    return probe.keys
