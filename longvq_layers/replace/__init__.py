@@ -1,6 +1,16 @@
 """Swap the attention of an existing model for linear-time vector-quantised attention, and put it back."""
 
-from longvq_layers.replace.api import replace_attention, restore_attention
+from longvq_layers.replace.api import replace_attention
+from longvq_layers.replace.custom import register_adapter
+from longvq_layers.replace.installation import restore_attention
 from longvq_layers.replace.report import LayerReport, ReplacementReport
+from longvq_layers.replace.saved import load_replaced
 
-__all__ = ["LayerReport", "ReplacementReport", "replace_attention", "restore_attention"]
+__all__ = [
+    "LayerReport",
+    "ReplacementReport",
+    "load_replaced",
+    "register_adapter",
+    "replace_attention",
+    "restore_attention",
+]

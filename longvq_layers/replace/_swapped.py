@@ -1,5 +1,6 @@
 """The module that a swapped attention carries: its codebook, the metric it was fitted in, and how to attend."""
 
+import json
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -104,6 +105,7 @@ class SwappedAttention(KeepsFloat32, CodebookAttention):
         )
         self.variance_correction = variance_correction
         self.rotary = rotary
+        self.linear_masks = True  # whether a transformers model makes masks of linear size for it
         self._call = Call()
         identity = torch.eye(head_dim, device=device, dtype=storage_dtype(dtype)).repeat(num_kv_heads, 1, 1)
         self.register_buffer("to_metric", identity)
@@ -254,6 +256,31 @@ class SwappedAttention(KeepsFloat32, CodebookAttention):
         self.spread_sum.lerp_(sums, 1 - self.codebook.decay)
         self.spread_count.lerp_(counts, 1 - self.codebook.decay)
 
+    def settings(self) -> dict:
+        """What it was made with, as JSON can hold it; a state dict carries it, for `load_replaced`."""
+        names = ("num_heads", "num_kv_heads", "head_dim", "num_codes", "window", "local_keys", "variance_correction")
+        rotary = None if self.rotary is None else self.rotary.part
+        return {**{name: getattr(self, name) for name in names}, "rotary": rotary, "linear_masks": self.linear_masks}
+
+    def get_extra_state(self) -> Tensor:
+        """The settings as text in a tensor, which every format of checkpoints can hold."""
+        return torch.tensor(list(json.dumps(self.settings()).encode()), dtype=torch.uint8)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Refuse codes that were made with other settings: ValueError."""
+        theirs = settings_in(state)
+        if self.rotary is not None and self.rotary.part is None:  # no call has told yet
+            self.rotary.part = theirs.get("rotary")
+        mine = self.settings()
+        differ = {name: (theirs.get(name), value) for name, value in mine.items() if theirs.get(name) != value}
+        differ.pop("linear_masks", None)  # says how a model calls it, not what it does
+        if differ:
+            raise ValueError(
+                "longvq attention: the codes to be loaded were made with other settings: "
+                + ", ".join(f"{name}={theirs!r}, here {mine!r}" for name, (theirs, mine) in differ.items())
+                + "; use load_replaced on a model that isn't replaced yet"
+            )
+
     def __getstate__(self) -> dict:
         return {**super().__getstate__(), "_call": Call()}
 
@@ -261,6 +288,18 @@ class SwappedAttention(KeepsFloat32, CodebookAttention):
         parts = [f"{self.num_heads}, {self.num_kv_heads}, {self.head_dim}", f"num_codes={self.num_codes}"]
         parts += [f"window={self.window}", f"local_keys={self.local_keys!r}", f"backend={self.backend!r}"]
         return ", ".join(parts)
+
+
+def settings_in(state: Tensor) -> dict:
+    """The settings in what `SwappedAttention.get_extra_state` gave.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    try:
+        return dict(json.loads(bytes(state.to("cpu", torch.uint8).tolist())))
+    except (AttributeError, RuntimeError, TypeError, ValueError) as error:
+        raise ValueError("longvq attention: the settings beside the codes can't be read; was the file cut?") from error
 
 
 def _roots(second_moment: Tensor, ridge: float = 1e-3) -> tuple[Tensor, Tensor]:

@@ -1,22 +1,19 @@
 """Replace the attention of a model, and restore it."""
 
-import contextlib
 import copy
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
 
 import torch
 from torch import nn
 
 from longvq_layers.replace import calibration as calibrating
-from longvq_layers.replace import choosing, huggingface, positions, torch_nn
+from longvq_layers.replace import choosing, huggingface, positions
 from longvq_layers.replace._site import Site
 from longvq_layers.replace._swapped import SwappedAttention
-from longvq_layers.replace.report import LayerReport, ReplacementReport
+from longvq_layers.replace.installation import Replacement, find_sites, install, undo, undo_on_error
+from longvq_layers.replace.report import ReplacementReport, layer_report
 from longvq_layers.replace.rotary import ClampedRotary
 
-_ADAPTERS = (huggingface, torch_nn)
-_RECORD = "_longvq_replacement"  # where a replaced model keeps what is needed to undo it
 _DENSE_MASKS = "the model keeps making its dense L x L masks, which every call verifies: their memory is quadratic"
 
 
@@ -85,7 +82,7 @@ def replace_attention(
     flags = {"strict": strict, "dry_run": dry_run, "variance_correction": variance_correction}
     num_codes, window = choosing.as_int("num_codes", num_codes, least=1), choosing.as_int("window", window, least=0)
     choosing.check_options(model, local_keys, far_positions, filter_fn, backend, flags)
-    sites = [site for adapter in _ADAPTERS for site in adapter.find(model)]
+    sites = find_sites(model)
     positions.plan(model, sites, window, local_keys, far_positions)
     chosen, skipped = choosing.choose_sites(model, sites, filter_fn, strict)
     if calibration is None and not dry_run:
@@ -113,9 +110,9 @@ def replace_attention(
         for site, seam in zip(chosen, seams, strict=True):
             seam.train(site.module.training)
         replacement = Replacement(_settle(model, chosen, seams, batches))
-        model.__dict__.setdefault(_RECORD, []).append(replacement)
+        replacement.stand_in(model)
     positions.remark(chosen)
-    layers = [_layer_report(site, options, errors, skipped.get(site.name)) for site in sites]
+    layers = [layer_report(site, options, errors.get(site.name), skipped.get(site.name)) for site in sites]
     return ReplacementReport(
         layers,
         dry_run=dry_run,
@@ -123,62 +120,6 @@ def replace_attention(
         model=None if dry_run else model,
         replacement=replacement,
     )
-
-
-def restore_attention(model: nn.Module) -> None:
-    """Put the original attention back: the same objects as before, bit-identical outputs.
-
-    Works on the model that was replaced, on a model that contains it, and on deep copies.
-
-    Args:
-        model: the model given to `replace_attention`, or one that contains it.
-
-    Raises:
-        ValueError: nothing in this model is replaced.
-
-    Example:
-        >>> import torch
-        >>> layer = torch.nn.TransformerEncoderLayer(32, 4, batch_first=True)
-        >>> _ = replace_attention(layer, num_codes=16)
-        >>> restore_attention(layer)
-        >>> type(layer.self_attn)
-        <class 'torch.nn.modules.activation.MultiheadAttention'>
-    """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"restore_attention: model: got {type(model).__name__}, expected a torch.nn.Module")
-    replaced = [module for module in model.modules() if _RECORD in module.__dict__]
-    if not replaced:
-        raise ValueError(
-            "restore_attention: model: nothing is replaced here; pass the model that was given to replace_attention, "
-            "or one that contains it"
-        )
-    for module in replaced:
-        _undo(module.__dict__.pop(_RECORD))
-
-
-@dataclass(eq=False)
-class Replacement:
-    """What one call of `replace_attention` changed; lives in the model, so that deep copies carry their own."""
-
-    records: list = field(default_factory=list)
-
-    def undo(self) -> None:
-        """Put everything back that this call changed, and nothing else."""
-        _undo(self.records)
-
-    def undo_in(self, model: nn.Module) -> None:
-        """`undo`, once.
-
-        Raises:
-            ValueError: it was undone before.
-        """
-        standing = model.__dict__.get(_RECORD, [])
-        if self not in standing:
-            raise ValueError("restore: this replacement was restored already")
-        standing.remove(self)
-        if not standing:
-            del model.__dict__[_RECORD]
-        self.undo()
 
 
 def _seam(site: Site, sizes: tuple[int, int, int], rotary: ClampedRotary | None, options: dict) -> SwappedAttention:
@@ -220,7 +161,7 @@ def _calibrate(model: nn.Module, sites: list[Site], batches: list, options: dict
     ]
     records: list = []
     try:
-        _install(model, sites, recorders, records, masks=False)
+        install(model, sites, recorders, records, masks=False)
         calibrating.run(model, batches, recorders)
         seen = [recorder.keys is not None and recorder.keys.shape[1] > 0 for recorder in recorders]
         if not all(seen):
@@ -238,7 +179,7 @@ def _calibrate(model: nn.Module, sites: list[Site], batches: list, options: dict
             calibrating.fit(recorder, seam)
         calibrating.run(model, batches, recorders)
     finally:
-        _undo(records)
+        undo(records)
     return seams, {site.name: rec.errors() for site, rec in zip(sites, recorders, strict=True)}, keys
 
 
@@ -247,58 +188,20 @@ def _settle(model: nn.Module, sites: list[Site], seams: list, batches: list | No
     # causal and padding, ours can't be used; the model then keeps making its dense masks, and each call verifies them.
     ours = {site.module for site in sites}
     for masks in (True, False):
-        with _undo_on_error() as records:
-            _install(model, sites, seams, records, masks=masks)
+        for seam in seams:
+            seam.linear_masks = masks
+        with undo_on_error() as records:
+            install(model, sites, seams, records, masks=masks)
             try:
                 calibrating.run(model, (batches or [])[:1])
                 break
             except NotImplementedError:
                 if not masks:
                     raise
-                _undo(records)
+                undo(records)
     earlier = any(huggingface.is_replaced(module) for module in model.modules() if module not in ours)
     if not masks or earlier:
         for site in sites:
             if site.adapter is huggingface:
                 site.notes.append(_DENSE_MASKS)
     return records
-
-
-def _install(model: nn.Module, sites: list[Site], seams: list, records: list, *, masks: bool) -> None:
-    for adapter in _ADAPTERS:
-        pairs = [(site, seam) for site, seam in zip(sites, seams, strict=True) if site.adapter is adapter]
-        if pairs:
-            records.append(adapter.Installed())  # known before it changes anything, so that an error can be undone
-            records[-1].install(model, [site for site, _ in pairs], [seam for _, seam in pairs], masks=masks)
-
-
-def _undo(records: list) -> None:
-    for record in reversed(records):
-        record.undo()
-
-
-@contextlib.contextmanager
-def _undo_on_error():
-    records: list = []
-    try:
-        yield records
-    except BaseException:
-        _undo(records)
-        raise
-
-
-def _layer_report(site: Site, options: dict, errors: dict, skipped: str | None) -> LayerReport:
-    used = {key: None for key in options} if skipped else {**options, "backend": site.backend}
-    key_error, output_error = errors.get(site.name, (None, None))
-    return LayerReport(
-        name=site.name or "(model)",
-        kind=site.kind,
-        new_kind=None if skipped else site.new_kind,
-        causal=site.causal,
-        key_error=key_error,
-        output_error=output_error,
-        skipped=skipped,
-        far_positions=None if skipped or not site.has_rotary else "rotated" if site.rotary is None else "rectified",
-        notes=() if skipped else tuple(site.notes),
-        **used,
-    )

@@ -32,8 +32,8 @@ def check_options(model, local_keys, far_positions, filter_fn, backend, flags: d
         )
     if far_positions == "rectified" and local_keys == "quantized":
         raise ValueError(
-            "replace_attention: far_positions: got 'rectified' with local_keys='quantized', expected local_keys='exact': "
-            "inside the window keys keep the positions that codes don't have"
+            "replace_attention: far_positions: got 'rectified' with local_keys='quantized', expected "
+            "local_keys='exact': inside the window keys keep the positions that codes don't have"
         )
     if backend not in dispatch.BACKENDS:
         raise ValueError(f"replace_attention: backend: got {backend!r}, expected one of {dispatch.BACKENDS}")
@@ -44,11 +44,11 @@ def check_options(model, local_keys, far_positions, filter_fn, backend, flags: d
         raise TypeError(f"replace_attention: filter_fn: got {type(filter_fn).__name__}, expected a callable or None")
 
 
-def _check_not_replaced(sites: list[Site]) -> None:
+def check_not_replaced(caller: str, sites: list[Site]) -> None:
     names = [site.name or "(the model itself)" for site in sites if site.adapter.is_replaced(site.module)]
     if names:
         raise ValueError(
-            f"replace_attention: model: already replaced ({shorten(names)}); call restore_attention(model) first, "
+            f"{caller}: model: already replaced ({shorten(names)}); call restore_attention(model) first, "
             "or choose other modules with filter_fn="
         )
 
@@ -61,7 +61,7 @@ def choose_sites(model: nn.Module, sites: list[Site], filter_fn, strict: bool) -
             "and no transformers module that uses its attention interface"
         )
     wanted = [site for site in sites if filter_fn is None or _asked(filter_fn, site)]
-    _check_not_replaced(wanted)
+    check_not_replaced("replace_attention", wanted)
     skipped = {site.name: "filter_fn returned False" for site in sites if site not in wanted}
     refused = {site.name: site.refusal for site in wanted if site.refusal is not None}
     if refused and strict:

@@ -4,6 +4,8 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
+from longvq_layers.replace._site import Site
+
 
 @dataclass(frozen=True)
 class LayerReport:
@@ -27,6 +29,8 @@ class LayerReport:
 @dataclass
 class ReplacementReport:
     """What `replace_attention` did: one `LayerReport` per attention module; `print` shows a table.
+
+    As a context manager it restores the original attention at the end of the block.
 
     Attributes:
         layers: every attention module found, in the order of the model.
@@ -59,6 +63,13 @@ class ReplacementReport:
         if self.dry_run:
             raise ValueError("restore: this report is of a dry run, nothing was replaced")
         self.replacement.undo_in(self.model)
+
+    def __enter__(self) -> "ReplacementReport":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if not self.dry_run and self.replacement.stands_in(self.model):
+            self.restore()
 
     def __str__(self) -> str:
         verb = "would replace" if self.dry_run else "replaced"
@@ -102,3 +113,21 @@ def _why_skipped(layer: LayerReport) -> tuple[str, ...]:
 
 def _notes(layer: LayerReport) -> tuple[str, ...]:
     return layer.notes
+
+
+def layer_report(site: Site, options: dict, errors: tuple[float, float] | None, skipped: str | None) -> LayerReport:
+    """What became of a site: replaced with these options and errors (of keys and output), or skipped and why."""
+    used = {key: None for key in options} if skipped else {**options, "backend": site.backend}
+    key_error, output_error = errors or (None, None)
+    return LayerReport(
+        name=site.name or "(model)",
+        kind=site.kind,
+        new_kind=None if skipped else site.new_kind,
+        causal=site.causal,
+        key_error=key_error,
+        output_error=output_error,
+        skipped=skipped,
+        far_positions=None if skipped or not site.has_rotary else "rotated" if site.rotary is None else "rectified",
+        notes=() if skipped else tuple(site.notes),
+        **used,
+    )

@@ -1,0 +1,184 @@
+"""Attention modules of your own classes, by an adapter that says what their queries, keys and values are."""
+
+import contextlib
+import copyreg
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from longvq_layers.replace._site import Site
+from longvq_layers.replace.calibration import Recorder
+
+_SEAM = "longvq"
+
+
+@dataclass(frozen=True)
+class _Adapter:
+    forward: Callable
+    sizes: Callable | None
+    swapped: type[nn.Module]
+
+
+_registered: dict[type[nn.Module], _Adapter] = {}
+
+
+def register_adapter(
+    cls: type[nn.Module],
+    adapter: Callable,
+    *,
+    sizes: Callable[[nn.Module], tuple[int, int, int]] | None = None,
+) -> None:
+    """Let `replace_attention` replace attention modules of class `cls`, in every model.
+
+    Args:
+        cls: the class; of its subclasses those that inherit its forward count as well.
+        adapter: ``adapter(module, attend, *args, **kwargs)`` takes the place of ``module(*args, **kwargs)``. It makes
+            q (B, H, L, D), k (B, Hkv, L, D) and v (B, Hkv, L, E) as the module does, calls ``attend(q, k, v,
+            causal=False, key_padding_mask=None, scale=None)``, with key_padding_mask (B, L) bool, True = ignore and
+            scale D ** -0.5 by default, and returns what the module would with the (B, H, L, E) it gets.
+        sizes: ``sizes(module)`` is (H, Hkv, D). Only needed for models that start without calibration. Default none.
+
+    Raises:
+        TypeError: cls isn't a class of modules, or adapter or sizes can't be called.
+
+    Example:
+        >>> class MyAttention(torch.nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.qkv, self.out = torch.nn.Linear(32, 96), torch.nn.Linear(32, 32)
+        ...     def forward(self, x):
+        ...         q, k, v = self.qkv(x).unflatten(-1, (3, 4, 8)).permute(2, 0, 3, 1, 4)
+        ...         return self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        >>> def adapter(module, attend, x):
+        ...     q, k, v = module.qkv(x).unflatten(-1, (3, 4, 8)).permute(2, 0, 3, 1, 4)
+        ...     return module.out(attend(q, k, v).transpose(1, 2).flatten(2))
+        >>> register_adapter(MyAttention, adapter)
+        >>> from longvq_layers import replace_attention
+        >>> model, x = torch.nn.Sequential(MyAttention(), MyAttention()).eval(), torch.randn(2, 100, 32)
+        >>> len(replace_attention(model, num_codes=16, window=8, calibration=[x]).replaced)
+        2
+    """
+    if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
+        raise TypeError(f"register_adapter: cls: got {cls!r}, expected a class of torch.nn.Module")
+    for name, value in (("adapter", adapter), ("sizes", sizes)):
+        if not callable(value) and not (name == "sizes" and value is None):
+            raise TypeError(f"register_adapter: {name}: got {type(value).__name__}, expected a callable")
+    _registered[cls] = _Adapter(adapter, sizes, _swapped_class(cls))
+
+
+def find(model: nn.Module) -> list[Site]:
+    """Every module of a registered class."""
+    return [_site(name, module) for name, module in model.named_modules() if _class_of(module) is not None]
+
+
+def is_replaced(module: nn.Module) -> bool:
+    """Whether this module's attention is ours already."""
+    return isinstance(module, _Swapped)
+
+
+def original_function(module: nn.Module) -> None:
+    """None: calibration computes the original attention from queries, keys and values."""
+
+
+@dataclass
+class Installed:
+    """Swaps modules and remembers what it changed, by object, so that a deep copy of the model can undo it too."""
+
+    attached: list[nn.Module] = field(default_factory=list)
+
+    def install(self, model: nn.Module, sites: list[Site], seams: list[nn.Module], *, masks: bool) -> None:
+        """Give each module its seam and the adapter's forward.
+
+        Args:
+            masks: unused, masks come with each call.
+        """
+        for site, seam in zip(sites, seams, strict=True):
+            self.attached.append(site.module)
+            site.module.longvq = seam
+            site.module.__class__ = _swapped_of(type(site.module), _class_of(site.module))
+
+    def undo(self) -> None:
+        """Put everything back."""
+        for module in self.attached:
+            module.__class__ = type(module).original
+            module._modules.pop(_SEAM, None)
+
+
+class _Swapped:
+    # Mixed into the class of a replaced module; `original` is the class that it was.
+    original: type[nn.Module]
+
+    def forward(self, *args, **kwargs):
+        seam = self._modules[_SEAM]
+        with seam.refusals() if isinstance(seam, Recorder) else contextlib.nullcontext():
+            return _registered[_class_of(self)].forward(self, _Attend(seam), *args, **kwargs)
+
+    def __reduce_ex__(self, protocol: int):
+        # The class is made here and has no importable name: copies and pickles name the original one.
+        return _rebuilt, (self.original,), self.__getstate__() if hasattr(self, "__getstate__") else self.__dict__
+
+
+class _Attend:
+    """What an adapter calls with queries, keys and values."""
+
+    def __init__(self, seam: nn.Module) -> None:
+        self.seam = seam
+
+    def __call__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        causal: bool = False,
+        key_padding_mask: Tensor | None = None,
+        scale: float | None = None,
+    ) -> Tensor:
+        if not isinstance(self.seam, Recorder):
+            return self.seam(q, k, v, key_padding_mask, causal=causal, scale=scale)
+        allowed = None if key_padding_mask is None else ~key_padding_mask[:, None, None, :]
+        if causal and allowed is not None:
+            allowed = allowed & torch.ones(q.shape[2], q.shape[2], dtype=torch.bool, device=q.device).tril()
+        options = {"attn_mask": allowed, "is_causal": causal and allowed is None, "scale": scale}
+        output = F.scaled_dot_product_attention(q, k, v, enable_gqa=q.shape[1] != k.shape[1], **options)
+        self.seam.observe(q, k, v, output, causal=causal, key_padding_mask=key_padding_mask, scale=scale)
+        return output
+
+
+def _swapped_class(cls: type[nn.Module]) -> type[nn.Module]:
+    return type(f"VQ{cls.__name__}", (_Swapped, cls), {"original": cls, "__doc__": cls.__doc__})
+
+
+def _rebuilt(original: type[nn.Module]) -> nn.Module:
+    kind = next((known for known in original.__mro__ if known in _registered), None)
+    if kind is None:
+        raise RuntimeError(
+            f"longvq attention: {original.__name__} has no adapter in this process; call register_adapter first"
+        )
+    return copyreg.__newobj__(_swapped_of(original, kind))
+
+
+def _swapped_of(original: type[nn.Module], kind: type[nn.Module]) -> type[nn.Module]:
+    return _registered[kind].swapped if original is kind else _swapped_class(original)
+
+
+def _class_of(module: nn.Module) -> type[nn.Module] | None:
+    # The registered class whose forward this module has.
+    own = getattr(type(module), "original", type(module)) if isinstance(module, _Swapped) else type(module)
+    return next((cls for cls in own.__mro__ if cls in _registered and own.forward is cls.forward), None)
+
+
+def _site(name: str, module: nn.Module) -> Site:
+    adapter, kind = _registered[_class_of(module)], type(module).__name__
+    return Site(
+        name=name,
+        module=module,
+        adapter=sys.modules[__name__],
+        kind=kind,
+        new_kind=f"{kind}[longvq]",
+        causal="per call",
+        sizes=None if adapter.sizes is None else adapter.sizes(module),
+    )
