@@ -2,6 +2,7 @@
 
 from longvq_layers.replace.api import replace_attention
 from longvq_layers.replace.custom import register_adapter
+from longvq_layers.replace.huggingface_by_name import register_attn_implementation
 from longvq_layers.replace.installation import restore_attention
 from longvq_layers.replace.report import LayerReport, ReplacementReport
 from longvq_layers.replace.saved import load_replaced
@@ -11,6 +12,7 @@ __all__ = [
     "ReplacementReport",
     "load_replaced",
     "register_adapter",
+    "register_attn_implementation",
     "replace_attention",
     "restore_attention",
 ]

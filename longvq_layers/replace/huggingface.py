@@ -15,11 +15,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from longvq_layers.replace import huggingface_by_name as by_name
 from longvq_layers.replace import huggingface_calls as calls
 from longvq_layers.replace import huggingface_refusals as refusals
 from longvq_layers.replace._site import Site
 from longvq_layers.replace.calibration import Recorder
-from longvq_layers.replace.huggingface_masks import longvq_mask, read_mask
+from longvq_layers.replace.huggingface_masks import read_mask
 
 NAME = "longvq"
 
@@ -49,7 +50,7 @@ class Installed:
         Args:
             masks: also let our mask function make the masks, where every attention module of a config is replaced.
         """
-        _register()
+        by_name.register_attn_implementation()
         copies: dict[int, object] = {}
         for site, seam in zip(sites, seams, strict=True):
             config = site.module.config
@@ -102,10 +103,7 @@ def longvq_attention(
     """
     seam = module._modules.get(NAME)
     if seam is None:
-        raise ValueError(
-            f"longvq attention: {type(module).__name__} has no codebook; don't set attn_implementation='longvq' by "
-            "hand, call longvq_layers.replace_attention(model)"
-        )
+        seam = by_name.attach(module, query, key)
     with seam.refusals() if isinstance(seam, Recorder) else contextlib.nullcontext():
         return _attend(module, seam, query, key, value, attention_mask, scaling, dropout, is_causal, kwargs)
 
@@ -154,6 +152,9 @@ def _attend(
             )
         far = seam.rotary(query, key, *call.rotation)
     if isinstance(seam, Recorder):
+        if attention_mask is not None and attention_mask.dim() == 2:  # made by name: the original reads dense masks
+            past = torch.ones(q_len, k_len, dtype=torch.bool, device=query.device).tril()
+            attention_mask = attention_mask.bool()[:, None, None, :] & past
         output, weights = seam.original(
             module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, is_causal=is_causal, **kwargs
         )
@@ -206,7 +207,8 @@ def original_function(module: nn.Module):
     """The attention function that this module calls by itself."""
     scope = inspect.unwrap(type(module).forward).__globals__
     default = scope.get("eager_attention_forward")
-    return scope["ALL_ATTENTION_FUNCTIONS"].get_interface(module.config._attn_implementation, default)
+    name = module.config._attn_implementation
+    return scope["ALL_ATTENTION_FUNCTIONS"].get_interface("sdpa" if name == NAME else name, default)
 
 
 def _takes_part(module: nn.Module) -> bool:
@@ -218,13 +220,6 @@ def _takes_part(module: nn.Module) -> bool:
 def _is_pretrained(module: nn.Module) -> bool:
     modeling = sys.modules.get("transformers.modeling_utils")
     return modeling is not None and isinstance(module, modeling.PreTrainedModel)
-
-
-def _register() -> None:
-    from transformers import AttentionInterface, AttentionMaskInterface
-
-    AttentionInterface.register(NAME, longvq_attention)
-    AttentionMaskInterface.register(NAME, longvq_mask)
 
 
 def _site(name: str, module: nn.Module) -> Site:

@@ -44,7 +44,7 @@ def refusal(name: str, module: nn.Module) -> str | None:
     """Why this module keeps its attention, or None if it can be replaced."""
     config = module.config
     implementation = config._attn_implementation
-    if implementation not in ("eager", "sdpa"):
+    if implementation not in ("eager", "sdpa", "longvq"):
         return f"its attention is {implementation!r}; load the model with attn_implementation='sdpa'"
     if getattr(config, "output_attentions", False):
         return "config.output_attentions is True, but attention weights are never formed; set it to False"

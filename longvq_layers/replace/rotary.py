@@ -96,9 +96,12 @@ def clamped_rotary(model: nn.Module, name: str, module: nn.Module, window: int) 
     if "layer_type" in inspect.signature(inspect.unwrap(type(embedding).forward)).parameters:
         options = {"layer_type": layer_types[index]}
     device = next(module.parameters()).device
-    with torch.no_grad():  # a copy: some embeddings remember the longest position
-        position = torch.full((1, 1), window, device=device)
-        cos, sin = copy.deepcopy(embedding)(torch.zeros(1, device=device), position, **options)
+    position = torch.full((1, 1), window, device=device)
+    try:
+        with torch.no_grad():  # a copy: some embeddings remember the longest position
+            cos, sin = copy.deepcopy(embedding)(torch.zeros(1, device=device), position, **options)
+    except Exception as error:  # called in a way of its own, or without positions for layers of this type
+        return f"its rotary embedding gives no positions here ({type(error).__name__}: {error})"
     if cos.dim() != 3:
         return f"its positions have more than one dimension (cos of shape {tuple(cos.shape)})"
     apply = inspect.unwrap(type(module).forward).__globals__["apply_rotary_pos_emb"]

@@ -179,7 +179,7 @@ def test_masks_of_wrong_shape_are_refused():
 
 def test_the_name_alone_is_not_enough():
     replaced(bert())  # registers the name
-    with pytest.raises(ValueError, match="has no codebook"):
+    with pytest.raises(RuntimeError, match="has no codes; call"):
         output(bert(attn_implementation="longvq"), tokens())
 
 
