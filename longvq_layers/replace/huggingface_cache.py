@@ -1,5 +1,7 @@
 """A layer of a transformers cache whose memory doesn't grow."""
 
+import copy
+
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
@@ -30,6 +32,13 @@ class VQCacheLayer(CacheLayerMixin):
         self.state: SwappedState | None = None
         self.positions = 0  # read so far, padding included
         self.expected = False  # whether the attention is about to read what `update` hands through
+
+    def __deepcopy__(self, memo: dict) -> "VQCacheLayer":
+        # A copy goes on with the same attention, unless that is being copied too.
+        twin = memo[id(self)] = VQCacheLayer(memo.get(id(self.attention), self.attention))
+        own = {name: value for name, value in self.__dict__.items() if name != "attention"}
+        twin.__dict__.update(copy.deepcopy(own, memo))
+        return twin
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Make the state of empty sequences."""

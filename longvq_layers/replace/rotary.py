@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from longvq_layers.layers._precision import KeepsFloat32
 
 EMBEDDINGS = "position_embeddings"  # the argument (cos, sin) of attention modules
+_ONE, _BOTH = ("x", "cos", "sin"), ("q", "k", "cos", "sin")  # arguments of rotations that are known
 _PARTS: dict[str, Callable[[int, int], slice]] = {  # which of the width's columns are rotated, n as many as cos has
     "all": lambda width, n: slice(0, width),
     "first": lambda width, n: slice(0, n),
@@ -26,7 +27,7 @@ class ClampedRotary(KeepsFloat32, nn.Module):
     """Queries and keys without their positions: ``(q, k, cos, sin) -> R(W) q⁰, k⁰``.
 
     Args:
-        apply: the model's own ``apply_rotary_pos_emb(q, k, cos, sin)``.
+        apply: the model's own ``apply_rotary_pos_emb``, of (q, k, cos, sin) or of one tensor, (x, cos, sin).
         cos, sin: (n,) those of position W, float32.
 
     Attributes:
@@ -36,6 +37,7 @@ class ClampedRotary(KeepsFloat32, nn.Module):
     def __init__(self, apply: Callable, cos: Tensor, sin: Tensor) -> None:
         super().__init__()
         self.apply_rotation = apply
+        self.one_by_one = _arguments(apply) == _ONE
         self.part: str | None = None
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
@@ -72,7 +74,10 @@ class ClampedRotary(KeepsFloat32, nn.Module):
     def _rotate(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         at = _PARTS[self.part](x.shape[-1], cos.shape[-1])
         columns = x[..., at].to(cos.dtype)
-        turned = self.apply_rotation(columns, columns[:, :0], cos, sin)[0].to(x.dtype)
+        if self.one_by_one:
+            turned = self.apply_rotation(columns, cos, sin).to(x.dtype)
+        else:
+            turned = self.apply_rotation(columns, columns[:, :0], cos, sin)[0].to(x.dtype)
         if turned.shape[-1] == x.shape[-1]:
             return turned
         return torch.cat([x[..., : at.start], turned, x[..., at.stop :]], dim=-1)
@@ -105,7 +110,15 @@ def clamped_rotary(model: nn.Module, name: str, module: nn.Module, window: int) 
     if cos.dim() != 3:
         return f"its positions have more than one dimension (cos of shape {tuple(cos.shape)})"
     apply = inspect.unwrap(type(module).forward).__globals__["apply_rotary_pos_emb"]
+    if _arguments(apply) not in (_ONE, _BOTH):
+        return "its apply_rotary_pos_emb takes other arguments than the usual ones"
     return ClampedRotary(apply, cos[0, 0].float(), sin[0, 0].float())
+
+
+def _arguments(apply: Callable) -> tuple[str, ...]:
+    # Its leading ones, without defaults.
+    parameters = inspect.signature(apply).parameters.values()
+    return tuple(one.name for one in parameters if one.default is inspect.Parameter.empty)
 
 
 def _embedding(model: nn.Module, name: str) -> nn.Module | None:
