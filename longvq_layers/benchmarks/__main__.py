@@ -1,10 +1,17 @@
-"""Run one benchmark: `python -m longvq_layers.benchmarks assign|attention|ssm|step [--threads 2 …]`."""
+"""Run one benchmark: `python -m longvq_layers.benchmarks NAME [--threads 2 …]`."""
 
 import argparse
 
-from longvq_layers.benchmarks import assign, attention, ssm, step
+from longvq_layers.benchmarks import assign, attention, generation, llama, ssm, step
 
-BENCHMARKS = {"assign": assign, "attention": attention, "ssm": ssm, "step": step}
+BENCHMARKS = {
+    "assign": assign,
+    "attention": attention,
+    "generation": generation,
+    "llama": llama,
+    "ssm": ssm,
+    "step": step,
+}
 
 
 def main() -> None:

@@ -1,0 +1,122 @@
+"""A byte Llama that is trained here: 4 layers, width 192, grouped queries, on the source of the standard library."""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from longvq_layers.layers import commitment_loss
+from longvq_layers.tasks.base import Batch, stream
+from longvq_layers.tasks.python_source import BytesLM, bits_per_byte
+
+if TYPE_CHECKING:
+    from transformers import LlamaForCausalLM, MistralForCausalLM
+
+TRAINED_LENGTH = 512
+KEY = 8  # letters of a key to be recalled
+_SIZES = {
+    "vocab_size": 256,
+    "hidden_size": 192,
+    "intermediate_size": 512,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": TRAINED_LENGTH,
+    "bos_token_id": None,
+    "eos_token_id": None,
+}
+
+
+def trained(folder: Path, steps: int, say: Callable[[str], None]) -> "LlamaForCausalLM":
+    """The model in `folder`, after `steps` steps of 8 x 512 bytes; trained and written there if it isn't yet."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    if (folder / "config.json").exists():
+        return LlamaForCausalLM.from_pretrained(folder).eval()
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**_SIZES))
+    train(model, lambda step: drawn(TRAINED_LENGTH, 8, step), steps, lr=2e-3, say=say)
+    model.save_pretrained(folder)
+    return model.eval()
+
+
+def window_only(model: "LlamaForCausalLM", window: int) -> "MistralForCausalLM":
+    """The same weights with attention to the last `window` positions, as Mistral has it, and nothing beyond."""
+    from transformers import MistralConfig, MistralForCausalLM
+
+    config = MistralConfig(**_SIZES, sliding_window=window, head_dim=model.config.head_dim)
+    other = MistralForCausalLM(config)
+    other.load_state_dict(model.state_dict())
+    return other.eval()
+
+
+def train(
+    model: nn.Module, batch: Callable[[int], Tensor], steps: int, *, lr: float, say: Callable[[str], None]
+) -> None:
+    """AdamW with warm-up and a cosine; ``batch(step)`` gives (B, L + 1) bytes. Leaves the model in eval mode."""
+    model.train()
+    decayed = [p for p in model.parameters() if p.dim() > 1]
+    others = [p for p in model.parameters() if p.dim() <= 1]
+    groups = [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95))
+    warmup = max(1, steps // 20)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min((step + 1) / warmup, 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / steps)))
+    )
+    for step in range(steps):
+        tokens = batch(step)
+        logits = model(tokens[:, :-1], use_cache=False).logits
+        loss = nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()) + commitment_loss(model)
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        if step % 100 == 99 or step == steps - 1:
+            say(f"step {step + 1} of {steps}: {bits_per_byte(loss.item()):.3f} bits per byte")
+    model.eval()
+
+
+@torch.no_grad()
+def bits(model: nn.Module, tokens: Tensor, last: int) -> float:
+    """Bits per byte of the last bytes of (N, L + 1) windows, one window at a time."""
+    total = 0.0
+    for row in tokens:
+        logits = model(row[None, :-1], use_cache=False, logits_to_keep=last).logits
+        total += nn.functional.cross_entropy(logits[0], row[-last:]).item()
+    return bits_per_byte(total / len(tokens))
+
+
+def drawn(length: int, count: int, step: int) -> Tensor:
+    """(count, length + 1) bytes of training source, others at every step."""
+    return _with_target(BytesLM(length=length).batch("train", step, count))
+
+
+def windows(length: int, count: int, split: str = "val") -> Tensor:
+    """(count, length + 1) bytes of source, spread over a split."""
+    if split == "train":
+        return drawn(length, count, 0)
+    task = BytesLM(length=length)
+    step = max(1, task.size(split) // count)
+    return torch.cat([_with_target(task.batch(split, number * step, 1)) for number in range(count)])
+
+
+def _with_target(batch: Batch) -> Tensor:
+    return torch.cat([batch.inputs, batch.targets[:, -1:]], dim=1)
+
+
+def recall(length: int, count: int, split: str, seed: int) -> Tensor:
+    """(count, length + 1) bytes of source in which a key of 8 letters stands at the front and once more at the end."""
+    generator = stream("byte-llama-recall", split, length, seed)
+    task = BytesLM(length=length)
+    text = _with_target(task.batch(split, int(torch.randint(10_000, (), generator=generator)), count))
+    for row in text:
+        key = torch.randint(97, 123, (KEY,), generator=generator)
+        front, back = (torch.tensor(list(part)) for part in (b'\nKEY = "', b'\nassert KEY == "'))
+        quote = torch.tensor(list(b'"\n'))
+        row[: len(front) + KEY + 2] = torch.cat([front, key, quote])
+        row[-len(back) - KEY :] = torch.cat([back, key])
+    return text

@@ -1,0 +1,84 @@
+"""The benchmarks of generation and of a rotary model, at sizes that take seconds."""
+
+import argparse
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from longvq_layers.benchmarks import byte_llama, generation, llama
+
+
+def arguments(module, tmp_path, *words):
+    parser = argparse.ArgumentParser()
+    module.add_arguments(parser)
+    return parser.parse_args([*words, "--threads", "1", "--out", str(tmp_path)])
+
+
+def test_generation(tmp_path, capsys):
+    words = ("--lengths", "64", "200", "--codes", "8", "--window", "16", "--tokens", "2")
+    generation.run(arguments(generation, tmp_path, *words))
+    printed = capsys.readouterr().out
+    assert "| 64 | " in printed and "| 200 | " in printed
+    assert "Memory at 200 equal to that at 64: yes" in printed
+    assert (tmp_path / "results.csv").read_text().count("\n") == 3 and (tmp_path / "generation.png").exists()
+
+
+def test_generation_checks_before_it_times(monkeypatch):
+    _, ours = generation._models(8, 16)
+    attention = ours.model.layers[0].self_attn.longvq
+    monkeypatch.setattr(attention, "step", lambda q, *args, **kwargs: torch.zeros_like(q))
+    with pytest.raises(RuntimeError, match="with the cache the logits are"):
+        generation.check(ours, 64)
+
+
+def test_llama(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(llama, "_FINE_LENGTH", 300)
+    monkeypatch.setattr(llama, "_CALIBRATION", 2)
+    words = (
+        "--steps",
+        "2",
+        "--lengths",
+        "256",
+        "300",
+        "--texts",
+        "2",
+        "--fine-tune",
+        "1",
+        "--model",
+        str(tmp_path / "m"),
+    )
+    llama.run(arguments(llama, tmp_path, *words))
+    printed = capsys.readouterr().out
+    for name in ("its own", "window 256 alone", "rotated, 512 codes, window 256", "rectified, 512 codes, window 256"):
+        assert f"| {name} | " in printed
+    assert printed.count("| rectified, 512 codes, window 256 |") == 3  # before, and after on source and keys
+    assert (tmp_path / "llama.png").exists() and (tmp_path / "m" / "config.json").exists()
+
+
+def test_a_window_alone_is_the_model_with_a_window():
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**byte_llama._SIZES)).eval()
+    tokens = byte_llama.windows(80, 1)[:, :-1]
+    with torch.no_grad():
+        wide, narrow, own = (
+            m(tokens).logits for m in (byte_llama.window_only(model, 80), byte_llama.window_only(model, 10), model)
+        )
+    assert torch.allclose(wide, own, atol=1e-4)
+    assert torch.allclose(narrow[:, :10], own[:, :10], atol=1e-4) and not torch.allclose(narrow, own, atol=1e-2)
+
+
+def test_keys_stand_where_they_should():
+    text = bytes(byte_llama.recall(300, 1, "val", 0)[0].tolist())
+    key = text[-byte_llama.KEY :]
+    assert len(text) == 301 and text.startswith(b'\nKEY = "' + key + b'"\n') and key.isalpha()
+    assert text.endswith(b'\nassert KEY == "' + key)
+    assert text != bytes(byte_llama.recall(300, 1, "val", 1)[0].tolist())
+
+
+@pytest.mark.parametrize(
+    ("module", "words"), [(generation, ("--tokens", "0")), (llama, ("--lengths", "100")), (llama, ("--texts", "0"))]
+)
+def test_wrong_arguments(module, words, tmp_path):
+    with pytest.raises(SystemExit, match="at least"):
+        module.run(arguments(module, tmp_path, *words))
