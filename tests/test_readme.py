@@ -16,7 +16,7 @@ def blocks(language: str) -> list[str]:
 def test_python_blocks_run(tmp_path):
     program = tmp_path / "readme.py"
     program.write_text("\n".join(blocks("python")))
-    done = subprocess.run([sys.executable, str(program)], capture_output=True, text=True, cwd=ROOT, timeout=300)
+    done = subprocess.run([sys.executable, str(program)], capture_output=True, text=True, cwd=tmp_path, timeout=300)
     assert done.returncode == 0, done.stderr
     assert "256" in done.stdout  # the report's table
 
