@@ -9,8 +9,16 @@ ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
+def blocks(language: str, text: str = README) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+
+
+def test_python_of_the_page_on_replacing_runs(tmp_path):
+    program = tmp_path / "replace.py"
+    program.write_text("\n".join(blocks("python", (ROOT / "docs" / "replace.md").read_text())))
+    done = subprocess.run([sys.executable, str(program)], capture_output=True, text=True, cwd=tmp_path, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "MyAttention" in done.stdout
 
 
 def test_python_blocks_run(tmp_path):

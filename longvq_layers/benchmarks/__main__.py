@@ -2,13 +2,15 @@
 
 import argparse
 
-from longvq_layers.benchmarks import assign, attention, generation, llama, ssm, step
+from longvq_layers.benchmarks import architectures, assign, attention, generation, llama, quality, ssm, step
 
 BENCHMARKS = {
+    "architectures": architectures,
     "assign": assign,
     "attention": attention,
     "generation": generation,
     "llama": llama,
+    "quality": quality,
     "ssm": ssm,
     "step": step,
 }

@@ -16,7 +16,25 @@ if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, MistralForCausalLM
 
 TRAINED_LENGTH = 512
-KEY = 8  # letters of a key to be recalled
+KEYS = (  # to be recalled: the first letter tells which it is, four bits of its eight bytes
+    b"absolute",
+    b"bordered",
+    b"criteria",
+    b"download",
+    b"evaluate",
+    b"fraction",
+    b"gradient",
+    b"hardware",
+    b"inverted",
+    b"junction",
+    b"keyboard",
+    b"language",
+    b"multiply",
+    b"negative",
+    b"operator",
+    b"password",
+)
+KEY = 8  # bytes of each
 _SIZES = {
     "vocab_size": 256,
     "hidden_size": 192,
@@ -108,15 +126,20 @@ def _with_target(batch: Batch) -> Tensor:
     return torch.cat([batch.inputs, batch.targets[:, -1:]], dim=1)
 
 
-def recall(length: int, count: int, split: str, seed: int) -> Tensor:
-    """(count, length + 1) bytes of source in which a key of 8 letters stands at the front and once more at the end."""
+def recall(length: int, count: int, split: str, seed: int, every: int | None = None) -> Tensor:
+    """(count, length + 1) bytes of source with one of 16 keys at the front, asked for at the end.
+
+    `every`: also asked for at all multiples of so many bytes, for training.
+    """
     generator = stream("byte-llama-recall", split, length, seed)
     task = BytesLM(length=length)
     text = _with_target(task.batch(split, int(torch.randint(10_000, (), generator=generator)), count))
+    front, asked, behind = (torch.tensor(list(part)) for part in (b'\nKEY = "', b'\nassert KEY == "', b'"\n'))
     for row in text:
-        key = torch.randint(97, 123, (KEY,), generator=generator)
-        front, back = (torch.tensor(list(part)) for part in (b'\nKEY = "', b'\nassert KEY == "'))
-        quote = torch.tensor(list(b'"\n'))
-        row[: len(front) + KEY + 2] = torch.cat([front, key, quote])
-        row[-len(back) - KEY :] = torch.cat([back, key])
+        key = torch.tensor(list(KEYS[int(torch.randint(len(KEYS), (), generator=generator))]))
+        given, again = torch.cat([front, key, behind]), torch.cat([asked, key, behind])
+        row[: len(given)] = given
+        for start in range(every, length - 2 * len(again), every) if every else ():
+            row[start : start + len(again)] = again
+        row[-len(asked) - KEY :] = torch.cat([asked, key])
     return text

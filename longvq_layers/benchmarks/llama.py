@@ -2,8 +2,8 @@
 
 Trains the model (4 layers, width 192, grouped queries, 512 bytes of source at a time; kept in --model), replaces its
 attention with every setting, and prints bits per byte of the last 256 bytes of texts of several lengths. Then trains
-the replaced model and the one with a window alone for a few minutes on longer texts, half of which ask at the end for a
-key of 8 random letters that stood at the front, and prints what they know of it. Writes results.csv and llama.png.
+the replaced model and the one with a window alone for a few minutes on longer texts that ask, beyond the window, for a
+word that stood at the front, one of 16, and prints what they know of it. Writes results.csv and llama.png.
 """
 
 import argparse
@@ -22,7 +22,8 @@ from longvq_layers.replace import replace_attention
 
 _LAST = 256  # bytes that count
 _CALIBRATION = 48  # texts of the training length
-_FINE_LENGTH, _FINE_BATCH, _FINE_RATE = 2048, 4, 1e-3
+_FINE_LENGTH, _FINE_BATCH, _FINE_RATE = 1024, 8, 1e-3
+_FINE_WINDOW, _ASKED = 64, 100  # bytes from one question to the next: more than the window
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,10 @@ def run(args: argparse.Namespace) -> None:
         rows += _measure(name, swapped, texts, fine_tuned=False)
     print("\n".join(_table(rows, "source", args.lengths)), flush=True)
     if args.fine_tune:
-        for name, swapped in (("window 256 alone", byte_llama.window_only(model, 256)), _replaced(model, 512, 256)):
+        for name, swapped in (
+            (f"window {_FINE_WINDOW} alone", byte_llama.window_only(model, _FINE_WINDOW)),
+            _replaced(model, 512, _FINE_WINDOW),
+        ):
             say(f"fine-tuning: {name} …")
             start = time.perf_counter()
             byte_llama.train(swapped, _fine_batch, args.fine_tune, lr=_FINE_RATE, say=say)
@@ -100,9 +104,7 @@ def _replaced(model: nn.Module, codes: int, window: int, **options) -> tuple[str
 
 
 def _fine_batch(step: int) -> Tensor:
-    half = _FINE_BATCH // 2
-    plain = byte_llama.drawn(_FINE_LENGTH, half, step)
-    return torch.cat([plain, byte_llama.recall(_FINE_LENGTH, half, "train", 1 + step)])
+    return byte_llama.recall(_FINE_LENGTH, _FINE_BATCH, "train", step, _ASKED)
 
 
 def _measure(name: str, model: nn.Module, texts: dict, *, fine_tuned: bool) -> list[Row]:

@@ -193,6 +193,6 @@ SUITES: Mapping[str, Callable[[], Suite]] = {
     "digits": _digits,
     "bytes-1024": lambda: _bytes(1024, 4, {"steps": 1000, "eval_every": 200}, "equal steps"),
     "bytes-4096": lambda: _bytes(
-        4096, 1, {"steps": 100_000, "seconds": 240.0, "eval_every": 50}, "240 seconds of training"
+        4096, 1, {"steps": 100_000, "seconds": 180.0, "eval_every": 50}, "180 seconds of training"
     ),
 }

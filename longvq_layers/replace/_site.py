@@ -23,6 +23,7 @@ class Site:
     refusal: str | None = None  # why it can't be replaced
     has_rotary: bool = False  # whether its keys arrive rotated by their position
     rotary: ClampedRotary | None = None  # how that is taken off keys; None: it stays
+    trained_length: int | None = None  # with `rotary`: the longest sequence of its training
     may_stay_rotated: bool = True  # whether it may stay where it can't be taken off
     why_rotated: str | None = None  # why it stays
     notes: list[str] = field(default_factory=list)

@@ -14,6 +14,8 @@ from longvq_layers.layers._context import no_autocast, recomputing
 from longvq_layers.layers._kmeans import code_sums, pick
 from longvq_layers.layers._precision import KeepsFloat32, storage_dtype
 from longvq_layers.layers.codebook_attention import CodebookAttention
+from longvq_layers.replace._metric import in_proportion, roots
+from longvq_layers.replace._rows import row_means, vq_attention_by_row
 from longvq_layers.replace.rotary import ClampedRotary
 
 _FEW = 1e-6  # keys; below it a code has no spread yet
@@ -43,10 +45,12 @@ class Call(NamedTuple):
     Attributes:
         rotation: (cos, sin) that its queries and keys are rotated with, or None.
         cache_layer: the `VQCacheLayer` to attend with, or None.
+        eager: whether the original is transformers' eager attention, which sees the future where there is no mask.
     """
 
     rotation: tuple[Tensor, Tensor] | None = None
     cache_layer: object | None = None
+    eager: bool = False
 
 
 class SwappedAttention(KeepsFloat32, CodebookAttention):
@@ -59,9 +63,16 @@ class SwappedAttention(KeepsFloat32, CodebookAttention):
 
     With `variance_correction` a code also stands for the spread of its keys, σ_s² = E‖k' − C'_s‖²: the mean of exp over
     unequal keys exceeds exp of their mean, to second order by the factor exp(½ scale² σ_s² ‖q'‖² / D), q' = q M^-½.
-    That is one more dimension of q (½ scale ‖q'‖² / D) and of C (σ_s²), which exact local keys have as 0.
+    That is one more dimension of q (½ scale ‖q'‖² / D) and of C (σ_s²), which exact local keys have as 0. Where scores
+    are large the second order says too much, so each head has a gain in [0, 1] on it, chosen in calibration.
 
-    Keys that carry a position may be given a second time without it (`far`): then the codes are those of the second.
+    Bidirectional attention sees all keys of a sequence at once, so there a code stands for the mean and the spread of
+    the sequence's own keys that chose it: as linear, and much closer. The codebook then decides only which keys go
+    together. In causal attention that mean would tell of the future, and codes are those of the codebook.
+
+    Keys that carry a position may be given a second time without it (`far`): then the codes are those of the second. In
+    training no query saw more than n = trained_length − W of them, and attention spread over many more would drown the
+    window: a query that has N > n far keys sees each with the weight n / N, which is one more dimension again.
 
     Args:
         num_heads: H, query heads.
@@ -70,10 +81,11 @@ class SwappedAttention(KeepsFloat32, CodebookAttention):
         num_codes, window, local_keys, backend, device, dtype: see `CodebookAttention`.
         variance_correction: whether a code accounts for the spread of its keys.
         rotary: how positions are taken off queries and keys, for those who call; None where that isn't done.
+        trained_length: with rotary, the longest sequence of the model's training; None: far keys always count in full.
 
     Buffers:
         to_metric (Hkv, D, D) = M^½, from_metric (Hkv, D, D) = M^-½, spread (Hkv, S) = σ_s² with its moving sums
-        spread_sum and spread_count (Hkv, S), and those of `codebook`; all at least float32.
+        spread_sum and spread_count (Hkv, S), spread_gain (H,), and those of `codebook`; all at least float32.
     """
 
     def __init__(
@@ -87,6 +99,7 @@ class SwappedAttention(KeepsFloat32, CodebookAttention):
         local_keys: str,
         variance_correction: bool = True,
         rotary: ClampedRotary | None = None,
+        trained_length: int | None = None,
         backend: str = "auto",
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
@@ -105,6 +118,8 @@ class SwappedAttention(KeepsFloat32, CodebookAttention):
         )
         self.variance_correction = variance_correction
         self.rotary = rotary
+        self.trained_length = None if rotary is None else trained_length
+        self.has_positions = rotary is not None  # as in `Recorder`
         self.linear_masks = True  # whether a transformers model makes masks of linear size for it
         self._call = Call()
         identity = torch.eye(head_dim, device=device, dtype=storage_dtype(dtype)).repeat(num_kv_heads, 1, 1)
@@ -112,6 +127,7 @@ class SwappedAttention(KeepsFloat32, CodebookAttention):
         self.register_buffer("from_metric", identity.clone())
         for name in ("spread", "spread_sum", "spread_count"):
             self.register_buffer(name, identity.new_zeros(num_kv_heads, num_codes))
+        self.register_buffer("spread_gain", identity.new_ones(num_heads))
 
     def forward(
         self,
@@ -128,8 +144,9 @@ class SwappedAttention(KeepsFloat32, CodebookAttention):
 
         `far`: queries and keys, shaped like q and k, for pairs outside the window; default q and k themselves. In
         training the codebook learns from those keys and the commitment loss is stored, as in `CodebookAttention`.
+        In eval mode the gradient reaches `codebook.embedding`, `spread` and `spread_gain` where they require it.
         """
-        self._check_codes()
+        self.check_codes()
         with no_autocast(q.device):
             far_q, far_k = (q, k) if far is None else far
             keys = self.in_metric(far_k)
@@ -139,15 +156,26 @@ class SwappedAttention(KeepsFloat32, CodebookAttention):
             learning = self.training and not self.codebook.frozen and not recomputing()
             if learning:
                 self.spread.copy_(self.spread_sum / self.spread_count.clamp(min=_FEW))
-            far_q, codebook = self._with_spread(far_q, scale), self._spread_out(table @ self.from_metric)
+            if causal:
+                codebook = self._spread_out(table @ self.from_metric, self.spread)
+            else:
+                codebook = self._of_sequence(keys, codes, table, key_padding_mask)
+            far_q = self._with_spread(far_q, scale)
+            if self.trained_length is not None:
+                seen = self._seen(key_padding_mask, q.shape[2], q.device)
+                far_q, codebook = self._with_limit(far_q, seen, scale), self._limited(codebook)
             far_k = F.pad(far_k, (0, far_q.shape[-1] - far_k.shape[-1]))
+            if codebook.requires_grad:  # the gradient that a code collects is shared among its far keys: it adds up
+                coded = _of_codes(codebook, codes)
+                far, far_k = (q, k), far_k + (coded - coded.detach())  # pairs inside the window stay apart from it
             if learning:
                 self._learn_spread(keys, codes, table, key_padding_mask)
             # Under autocast rotary positions leave q and k in float32.
             q, k, far_q, far_k = (x.to(v.dtype) for x in (q, k, far_q, far_k))
             pairs = (far_q, far_k) if far is None else (q, k)
             apart = {} if far is None else {"far_q": far_q, "far_k": far_k}
-            return ops.vq_attention(
+            attend = vq_attention_by_row if codebook.dim() == 4 else ops.vq_attention
+            return attend(
                 *pairs,
                 v,
                 codebook,
@@ -163,11 +191,11 @@ class SwappedAttention(KeepsFloat32, CodebookAttention):
 
     def initial_state(self, batch: int, value_dim: int) -> "SwappedState":
         """The state of `batch` empty sequences, for `step`; causal attention in eval mode only."""
-        self._check_codes()
+        self.check_codes()
         _steps.eval_mode("longvq attention", self)
-        codebook = self._spread_out(self.codebook.embedding @ self.from_metric)
+        codebook = self._spread_out(self.codebook.embedding @ self.from_metric, self.spread)
         if self.rotary is not None:
-            codebook = F.pad(codebook, (self.head_dim, 0))
+            codebook = F.pad(self._limited(codebook), (self.head_dim, 0))
         past = ops.vq_attention_state(
             batch, codebook, window=self.window, value_dim=value_dim, local_keys=self.local_keys
         )
@@ -191,6 +219,9 @@ class SwappedAttention(KeepsFloat32, CodebookAttention):
             far_q, far_k = (q, k) if far is None else far
             codes = ops.vq_assign(self.in_metric(far_k), self.codebook.embedding, backend=self.backend)
             far_q = self._with_spread(far_q, scale)
+            if self.trained_length is not None:
+                seen = state.past.lengths.unsqueeze(-1) + self._seen(key_padding_mask, q.shape[2], q.device)
+                far_q = self._with_limit(far_q, seen, scale)
             if far is None:
                 q, k = far_q, F.pad(k, (0, far_q.shape[-1] - k.shape[-1]))
             else:  # columns of pairs inside the window, then of the others
@@ -212,18 +243,38 @@ class SwappedAttention(KeepsFloat32, CodebookAttention):
         return k.to(self.to_metric.dtype) @ self.to_metric
 
     @torch.no_grad()
-    def fit_(self, keys: Tensor, second_moment: Tensor, *, generator: torch.Generator | None = None) -> None:
-        """Fit the metric and the codes: keys (Hkv, N, D), second_moment (Hkv, D, D) = E[q qᵀ]."""
-        to_metric, from_metric = _roots(second_moment)
+    def fit_(
+        self,
+        keys: Tensor,
+        second_moment: Tensor,
+        *,
+        weight: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        """Fit the metric and the codes: keys (Hkv, N, D), second_moment (Hkv, D, D) = E[q qᵀ].
+
+        `weight` (Hkv, N) ≥ 0, default none: half of what codes are fitted to is every key once, half is keys in
+        proportion to it. All by weight would leave most keys without a code near them, for a few that it dwells on.
+        """
+        to_metric, from_metric = roots(second_moment)
         self.to_metric.copy_(to_metric)
         self.from_metric.copy_(from_metric)
         keys = self.in_metric(keys)
+        if weight is not None:
+            keys = torch.cat([keys, pick(keys, in_proportion(weight))], dim=1)
         self.codebook.initialize_(keys, generator=generator)
         codes, table = self.codebook.eval().quantize(keys.unsqueeze(0))
         self._learn_spread(keys.unsqueeze(0), codes, table, None)
         self.spread.copy_(self.spread_sum / self.spread_count.clamp(min=_FEW))
 
-    def _check_codes(self) -> None:
+    @torch.no_grad()
+    def settle_trained(self) -> None:
+        """Let the moving averages go on from codes and spread as they are now, trained by gradient."""
+        self.codebook.ema_sum.copy_(self.codebook.embedding * self.codebook.ema_count.unsqueeze(-1))
+        self.spread_sum.copy_(self.spread * self.spread_count)
+
+    def check_codes(self) -> None:
+        """Raises RuntimeError in eval mode without any codes."""
         if not self.training and not self.codebook._ready:
             raise RuntimeError(
                 "longvq attention: the codebook has no codes yet; call replace_attention with calibration=, run one "
@@ -237,11 +288,35 @@ class SwappedAttention(KeepsFloat32, CodebookAttention):
         group = self.num_heads // self.num_kv_heads
         from_metric = self.from_metric.repeat_interleave(group, dim=0) if group > 1 else self.from_metric
         square = (q.to(from_metric.dtype) @ from_metric).square().sum(-1, keepdim=True)  # ‖q'‖², (B, H, L, 1)
-        return torch.cat([q, (0.5 * scale / self.head_dim * square).to(q.dtype)], dim=-1)
+        gain = self.spread_gain[:, None, None]
+        return torch.cat([q, (0.5 * scale / self.head_dim * gain * square).to(q.dtype)], dim=-1)
 
-    def _spread_out(self, codebook: Tensor) -> Tensor:
-        # codebook (Hkv, S, D) with the same dimension.
-        return torch.cat([codebook, self.spread.unsqueeze(-1)], dim=-1) if self.variance_correction else codebook
+    def _spread_out(self, codebook: Tensor, spread: Tensor) -> Tensor:
+        # codebook (…, Hkv, S, D) with the same dimension; spread (…, Hkv, S).
+        return torch.cat([codebook, spread.unsqueeze(-1)], dim=-1) if self.variance_correction else codebook
+
+    def _seen(self, key_padding_mask: Tensor | None, length: int, device: torch.device) -> Tensor:
+        # Number of tokens up to and with each, (B or 1, L).
+        if key_padding_mask is None:
+            return torch.arange(1, length + 1, device=device).unsqueeze(0)
+        return (~key_padding_mask).cumsum(1)
+
+    def _with_limit(self, far_q: Tensor, seen: Tensor, scale: float) -> Tensor:
+        # far_q (B, H, L, F) with the dimension that weighs far keys by n / N where N > n.
+        limit = max(self.trained_length - self.window, 1)
+        weight = ((seen - self.window).to(self.to_metric.dtype) / limit).clamp(min=1).log() / -scale
+        return torch.cat([far_q, weight[:, None, :, None].expand(*far_q.shape[:3], 1).to(far_q.dtype)], dim=-1)
+
+    def _limited(self, codebook: Tensor) -> Tensor:
+        # codebook (…, Hkv, S, F) with the same dimension.
+        return codebook if self.trained_length is None else F.pad(codebook, (0, 1), value=1.0)
+
+    @torch.no_grad()
+    def _of_sequence(self, keys: Tensor, codes: Tensor, table: Tensor, key_padding_mask: Tensor | None) -> Tensor:
+        # Codewords (B, Hkv, S, D + 1) of each sequence by itself: its keys (B, Hkv, L, D) in the metric, their codes.
+        # Where a key has a gradient, `ops.vq_attention` gives it that of its code's mean.
+        means, spread = row_means(keys, codes, table, key_padding_mask)
+        return self._spread_out(means @ self.from_metric, spread)
 
     @torch.no_grad()
     def _learn_spread(self, keys: Tensor, codes: Tensor, table: Tensor, key_padding_mask: Tensor | None) -> None:
@@ -259,6 +334,7 @@ class SwappedAttention(KeepsFloat32, CodebookAttention):
     def settings(self) -> dict:
         """What it was made with, as JSON can hold it; a state dict carries it, for `load_replaced`."""
         names = ("num_heads", "num_kv_heads", "head_dim", "num_codes", "window", "local_keys", "variance_correction")
+        names += ("trained_length",)
         rotary = None if self.rotary is None else self.rotary.part
         return {**{name: getattr(self, name) for name in names}, "rotary": rotary, "linear_masks": self.linear_masks}
 
@@ -302,12 +378,7 @@ def settings_in(state: Tensor) -> dict:
         raise ValueError("longvq attention: the settings beside the codes can't be read; was the file cut?") from error
 
 
-def _roots(second_moment: Tensor, ridge: float = 1e-3) -> tuple[Tensor, Tensor]:
-    # M^½ and M^-½ of (H, D, D), scaled to mean eigenvalue 1; the ridge keeps directions that no query looked at.
-    moment = second_moment.double()
-    identity = torch.eye(moment.shape[-1], dtype=moment.dtype, device=moment.device)
-    size = moment.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
-    moment = torch.where(size > 0, moment / size.clamp(min=torch.finfo(moment.dtype).tiny), identity)
-    values, vectors = torch.linalg.eigh((1 - ridge) * moment + ridge * identity)
-    root = values.clamp(min=ridge).sqrt().unsqueeze(-2)  # (H, 1, D), over the columns of vectors
-    return (vectors * root) @ vectors.transpose(-1, -2), (vectors / root) @ vectors.transpose(-1, -2)
+def _of_codes(table: Tensor, codes: Tensor) -> Tensor:
+    # Rows of table (Hkv, S, F) at codes (B, Hkv, L) -> (B, Hkv, L, F)
+    rows = pick(table, codes.transpose(0, 1).flatten(1))
+    return rows.unflatten(1, (codes.shape[0], codes.shape[2])).transpose(0, 1)

@@ -24,6 +24,7 @@ def replace_attention(
     window: int = 64,
     local_keys: str = "exact",
     far_positions: str = "auto",
+    trained_length: int | None = None,
     filter_fn: Callable[[nn.Module, str], bool] | None = None,
     calibration: Iterable | None = None,
     strict: bool = True,
@@ -35,7 +36,9 @@ def replace_attention(
 
     Works on this instance only: Hugging Face transformers 5 models that use its attention interface, and
     `torch.nn.MultiheadAttention` wherever it sits. Projections, parameter names, dtype, device, mode and hooks stay.
-    Causality and padding come from the model. If anything raises, the model is as it was.
+    Causality and padding come from the model. If anything raises, the model is as it was. In bidirectional attention a
+    code stands for the mean of the sequence's own keys that chose it; in causal attention, where that would tell of the
+    future, for what it was fitted to.
 
     Args:
         model: the model, or any part of it.
@@ -46,6 +49,8 @@ def replace_attention(
             position is clamped to the window, and codes stand for keys without positions, so that lengths beyond
             training become usable; causal attention with exact local keys only. "rotated": codes stand for keys as they
             arrive. "auto" (default): "rectified" where that is possible; the report says which, and why.
+        trained_length: of rectified models, the longest sequence of their training, in tokens: in longer ones the keys
+            outside the window count together as much as they do there. Default the config's max_position_embeddings.
         filter_fn: `filter_fn(module, name) -> bool` chooses among the attention modules; default all. A later call can
             choose others, with other options; transformers' masks then stay dense.
         calibration: model inputs (each a tensor, a tuple of positional or a dict of keyword arguments) that the
@@ -54,8 +59,8 @@ def replace_attention(
         strict: True (default) raises if a chosen module can't be replaced; False skips it and reports why.
         dry_run: True only reports what would be done; calibration isn't run.
         backend: "auto" (default), "torch", "native" or "reference", see `ops.vq_attention`.
-        variance_correction: True (default) lets a code account for the spread of the keys it stands for; closer to the
-            original at the price of one more key dimension.
+        variance_correction: True (default) lets a code account for the spread of the keys it stands for, as far as that
+            helps each head on the calibration data; closer to the original at the price of one more key dimension.
 
     Returns:
         A report; `print(report)` shows a table, `report.restore()` puts the original attention back.
@@ -81,9 +86,11 @@ def replace_attention(
     """
     flags = {"strict": strict, "dry_run": dry_run, "variance_correction": variance_correction}
     num_codes, window = choosing.as_int("num_codes", num_codes, least=1), choosing.as_int("window", window, least=0)
+    if trained_length is not None:
+        trained_length = choosing.as_int("trained_length", trained_length, least=1)
     choosing.check_options(model, local_keys, far_positions, filter_fn, backend, flags)
     sites = find_sites(model)
-    positions.plan(model, sites, window, local_keys, far_positions)
+    positions.plan(model, sites, window, local_keys, far_positions, trained_length)
     chosen, skipped = choosing.choose_sites(model, sites, filter_fn, strict)
     if calibration is None and not dry_run:
         choosing.check_modes(chosen)
@@ -129,7 +136,8 @@ def _seam(site: Site, sizes: tuple[int, int, int], rotary: ClampedRotary | None,
         torch.inference_mode(False),
         torch.random.fork_rng(devices=[]),
     ):  # a new codebook draws random codes; the caller's generator stays as it is
-        return SwappedAttention(*sizes, dtype=dtype, rotary=copy.deepcopy(rotary), **options).to(device)
+        positions_of = {"rotary": copy.deepcopy(rotary), "trained_length": site.trained_length}
+        return SwappedAttention(*sizes, dtype=dtype, **positions_of, **options).to(device)
 
 
 def _calibrate_what_can_be(
@@ -156,6 +164,7 @@ def _calibrate(model: nn.Module, sites: list[Site], batches: list, options: dict
             site.name,
             rotary=site.rotary,
             may_stay_rotated=site.may_stay_rotated,
+            window=options["window"] if options["local_keys"] == "exact" else 0,
         )
         for site in sites
     ]
@@ -174,10 +183,13 @@ def _calibrate(model: nn.Module, sites: list[Site], batches: list, options: dict
         seams = []
         for site, recorder in zip(sites, recorders, strict=True):
             site.rotary, site.why_rotated = recorder.rotary, recorder.why_rotated or site.why_rotated
+            site.has_rotary &= recorder.has_positions
             seams.append(_seam(site, recorder.sizes, recorder.rotary, options))
         for recorder, seam in zip(recorders, seams, strict=True):
             calibrating.fit(recorder, seam)
         calibrating.run(model, batches, recorders)
+        for recorder in recorders:
+            recorder.choose_gains()
     finally:
         undo(records)
     return seams, {site.name: rec.errors() for site, rec in zip(sites, recorders, strict=True)}, keys

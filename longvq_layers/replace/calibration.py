@@ -7,9 +7,11 @@ import torch
 from torch import Tensor, nn
 
 from longvq_layers.replace._swapped import Call, Far, SwappedAttention
+from longvq_layers.replace.received import attention_received
 from longvq_layers.replace.rotary import ClampedRotary
 
 KEYS_PER_HEAD = 20_480  # kept per layer and head for k-means; more keys only cost time and memory
+GAINS = (1.0, 0.5, 0.25, 0.0)  # that are tried on the spread of the codes, per head
 SEED = 0x10C6  # calibration draws from generators of its own and leaves the global ones alone
 
 
@@ -24,8 +26,9 @@ class CallRefused(NotImplementedError):
 class Recorder(nn.Module):
     """Stands where a swapped attention will stand, while the model still uses its original attention.
 
-    It first collects keys and the second moment of the queries, then (once `candidate` is set) measures how far the
-    candidate's output is from the original one, on the same inputs.
+    It first collects keys, the attention they receive, and the second moment of the queries. Then (once `candidate` is
+    set) it measures on the same inputs how far the candidate's output is from the original one, with every gain on the
+    spread of the codes, and `choose_gains` keeps the best of each head.
 
     Args:
         original: the attention function that a transformers module would call by itself; None for
@@ -34,6 +37,7 @@ class Recorder(nn.Module):
         rotary: how the positions are to be taken off queries and keys; the first call settles whether it can be.
         may_stay_rotated: whether the positions stay where it can't be; else the call raises.
         keys_per_head: keys kept, a uniform sample of all that were seen.
+        window: in which keys are exact, so that the attention they receive there doesn't count. Default 0.
     """
 
     def __init__(
@@ -44,23 +48,27 @@ class Recorder(nn.Module):
         rotary: ClampedRotary | None = None,
         may_stay_rotated: bool = False,
         keys_per_head: int = KEYS_PER_HEAD,
+        window: int = 0,
     ) -> None:
         super().__init__()
         self.original = original
         self.name = name
         self.rotary, self.may_stay_rotated = rotary, may_stay_rotated
         self.why_rotated: str | None = None
+        self.has_positions = True  # until a call shows that its keys don't depend on them
         self._call = Call()
         self.batch = 0  # the calibration input that is being run, for errors
         self.candidate: list[SwappedAttention] = []  # in a list: not a submodule
-        self._limit = keys_per_head
+        self._limit, self._window = keys_per_head, window
         self._generator = torch.Generator().manual_seed(SEED)
         self._rank = torch.empty(0)  # (N,) random rank of each kept token; the lowest stay: a uniform sample
         self.sizes: tuple[int, int, int] | None = None  # H, Hkv, D
         self.keys: Tensor | None = None  # (Hkv, N, D)
+        self.weight: Tensor | None = None  # (Hkv, N) attention that each key receives
         self.moment: Tensor | None = None  # (Hkv, D, D) float64, sum of q qᵀ
         self.queries = 0  # per key-value head
-        self._sums = {"output": 0.0, "output_error": 0.0, "key_error": 0.0, "keys": 0}
+        self._sums = {"output": 0.0, "key_error": 0.0, "keys": 0}
+        self._output_errors: Tensor | float = 0.0  # (gains, H) float64, square errors
         self._key_square = self._key_sum = 0.0
 
     @contextlib.contextmanager
@@ -106,7 +114,8 @@ class Recorder(nn.Module):
             self._measure(q, k, v, output, real, far=far, causal=causal, scale=scale)
         else:
             self.sizes = (q.shape[1], k.shape[1], k.shape[3])
-            self._collect(*((q, k) if far is None else far), real)
+            received = attention_received(q, k, real, window=self._window, causal=causal, scale=scale)
+            self._collect(*((q, k) if far is None else far), received, real)
 
     def errors(self) -> tuple[float, float]:
         """Share of the keys' variance that the codes miss, and relative error of the attention output."""
@@ -114,8 +123,15 @@ class Recorder(nn.Module):
         count = max(sums["keys"], 1)
         variance = (self._key_square - self._key_sum.square() / count).sum().item() if sums["keys"] else 0.0
         key_error = 0.0 if variance <= 0 else sums["key_error"] / variance  # NaN stays NaN
-        output_error = 0.0 if sums["output"] == 0 else (sums["output_error"] / sums["output"]) ** 0.5
-        return key_error, output_error
+        error = self._output_errors.amin(0).sum().item() if sums["keys"] else 0.0
+        return key_error, 0.0 if sums["output"] == 0 else (error / sums["output"]) ** 0.5
+
+    @torch.no_grad()
+    def choose_gains(self) -> None:
+        """Give every head of the candidate the gain that was nearest to the original; without one, leave it."""
+        gain = self.candidate[0].spread_gain
+        if isinstance(self._output_errors, Tensor) and len(self._output_errors) > 1:
+            gain.copy_(gain.new_tensor(GAINS)[self._output_errors.argmin(0).to(gain.device)])
 
     def _check_finite(self, real: Tensor, **tensors: Tensor) -> None:
         for what, x in tensors.items():
@@ -125,26 +141,31 @@ class Recorder(nn.Module):
                     f"{self.name or 'the model itself'}; check this input and the weights"
                 )
 
-    def _collect(self, q: Tensor, k: Tensor, real: Tensor) -> None:
+    def _collect(self, q: Tensor, k: Tensor, received: Tensor, real: Tensor) -> None:
         keys = k.transpose(0, 1)[:, real].to(torch.promote_types(k.dtype, torch.float32))  # (Hkv, N, D)
         group = q.shape[1] // k.shape[1]
         queries = q.unflatten(1, (k.shape[1], group)).permute(1, 0, 3, 2, 4)[:, real].flatten(1, 2).double()
         moment = queries.transpose(1, 2) @ queries
         self.moment = moment if self.moment is None else self.moment + moment
         self.queries += queries.shape[1]
+        weight = received.transpose(0, 1)[:, real]  # (Hkv, N)
         rank = torch.rand(keys.shape[1], generator=self._generator)
         if self.keys is not None:
             keys, rank = torch.cat([self.keys, keys], dim=1), torch.cat([self._rank, rank])
+            weight = torch.cat([self.weight, weight], dim=1)
         if rank.numel() > self._limit:
             rank, kept = rank.topk(self._limit, largest=False)
-            keys = keys[:, kept.to(keys.device)]
-        self.keys, self._rank = keys, rank
+            keys, weight = keys[:, kept.to(keys.device)], weight[:, kept.to(keys.device)]
+        self.keys, self.weight, self._rank = keys, weight, rank
 
     def _measure(self, q, k, v, output, real: Tensor, *, far: Far | None, causal: bool, scale: float | None) -> None:
         candidate = self.candidate[0]
-        swapped = candidate(q, k, v, ~real, far=far, causal=causal, scale=scale)
-        rows = real[:, None, :, None]
-        self._sums["output_error"] += ((swapped - output) * rows).double().square().sum().item()
+        rows, errors = real[:, None, :, None], []
+        for gain in GAINS if candidate.variance_correction else GAINS[:1]:
+            candidate.spread_gain.fill_(gain)
+            swapped = candidate(q, k, v, ~real, far=far, causal=causal, scale=scale)
+            errors.append(((swapped - output) * rows).double().square().sum((0, 2, 3)))
+        self._output_errors = self._output_errors + torch.stack(errors)
         self._sums["output"] += (output * rows).double().square().sum().item()
         keys = candidate.in_metric(k if far is None else far[1])  # (B, Hkv, L, D)
         codes = candidate.codebook(keys, ~real)
@@ -157,7 +178,7 @@ class Recorder(nn.Module):
         self._key_sum = self._key_sum + (keys * mask).sum(1)
 
 
-def check_iterable(calibration: Iterable) -> None:
+def check_iterable(calibration: Iterable, what: str = "replace_attention: calibration") -> None:
     """Check the type of the calibration inputs as a whole, without taking any.
 
     Raises:
@@ -165,27 +186,25 @@ def check_iterable(calibration: Iterable) -> None:
     """
     if isinstance(calibration, (Tensor, Mapping, str)) or not isinstance(calibration, Iterable):
         raise TypeError(
-            f"replace_attention: calibration: got {type(calibration).__name__}, expected an iterable of model inputs; "
-            "wrap one input in a list: calibration=[batch]"
+            f"{what}: got {type(calibration).__name__}, expected an iterable of model inputs; wrap one input in a "
+            f"list: {what.split()[-1]}=[batch]"
         )
 
 
-def as_batches(calibration: Iterable) -> list:
-    """The calibration inputs as a list, checked.
+def as_batches(calibration: Iterable, what: str = "replace_attention: calibration") -> list:
+    """The inputs as a list, checked; `what` they are, for errors.
 
     Raises:
         TypeError: an input that is no tensor, tuple or dict. ValueError: none at all.
     """
     batches = list(calibration)
     if not batches:
-        raise ValueError(
-            "replace_attention: calibration: got no input, expected at least one; is it a used-up iterator?"
-        )
+        raise ValueError(f"{what}: got no input, expected at least one; is it a used-up iterator?")
     for batch in batches:
         if not isinstance(batch, (Tensor, tuple, list, Mapping)):
             raise TypeError(
-                f"replace_attention: calibration: got an input of type {type(batch).__name__}, expected a tensor, a "
-                "tuple of positional arguments or a dict of keyword arguments"
+                f"{what}: got an input of type {type(batch).__name__}, expected a tensor, a tuple of positional "
+                "arguments or a dict of keyword arguments"
             )
     return batches
 
@@ -209,8 +228,9 @@ def fit(recorder: Recorder, seam: SwappedAttention) -> None:
     generator = torch.Generator(device=recorder.keys.device).manual_seed(SEED)
     with torch.inference_mode(False):  # clones of inference tensors are ordinary ones here
         moment = recorder.moment.clone() / max(recorder.queries, 1)
-        seam.fit_(recorder.keys.clone(), moment, generator=generator)
-    recorder.keys = None
+        weight = None if recorder.weight is None else recorder.weight.clone()
+        seam.fit_(recorder.keys.clone(), moment, weight=weight, generator=generator)
+    recorder.keys = recorder.weight = None
     recorder.candidate = [seam.eval()]
 
 

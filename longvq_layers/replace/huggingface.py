@@ -59,10 +59,11 @@ class Installed:
                 # The dict form: the setter would otherwise write into sub-configs, which other models may share.
                 ours._attn_implementation = {"": NAME}
             self.configs.append((site.module, config))
+            eager = config._attn_implementation == "eager"
             site.module.config = copies[id(config)]
             self.attached.append(site.module)
             site.module.longvq = seam
-            site.module.register_forward_pre_hook(calls.NoteCall(site.module), with_kwargs=True)
+            site.module.register_forward_pre_hook(calls.NoteCall(site.module, eager=eager), with_kwargs=True)
         for module, config in _sharing(model, sites, self.configs) if masks else ():
             self.configs.append((module, config))
             module.config = copies[id(config)]
@@ -128,6 +129,8 @@ def _attend(
     layer = call.cache_layer
     q_len, k_len = query.shape[2], key.shape[2] + (0 if layer is None else layer.positions)
     says = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    if call.eager and attention_mask is None:
+        says = False  # the eager attention goes by masks alone, whatever the module says of itself
     causal, padding = read_mask(attention_mask, causal=bool(says), q_len=q_len, k_len=k_len)
     if padding is not None and padding.shape[0] != query.shape[0]:
         padding = padding.expand(query.shape[0], -1)
@@ -136,6 +139,10 @@ def _attend(
             f"longvq attention: got {q_len} queries for {k_len} keys in {'causal' if causal else 'bidirectional'} "
             "attention; expected as many keys as queries (with a cache: more keys, causal). Cross-attention and "
             "prefixes can't be replaced; leave them out with filter_fn="
+        )
+    if value.shape[1] != key.shape[1]:
+        raise NotImplementedError(
+            f"longvq attention: got values of {value.shape[1]} heads for keys of {key.shape[1]}; expected as many"
         )
     far = None
     if call.rotation is not None:
@@ -164,7 +171,8 @@ def _attend(
     if layer is not None:
         layer.positions += q_len
         padding = None if padding is None else padding[:, -q_len:]
-        return seam.step(query, key, value, layer.state, padding, far=far, scale=scaling).transpose(1, 2), None
+        output = seam.step(query, key, value, layer.state, padding, far=far, scale=scaling)
+        return output.transpose(1, 2).contiguous(), None
     if q_len < k_len:  # the queries are the last positions; the earlier rows are computed and dropped
         query = torch.cat([query.new_zeros(*query.shape[:2], k_len - q_len, query.shape[3]), query], dim=2)
     output = seam(query, key, value, padding, far=far, causal=causal, scale=scaling)
@@ -251,7 +259,7 @@ def _sizes(module: nn.Module) -> tuple[int, int, int] | None:
 
 
 def _first(owners: tuple, names: tuple[str, ...]) -> int | None:
-    values = (getattr(owner, name, None) for owner in owners for name in names)
+    values = (_value(owner, name) for owner in owners for name in names)
     return next((value for value in values if isinstance(value, int) and not isinstance(value, bool)), None)
 
 
@@ -274,3 +282,10 @@ def _uses_masks(module: nn.Module, replaced: set[int]) -> bool:
         return True
     looks_like_attention = "atten" in type(module).__name__.lower() and not _is_pretrained(module)
     return looks_like_attention and not any(id(child) in replaced for child in module.modules())
+
+
+def _value(owner: object, name: str) -> object:
+    try:
+        return getattr(owner, name, None)
+    except RuntimeError:  # of a config whose layers differ in it
+        return None

@@ -45,6 +45,20 @@ class VQCacheLayer(CacheLayerMixin):
         self.state = self.attention.initial_state(key_states.shape[0], value_states.shape[-1])
         self.is_initialized = True
 
+    @property
+    def keys(self) -> Tensor:
+        """Refused: a model that reads the keys or values of its cache, or counts them, would find none."""
+        raise NotImplementedError(
+            f"longvq attention: the model looks for keys in its cache, but {_KEEPS}; call it with use_cache=False, or "
+            "restore_attention(model)"
+        )
+
+    @keys.setter
+    def keys(self, value: None) -> None:
+        pass  # what every layer of a cache is initialised with
+
+    values = keys
+
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
         """The new keys and values alone: the attention adds them to the state itself.
 

@@ -5,11 +5,13 @@ import inspect
 import torch
 from torch import Tensor, nn
 
+from longvq_layers.replace import huggingface_refusals as refusals
 from longvq_layers.replace._swapped import Call, SwappedAttention
 from longvq_layers.replace.calibration import Recorder
 from longvq_layers.replace.rotary import EMBEDDINGS
 
 _NAME = "longvq"
+_FILLED = "filled"  # in place of a cache layer that was attended with
 _CACHES = ("cache", "past_key_values", "past_key_value", "layer_past")
 
 
@@ -17,11 +19,14 @@ class NoteCall:
     """Forward pre-hook of a replaced module: notes each call, for `taken`.
 
     Args:
-        module: the module; only the names of its arguments are kept.
+        module: the module; only what is known of its class is kept.
+        eager: whether its own attention is transformers' eager one.
     """
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, *, eager: bool) -> None:
         self.names = tuple(inspect.signature(inspect.unwrap(type(module).forward)).parameters)[1:]
+        self.eager = eager
+        self.needs_keys = refusals.needs_keys(module) is not None
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         """Raises NotImplementedError for positions that can't be taken off, ValueError where they are missing."""
@@ -35,8 +40,8 @@ class NoteCall:
             raise ValueError(
                 f"longvq attention: {EMBEDDINGS}: got None, expected (cos, sin) as codes have no positions"
             )
-        layer = _cache_layer(module, seam, given)
-        seam._call = Call(None if seam.rotary is None else rotation, layer)
+        layer = None if self.needs_keys else _cache_layer(module, seam, given)
+        seam._call = Call(None if seam.rotary is None else rotation, layer, self.eager)
 
 
 def _cache_layer(module: nn.Module, seam: nn.Module, given: dict) -> object | None:
@@ -53,9 +58,18 @@ def _cache_layer(module: nn.Module, seam: nn.Module, given: dict) -> object | No
 
 
 def taken(seam: nn.Module) -> Call:
-    """The call that is going on, once."""
+    """The call that is going on.
+
+    Raises:
+        NotImplementedError: a second attention within one call, with a cache that the first has filled already.
+    """
     call = seam._call
-    seam._call = Call()
+    if call.cache_layer is _FILLED:
+        raise NotImplementedError(
+            "longvq attention: this module attends more than once with each key, which a cache of constant size can't "
+            "serve; call it with use_cache=False"
+        )
+    seam._call = Call(call.rotation, None if call.cache_layer is None else _FILLED, call.eager)
     return call
 
 
@@ -80,7 +94,7 @@ def _settle(module: nn.Module, seam: nn.Module, given: dict) -> None:
             _keys(module, given, (torch.ones_like(cos), sin.new_zeros(sin.shape))),
         )
         if torch.equal(rotated, plain) and bool((sin != 0).any()):
-            seam.rotary = None  # a layer without positions
+            seam.rotary, seam.has_positions = None, False
             return
         if seam.rotary.settle(rotated, plain, cos, sin):
             return

