@@ -22,6 +22,7 @@ def attention_entropy(
     key_padding_mask: Tensor | None = None,
     *,
     cu_seqlens: Tensor | None = None,
+    far: tuple[Tensor, Tensor] | None = None,
     causal: bool | None = None,
     scale: float | None = None,
     queries: int = 64,
@@ -40,6 +41,7 @@ def attention_entropy(
         k: (B, Hkv, L, D).
         key_padding_mask: (B, L) bool, True = ignore.
         cu_seqlens: (N+1,) int32, offsets of documents in one row, see `ops.vq_attention`. Default none.
+        far: of swapped attention, what stands for q and k outside the window. Default q and k themselves.
         causal, scale: of this call, default those of `attention`.
         queries: how many rows at most over the batch, default 64.
 
@@ -56,13 +58,18 @@ def attention_entropy(
     scale = width**-0.5 if scale is None else scale
     taken = min(batch, _SEQUENCES, queries)
     rows = torch.arange(taken, device=q.device) * batch // taken
+    far_q, far_k = (x[rows] for x in ((q, k) if far is None else far))
     q, k = q[rows], k[rows]
     ignored = q.new_zeros(taken, length, dtype=torch.bool) if key_padding_mask is None else key_padding_mask[rows]
     at, valid = _positions(ignored, min(length, queries // taken))  # (P R)
     with no_autocast(q.device):
         precise = torch.promote_types(q.dtype, torch.float32)
-        q = q.gather(2, at[:, None, :, None].expand(-1, heads, -1, width)).to(precise)  # (P H R D)
-        near, far = _scores(attention, q, k.to(precise), scale)  # (P H R L) both, before the scale
+        q, far_q = (x.gather(2, at[:, None, :, None].expand(-1, heads, -1, width)).to(precise) for x in (q, far_q))
+        k, far_k = k.to(precise), far_k.to(precise)
+        near, far = _scores(attention, (q, k), (far_q, far_k), ignored, causal, scale)  # (P H R L), before the scale
+        if hasattr(attention, "far_log_weight"):
+            seen = (~ignored).cumsum(1).gather(1, at)  # (P R)
+            far = far + attention.far_log_weight(seen)[:, None, :, None] / scale
         i, j = at.unsqueeze(-1), torch.arange(length, device=q.device)
         allowed = ~ignored.unsqueeze(1) & ((j <= i) if causal else torch.ones_like(j <= i))  # (P R L)
         if cu_seqlens is not None:
@@ -94,21 +101,28 @@ def _positions(ignored: Tensor, number: int) -> tuple[Tensor, Tensor]:
     return order.gather(1, slot), slot < present
 
 
-def _scores(attention: CodebookAttention | DenseAttention, q: Tensor, k: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    # q (P, H, R, D), k (P, Hkv, L, D) -> q·k̃ inside and outside of the window (P, H, R, L)
+def _scores(
+    attention: CodebookAttention | DenseAttention,
+    near: tuple[Tensor, Tensor],
+    far: tuple[Tensor, Tensor],
+    ignored: Tensor,
+    causal: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    # q (P, H, R, D) and k (P, Hkv, L, D) inside and outside of the window, ignored (P, L) -> q·k̃ of both (P, H, R, L)
+    (q, k), (far_q, far_k) = near, far
     group = q.shape[1] // k.shape[1]
     if isinstance(attention, DenseAttention):
         exact = q @ k.repeat_interleave(group, dim=1).transpose(2, 3)
         return exact, exact
-    book = attention.codebook
-    table = book.embedding  # learning moves the averages at once, but the codes only in the next call
-    swapped = hasattr(attention, "in_metric")
-    keys = attention.in_metric(k) if swapped else k
-    codes = ops.vq_assign(keys.to(table.dtype), table, backend=book.backend)  # (P Hkv L)
-    if swapped:
-        q, k, table = attention._corrected(q, k, table @ attention.from_metric, scale)
-    codes, table = codes.repeat_interleave(group, dim=1), table.to(q.dtype).repeat_interleave(group, dim=0)
-    far = (q @ table.transpose(1, 2)).gather(3, codes.unsqueeze(2).expand(-1, -1, q.shape[2], -1))
+    if hasattr(attention, "far_scores"):  # the attention of a swapped model, whose codes are in a metric of their own
+        far = attention.far_scores(far_q, far_k, ignored, causal=causal, scale=scale)
+    else:
+        book = attention.codebook
+        table = book.embedding  # learning moves the averages at once, but the codes only in the next call
+        codes = ops.vq_assign(k.to(table.dtype), table, backend=book.backend)  # (P Hkv L)
+        codes, table = codes.repeat_interleave(group, dim=1), table.to(q.dtype).repeat_interleave(group, dim=0)
+        far = (q @ table.transpose(1, 2)).gather(3, codes.unsqueeze(2).expand(-1, -1, q.shape[2], -1))
     if attention.local_keys == "quantized":
         return far, far
     return q @ k.repeat_interleave(group, dim=1).transpose(2, 3), far

@@ -156,10 +156,7 @@ class SwappedAttention(KeepsFloat32, CodebookAttention):
             learning = self.training and not self.codebook.frozen and not recomputing()
             if learning:
                 self.spread.copy_(self.spread_sum / self.spread_count.clamp(min=_FEW))
-            if causal:
-                codebook = self._spread_out(table @ self.from_metric, self.spread)
-            else:
-                codebook = self._of_sequence(keys, codes, table, key_padding_mask)
+            codebook = self._codewords(keys, codes, table, key_padding_mask, causal)
             far_q = self._with_spread(far_q, scale)
             if self.trained_length is not None:
                 seen = self._seen(key_padding_mask, q.shape[2], q.device)
@@ -238,6 +235,19 @@ class SwappedAttention(KeepsFloat32, CodebookAttention):
                 backend=self.backend,
             )
 
+    @torch.no_grad()
+    def far_scores(
+        self, q: Tensor, k: Tensor, key_padding_mask: Tensor | None = None, *, causal: bool, scale: float
+    ) -> Tensor:
+        """What stands for q·k outside the window: q (B, H, R, D), k (B, Hkv, L, D) -> (B, H, R, L), not yet scaled."""
+        keys, table = self.in_metric(k), self.codebook.embedding
+        codes = ops.vq_assign(keys, table, backend=self.backend)
+        codebook = self._codewords(keys, codes, table, key_padding_mask, causal).expand(len(q), -1, -1, -1)
+        group = self.num_heads // self.num_kv_heads
+        codes, codebook = (x.repeat_interleave(group, dim=1) for x in (codes, codebook))
+        scores = self._with_spread(q, scale) @ codebook.to(q.dtype).transpose(-1, -2)  # (B, H, R, S)
+        return scores.gather(3, codes.unsqueeze(2).expand(-1, -1, q.shape[2], -1))
+
     def in_metric(self, k: Tensor) -> Tensor:
         """k' = k M^½ in the dtype of the codebook: (B, Hkv, L, D) -> the same shape."""
         return k.to(self.to_metric.dtype) @ self.to_metric
@@ -295,6 +305,13 @@ class SwappedAttention(KeepsFloat32, CodebookAttention):
         # codebook (…, Hkv, S, D) with the same dimension; spread (…, Hkv, S).
         return torch.cat([codebook, spread.unsqueeze(-1)], dim=-1) if self.variance_correction else codebook
 
+    def far_log_weight(self, seen: Tensor) -> Tensor:
+        """What is added to the scores of far keys: seen (B, L), tokens up to and with each query -> (B, L), at most 0."""
+        if self.trained_length is None:
+            return torch.zeros_like(seen, dtype=self.to_metric.dtype)
+        limit = max(self.trained_length - self.window, 1)
+        return -((seen - self.window).to(self.to_metric.dtype) / limit).clamp(min=1).log()
+
     def _seen(self, key_padding_mask: Tensor | None, length: int, device: torch.device) -> Tensor:
         # Number of tokens up to and with each, (B or 1, L).
         if key_padding_mask is None:
@@ -303,13 +320,18 @@ class SwappedAttention(KeepsFloat32, CodebookAttention):
 
     def _with_limit(self, far_q: Tensor, seen: Tensor, scale: float) -> Tensor:
         # far_q (B, H, L, F) with the dimension that weighs far keys by n / N where N > n.
-        limit = max(self.trained_length - self.window, 1)
-        weight = ((seen - self.window).to(self.to_metric.dtype) / limit).clamp(min=1).log() / -scale
-        return torch.cat([far_q, weight[:, None, :, None].expand(*far_q.shape[:3], 1).to(far_q.dtype)], dim=-1)
+        weight = self.far_log_weight(seen)[:, None, :, None] / scale
+        return torch.cat([far_q, weight.expand(*far_q.shape[:3], 1).to(far_q.dtype)], dim=-1)
 
     def _limited(self, codebook: Tensor) -> Tensor:
         # codebook (…, Hkv, S, F) with the same dimension.
         return codebook if self.trained_length is None else F.pad(codebook, (0, 1), value=1.0)
+
+    def _codewords(self, keys: Tensor, codes: Tensor, table: Tensor, key_padding_mask: Tensor | None, causal: bool):
+        # (Hkv, S, D + 1) for all, or (B, Hkv, S, D + 1) for each sequence
+        if causal:
+            return self._spread_out(table @ self.from_metric, self.spread)
+        return self._of_sequence(keys, codes, table, key_padding_mask)
 
     @torch.no_grad()
     def _of_sequence(self, keys: Tensor, codes: Tensor, table: Tensor, key_padding_mask: Tensor | None) -> Tensor:

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaModel
 
 from longvq_layers import replace_attention
 from longvq_layers.health import Monitor, attention_entropy
@@ -131,3 +132,27 @@ def test_swapped_attention_is_recorded_with_its_own_arguments():
     (reading,) = monitor.entropy.values()
     assert reading.calls == 1
     assert torch.allclose(torch.tensor(reading.last), expected, atol=1e-4)
+
+
+def test_rotary_attention_without_far_positions_is_recorded_too():
+    sizes = {"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 48}
+    model = LlamaModel(LlamaConfig(**sizes, num_hidden_layers=1, vocab_size=50, max_position_embeddings=20)).eval()
+    ids = torch.randint(3, 50, (2, 60))
+    replace_attention(model, num_codes=120, window=6, calibration=[ids], variance_correction=False)
+    seam, seen = model.layers[0].self_attn.longvq, {}
+
+    def note(module, args, kwargs):
+        seen.update(dict(zip(("q", "k", "v"), args, strict=False)), far=kwargs["far"], scale=kwargs["scale"])
+
+    seam.register_forward_pre_hook(note, with_kwargs=True)
+    with Monitor(model, queries=1000) as monitor, torch.no_grad():
+        model(ids, use_cache=False)
+    (reading,) = monitor.entropy.values()
+    q, far_q = seen["q"], seen["far"][0]
+    k, far_k = (x.repeat_interleave(2, dim=1) for x in (seen["k"], seen["far"][1]))  # as many codes as keys: exact
+    distance, count = torch.arange(60)[:, None] - torch.arange(60), torch.arange(1, 61.0)
+    drowned = (14 / (count - 6).clamp(min=1)).clamp(max=1).log()[:, None]  # far keys count as in 20 tokens at most
+    scores = torch.where(distance < 6, seen["scale"] * q @ k.mT, seen["scale"] * far_q @ far_k.mT + drowned)
+    weight = scores.masked_fill(distance < 0, -torch.inf).softmax(-1)
+    entropy = (torch.special.entr(weight).sum(-1) / count.clamp(min=2).log())[:, :, 1:]  # the first sees one key
+    assert torch.allclose(torch.tensor(reading.last), entropy.mean((0, 2)), atol=1e-3)
