@@ -1,9 +1,9 @@
 """A rotary model beyond its training length: a byte Llama with its own attention, a window alone, and replaced.
 
 Trains the model (4 layers, width 192, grouped queries, 512 bytes of source at a time; kept in --model), replaces its
-attention with every setting, and prints bits per byte of the last 256 bytes of texts of several lengths. Then trains
-the replaced model and the one with a window alone for a few minutes on longer texts that ask, beyond the window, for a
-word that stood at the front, one of 16, and prints what they know of it. Writes results.csv and llama.png.
+attention with every setting, and prints bits per byte of the last 256 bytes of texts of several lengths. With
+--fine-tune it then trains the replaced model and the one with a window alone on longer texts that ask, beyond the
+window, for a word that stood at the front, one of 16, and prints what they know of it. Writes results.csv and a plot.
 """
 
 import argparse
@@ -40,7 +40,7 @@ class Row:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", type=Path, default=Path("byte_llama"), metavar="DIR", help="default %(default)s")
     parser.add_argument("--steps", type=int, default=1200, help="of training the model, default %(default)s")
-    parser.add_argument("--fine-tune", type=int, default=300, metavar="N", help="steps, 0: none; default %(default)s")
+    parser.add_argument("--fine-tune", type=int, default=0, metavar="N", help="steps, default none")
     lengths = [512, 2048, 4096]
     parser.add_argument("--lengths", type=int, nargs="+", default=lengths, metavar="L", help="default %(default)s")
     parser.add_argument("--texts", type=int, default=32, help="of each length, default %(default)s")

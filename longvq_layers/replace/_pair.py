@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from longvq_layers.replace._swapped import Call, Far, SwappedAttention
+from longvq_layers.replace._calls import Call, Far
+from longvq_layers.replace._swapped import SwappedAttention
 
 _SEAM = "longvq"
 

@@ -1,9 +1,5 @@
 """The module that a swapped attention carries: its codebook, the metric it was fitted in, and how to attend."""
 
-import json
-from dataclasses import dataclass
-from typing import NamedTuple
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -14,46 +10,16 @@ from longvq_layers.layers._context import no_autocast, recomputing
 from longvq_layers.layers._kmeans import code_sums, pick
 from longvq_layers.layers._precision import KeepsFloat32, storage_dtype
 from longvq_layers.layers.codebook_attention import CodebookAttention
+from longvq_layers.replace._calls import Call, Far, SwappedState
 from longvq_layers.replace._metric import in_proportion, roots
 from longvq_layers.replace._rows import row_means, vq_attention_by_row
+from longvq_layers.replace._settings import CarriesSettings
 from longvq_layers.replace.rotary import ClampedRotary
 
 _FEW = 1e-6  # keys; below it a code has no spread yet
-Far = tuple[Tensor, Tensor]  # queries and keys of pairs outside the window
 
 
-@dataclass(eq=False)
-class SwappedState:
-    """The past of a batch of sequences, and the codebook as the scores see it, which stays the same."""
-
-    past: ops.VQAttentionState
-    codebook: Tensor
-
-    @property
-    def nbytes(self) -> int:
-        """Memory of the past, in bytes; the same at every length."""
-        return self.past.nbytes
-
-    def index_select(self, rows: Tensor) -> "SwappedState":
-        """The state of those rows."""
-        return SwappedState(self.past.index_select(rows), self.codebook)
-
-
-class Call(NamedTuple):
-    """What an attention module was called with beyond what its attention function is told.
-
-    Attributes:
-        rotation: (cos, sin) that its queries and keys are rotated with, or None.
-        cache_layer: the `VQCacheLayer` to attend with, or None.
-        eager: whether the original is transformers' eager attention, which sees the future where there is no mask.
-    """
-
-    rotation: tuple[Tensor, Tensor] | None = None
-    cache_layer: object | None = None
-    eager: bool = False
-
-
-class SwappedAttention(KeepsFloat32, CodebookAttention):
+class SwappedAttention(KeepsFloat32, CarriesSettings, CodebookAttention):
     """Attention over quantised keys whose codes were fitted in the metric of the queries.
 
         M = E[q qᵀ] per key-value head,  k' = k M^½,  z_j = argmin_s ‖k'_j − C'_s‖²,  C = C' M^-½
@@ -306,7 +272,7 @@ class SwappedAttention(KeepsFloat32, CodebookAttention):
         return torch.cat([codebook, spread.unsqueeze(-1)], dim=-1) if self.variance_correction else codebook
 
     def far_log_weight(self, seen: Tensor) -> Tensor:
-        """What is added to the scores of far keys: seen (B, L), tokens up to and with each query -> (B, L), at most 0."""
+        """What far keys have added to their scores: seen (B, L), tokens up to and with each query -> (B, L), ≤ 0."""
         if self.trained_length is None:
             return torch.zeros_like(seen, dtype=self.to_metric.dtype)
         limit = max(self.trained_length - self.window, 1)
@@ -353,32 +319,6 @@ class SwappedAttention(KeepsFloat32, CodebookAttention):
         self.spread_sum.lerp_(sums, 1 - self.codebook.decay)
         self.spread_count.lerp_(counts, 1 - self.codebook.decay)
 
-    def settings(self) -> dict:
-        """What it was made with, as JSON can hold it; a state dict carries it, for `load_replaced`."""
-        names = ("num_heads", "num_kv_heads", "head_dim", "num_codes", "window", "local_keys", "variance_correction")
-        names += ("trained_length",)
-        rotary = None if self.rotary is None else self.rotary.part
-        return {**{name: getattr(self, name) for name in names}, "rotary": rotary, "linear_masks": self.linear_masks}
-
-    def get_extra_state(self) -> Tensor:
-        """The settings as text in a tensor, which every format of checkpoints can hold."""
-        return torch.tensor(list(json.dumps(self.settings()).encode()), dtype=torch.uint8)
-
-    def set_extra_state(self, state: Tensor) -> None:
-        """Refuse codes that were made with other settings: ValueError."""
-        theirs = settings_in(state)
-        if self.rotary is not None and self.rotary.part is None:  # no call has told yet
-            self.rotary.part = theirs.get("rotary")
-        mine = self.settings()
-        differ = {name: (theirs.get(name), value) for name, value in mine.items() if theirs.get(name) != value}
-        differ.pop("linear_masks", None)  # says how a model calls it, not what it does
-        if differ:
-            raise ValueError(
-                "longvq attention: the codes to be loaded were made with other settings: "
-                + ", ".join(f"{name}={theirs!r}, here {mine!r}" for name, (theirs, mine) in differ.items())
-                + "; use load_replaced on a model that isn't replaced yet"
-            )
-
     def __getstate__(self) -> dict:
         return {**super().__getstate__(), "_call": Call()}
 
@@ -386,18 +326,6 @@ class SwappedAttention(KeepsFloat32, CodebookAttention):
         parts = [f"{self.num_heads}, {self.num_kv_heads}, {self.head_dim}", f"num_codes={self.num_codes}"]
         parts += [f"window={self.window}", f"local_keys={self.local_keys!r}", f"backend={self.backend!r}"]
         return ", ".join(parts)
-
-
-def settings_in(state: Tensor) -> dict:
-    """The settings in what `SwappedAttention.get_extra_state` gave.
-
-    Raises:
-        ValueError: it is something else.
-    """
-    try:
-        return dict(json.loads(bytes(state.to("cpu", torch.uint8).tolist())))
-    except (AttributeError, RuntimeError, TypeError, ValueError) as error:
-        raise ValueError("longvq attention: the settings beside the codes can't be read; was the file cut?") from error
 
 
 def _of_codes(table: Tensor, codes: Tensor) -> Tensor:

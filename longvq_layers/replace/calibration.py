@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
-from longvq_layers.replace._swapped import Call, Far, SwappedAttention
+from longvq_layers.replace._calls import Call, Far
+from longvq_layers.replace._swapped import SwappedAttention
 from longvq_layers.replace.received import attention_received
 from longvq_layers.replace.rotary import ClampedRotary
 

@@ -75,7 +75,7 @@ def distill_attention(
         >>> layer = torch.nn.TransformerEncoderLayer(32, 4, batch_first=True).eval()
         >>> data = [torch.randn(2, 100, 32) for _ in range(4)]
         >>> _ = replace_attention(layer, num_codes=16, window=8, calibration=data)
-        >>> report = distill_attention(layer, data, steps=10, evaluate_every=5)
+        >>> report = distill_attention(layer, data, steps=20, evaluate_every=5, projections=True)
         >>> report.after["self_attn"] < report.before["self_attn"]
         True
 

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 
-from longvq_layers.replace._swapped import SwappedAttention, SwappedState
+from longvq_layers.replace._calls import SwappedState
+from longvq_layers.replace._swapped import SwappedAttention
 
 _KEEPS = "a cache of constant size keeps sums over its past, not the tokens"
 

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from longvq_layers.replace import huggingface_refusals as refusals
-from longvq_layers.replace._swapped import Call, SwappedAttention
+from longvq_layers.replace._calls import Call
+from longvq_layers.replace._swapped import SwappedAttention
 from longvq_layers.replace.calibration import Recorder
 from longvq_layers.replace.rotary import EMBEDDINGS
 

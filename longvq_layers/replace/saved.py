@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from longvq_layers.replace import choosing
+from longvq_layers.replace._settings import settings_in
 from longvq_layers.replace._site import Site
-from longvq_layers.replace._swapped import SwappedAttention, settings_in
+from longvq_layers.replace._swapped import SwappedAttention
 from longvq_layers.replace.installation import Replacement, find_sites, install, undo_on_error
 from longvq_layers.replace.report import ReplacementReport, layer_report
 from longvq_layers.replace.rotary import clamped_rotary

@@ -97,10 +97,10 @@ def test_the_better_score_stands_first():
 
 
 @pytest.mark.parametrize("name", SUITES)
-def test_variants_differ_in_their_blocks_alone(name):
+def test_variants_differ_in_their_blocks_and_rates_alone(name):
     suite = SUITES[name]()
     settings = [suite.settings(label, 0) for label in suite.variants]
-    assert {frozenset(changes) <= {"block", "block_options"} for changes in suite.variants.values()} == {True}
+    assert {frozenset(changes) <= {"block", "block_options", "lr"} for changes in suite.variants.values()} == {True}
     sizes = {}
     for label, one in zip(suite.variants, settings, strict=True):
         sizes[label] = model.count(model.build(one, tasks.get(one.task, **one.task_options)))

@@ -16,7 +16,7 @@ from transformers import (
 
 from longvq_layers.models.huggingface.cache_name import NAME
 from longvq_layers.replace import huggingface_calls, replace_attention
-from longvq_layers.replace._swapped import Call
+from longvq_layers.replace._calls import Call
 from tests.replace.models import TOKENS, VOCABULARY, bert, gpt2, output, tokens
 from tests.tolerances import assert_close
 

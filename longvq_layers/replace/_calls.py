@@ -1,0 +1,41 @@
+"""What passes between an attention module, its cache and the swapped attention."""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from torch import Tensor
+
+from longvq_layers import ops
+
+Far = tuple[Tensor, Tensor]  # queries and keys of pairs outside the window
+
+
+@dataclass(eq=False)
+class SwappedState:
+    """The past of a batch of sequences, and the codebook as the scores see it, which stays the same."""
+
+    past: ops.VQAttentionState
+    codebook: Tensor
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of the past, in bytes; the same at every length."""
+        return self.past.nbytes
+
+    def index_select(self, rows: Tensor) -> "SwappedState":
+        """The state of those rows."""
+        return SwappedState(self.past.index_select(rows), self.codebook)
+
+
+class Call(NamedTuple):
+    """What an attention module was called with beyond what its attention function is told.
+
+    Attributes:
+        rotation: (cos, sin) that its queries and keys are rotated with, or None.
+        cache_layer: the `VQCacheLayer` to attend with, or None.
+        eager: whether the original is transformers' eager attention, which sees the future where there is no mask.
+    """
+
+    rotation: tuple[Tensor, Tensor] | None = None
+    cache_layer: object | None = None
+    eager: bool = False
