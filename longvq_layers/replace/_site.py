@@ -21,6 +21,7 @@ class Site:
     sizes: tuple[int, int, int] | None  # H, Hkv, D; None: only a forward pass tells
     backend: str | None = None  # which one serves it, once that is known
     refusal: str | None = None  # why it can't be replaced
+    num_codes: int | None = None  # of its own, once calibration has shared them out
     has_rotary: bool = False  # whether its keys arrive rotated by their position
     rotary: ClampedRotary | None = None  # how that is taken off keys; None: it stays
     trained_length: int | None = None  # with `rotary`: the longest sequence of its training

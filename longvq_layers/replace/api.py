@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import nn
 
+from longvq_layers.replace import budget, choosing, huggingface, positions
 from longvq_layers.replace import calibration as calibrating
-from longvq_layers.replace import choosing, huggingface, positions
 from longvq_layers.replace._site import Site
 from longvq_layers.replace._swapped import SwappedAttention
 from longvq_layers.replace.installation import Replacement, find_sites, install, undo, undo_on_error
@@ -31,6 +31,7 @@ def replace_attention(
     dry_run: bool = False,
     backend: str = "auto",
     variance_correction: bool = True,
+    balance_codes: bool = False,
 ) -> ReplacementReport:
     """Swap the attention of a trained model, in place, for attention over quantised keys: linear in the length.
 
@@ -62,6 +63,9 @@ def replace_attention(
         variance_correction: True (default) lets a code account for the spread of the keys it stands for, as far as that
             helps each head on the calibration data; closer to the original at the price of one more key dimension.
 
+        balance_codes: True gives layers whose output loses most more codes, and others fewer, num_codes on average over
+            all heads; needs calibration, which then takes about twice as long. Default False.
+
     Returns:
         A report; `print(report)` shows a table, `report.restore()` puts the original attention back.
 
@@ -85,6 +89,7 @@ def replace_attention(
     and exact local keys are this library's.
     """
     flags = {"strict": strict, "dry_run": dry_run, "variance_correction": variance_correction}
+    flags["balance_codes"] = balance_codes
     num_codes, window = choosing.as_int("num_codes", num_codes, least=1), choosing.as_int("window", window, least=0)
     if trained_length is not None:
         trained_length = choosing.as_int("trained_length", trained_length, least=1)
@@ -92,6 +97,10 @@ def replace_attention(
     sites = find_sites(model)
     positions.plan(model, sites, window, local_keys, far_positions, trained_length)
     chosen, skipped = choosing.choose_sites(model, sites, filter_fn, strict)
+    if calibration is None and balance_codes:
+        raise ValueError(
+            "replace_attention: balance_codes: got True without calibration, which shows what a layer loses"
+        )
     if calibration is None and not dry_run:
         choosing.check_modes(chosen)
     if calibration is not None:
@@ -111,9 +120,8 @@ def replace_attention(
         if batches is None:
             seams = [_seam(site, site.sizes, site.rotary, {**options, **correction}) for site in chosen]
         else:
-            chosen, seams, errors, keys = _calibrate_what_can_be(
-                model, chosen, skipped, batches, {**options, **correction}, strict
-            )
+            all_options = {**options, **correction, "balance_codes": balance_codes}
+            chosen, seams, errors, keys = _calibrate_what_can_be(model, chosen, skipped, batches, all_options, strict)
         for site, seam in zip(chosen, seams, strict=True):
             seam.train(site.module.training)
         replacement = Replacement(_settle(model, chosen, seams, batches))
@@ -157,7 +165,9 @@ def _calibrate_what_can_be(
 
 
 def _calibrate(model: nn.Module, sites: list[Site], batches: list, options: dict):
-    # The original attention drives the model in both passes; the first collects, the second measures.
+    # The original attention drives the model in all passes; the first collects, the others measure.
+    options = dict(options)
+    balance = options.pop("balance_codes")
     recorders = [
         calibrating.Recorder(
             site.adapter.original_function(site.module),
@@ -180,19 +190,37 @@ def _calibrate(model: nn.Module, sites: list[Site], batches: list, options: dict
                 "tokens that use these modules, or leave them out with filter_fn="
             )
         keys = min(recorder.keys.shape[1] for recorder in recorders)
-        seams = []
         for site, recorder in zip(sites, recorders, strict=True):
             site.rotary, site.why_rotated = recorder.rotary, recorder.why_rotated or site.why_rotated
             site.has_rotary &= recorder.has_positions
-            seams.append(_seam(site, recorder.sizes, recorder.rotary, options))
-        for recorder, seam in zip(recorders, seams, strict=True):
-            calibrating.fit(recorder, seam)
+        seams = _fitted(sites, recorders, [options["num_codes"]] * len(sites), options)
         calibrating.run(model, batches, recorders)
+        if balance:
+            seams = _fitted(sites, recorders, _balanced(recorders, options["num_codes"]), options)
+            calibrating.run(model, batches, recorders)
         for recorder in recorders:
             recorder.choose_gains()
     finally:
         undo(records)
     return seams, {site.name: rec.errors() for site, rec in zip(sites, recorders, strict=True)}, keys
+
+
+def _fitted(sites: list[Site], recorders: list, codes: list[int], options: dict) -> list[SwappedAttention]:
+    seams = []
+    for site, recorder, site.num_codes in zip(sites, recorders, codes, strict=True):
+        seams.append(_seam(site, recorder.sizes, recorder.rotary, {**options, "num_codes": site.num_codes}))
+        calibrating.fit(recorder, seams[-1])
+    return seams
+
+
+def _balanced(recorders: list, num_codes: int) -> list[int]:
+    generator = torch.Generator().manual_seed(calibrating.SEED)
+    falls = [
+        budget.falls_with_codes(recorder.candidate[0].in_metric(recorder.keys), num_codes, generator)
+        for recorder in recorders
+    ]
+    errors = [recorder.errors()[1] ** 2 for recorder in recorders]
+    return budget.share_out(errors, falls, [recorder.sizes[1] for recorder in recorders], num_codes)
 
 
 def _settle(model: nn.Module, sites: list[Site], seams: list, batches: list | None) -> list:

@@ -127,6 +127,12 @@ class Recorder(nn.Module):
         error = self._output_errors.amin(0).sum().item() if sums["keys"] else 0.0
         return key_error, 0.0 if sums["output"] == 0 else (error / sums["output"]) ** 0.5
 
+    def measure_anew(self, candidate: SwappedAttention) -> None:
+        """Forget what was measured; from now on measure this one."""
+        self.candidate = [candidate]
+        self._sums = {"output": 0.0, "key_error": 0.0, "keys": 0}
+        self._output_errors = self._key_square = self._key_sum = 0.0
+
     @torch.no_grad()
     def choose_gains(self) -> None:
         """Give every head of the candidate the gain that was nearest to the original; without one, leave it."""
@@ -231,8 +237,7 @@ def fit(recorder: Recorder, seam: SwappedAttention) -> None:
         moment = recorder.moment.clone() / max(recorder.queries, 1)
         weight = None if recorder.weight is None else recorder.weight.clone()
         seam.fit_(recorder.keys.clone(), moment, weight=weight, generator=generator)
-    recorder.keys = recorder.weight = None
-    recorder.candidate = [seam.eval()]
+    recorder.measure_anew(seam.eval())
 
 
 @contextlib.contextmanager

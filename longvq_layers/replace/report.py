@@ -118,6 +118,8 @@ def _notes(layer: LayerReport) -> tuple[str, ...]:
 def layer_report(site: Site, options: dict, errors: tuple[float, float] | None, skipped: str | None) -> LayerReport:
     """What became of a site: replaced with these options and errors (of keys and output), or skipped and why."""
     used = {key: None for key in options} if skipped else {**options, "backend": site.backend}
+    if site.num_codes is not None and not skipped:
+        used["num_codes"] = site.num_codes
     key_error, output_error = errors or (None, None)
     return LayerReport(
         name=site.name or "(model)",

@@ -1,0 +1,66 @@
+"""Share the codes of a model out among its layers: more for those that lose most, the same memory in all."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from longvq_layers.layers._kmeans import kmeans
+
+_KEYS = 4096  # per head, that the fall of a layer's error with its codes is read from
+_STEPS = 8  # shares that a layer's codes are cut into
+_LEAST, _MOST = 2, 4 * _STEPS  # shares of a layer
+_FALL = (0.05, 2.0)  # exponents that are believed
+
+
+def falls_with_codes(keys: Tensor, num_codes: int, generator: torch.Generator) -> float:
+    """b of the power law S^-b by which a layer's squared key error falls from num_codes / 2 to num_codes codes.
+
+    Args:
+        keys: (Hkv, N, D) in the metric of the queries.
+        num_codes: S.
+        generator: of the k-means.
+    """
+    keys = keys[:, torch.linspace(0, keys.shape[1] - 1, min(keys.shape[1], _KEYS)).long()]
+    errors = []
+    for codes in (max(num_codes // 2, 1), num_codes):
+        table = kmeans(keys, codes, iterations=2, generator=generator)
+        errors.append(torch.cdist(keys.to(table.dtype), table).amin(-1).square().sum().item())
+    if not errors[0] > errors[1] > 0:
+        return _FALL[0]
+    return min(max(math.log2(errors[0] / errors[1]), _FALL[0]), _FALL[1])
+
+
+def share_out(errors: list[float], falls: list[float], heads: list[int], num_codes: int) -> list[int]:
+    """Codes of each layer that make ``Σ_l errors_l (S_l / S)^-falls_l`` small, by giving a share to whom it helps most.
+
+    Args:
+        errors: squared relative error of each layer's output with num_codes codes.
+        falls: the exponents of `falls_with_codes`.
+        heads: key-value heads of each layer, each of which has its own S_l codes.
+        num_codes: S, the mean over heads; no layer gets less than a quarter of it, or more than four times.
+
+    Returns:
+        S_l, whose sum over all heads is at most that of S.
+
+    Example:
+        >>> share_out([0.2, 0.1, 0.1], [0.5, 0.5, 0.5], [4, 4, 4], 64)
+        [80, 56, 56]
+    """
+    shares = [_LEAST] * len(errors)
+    left = sum((_STEPS - _LEAST) * h for h in heads)
+
+    def error(layer: int, share: int) -> float:
+        return errors[layer] * (share / _STEPS) ** -falls[layer]
+
+    while True:
+        gains = {
+            layer: (error(layer, share) - error(layer, share + 1)) / heads[layer]
+            for layer, share in enumerate(shares)
+            if share < _MOST and heads[layer] <= left
+        }
+        if not gains:
+            return [max(1, share * num_codes // _STEPS) for share in shares]
+        best = max(gains, key=gains.__getitem__)
+        shares[best] += 1
+        left -= heads[best]
