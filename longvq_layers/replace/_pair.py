@@ -28,7 +28,7 @@ class Pair(nn.Module):
         super().__init__()
         self._seam = [seam]  # in a list: not a submodule
         self.rotary, self.linear_masks = seam.rotary, seam.linear_masks
-        self._call = Call()
+        self.calls: dict[int, Call] = {}
         self.original = True
         self.real: Tensor | None = None
 

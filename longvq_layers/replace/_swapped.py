@@ -87,7 +87,7 @@ class SwappedAttention(KeepsFloat32, CarriesSettings, CodebookAttention):
         self.trained_length = None if rotary is None else trained_length
         self.has_positions = rotary is not None  # as in `Recorder`
         self.linear_masks = True  # whether a transformers model makes masks of linear size for it
-        self._call = Call()
+        self.calls: dict[int, Call] = {}
         identity = torch.eye(head_dim, device=device, dtype=storage_dtype(dtype)).repeat(num_kv_heads, 1, 1)
         self.register_buffer("to_metric", identity)
         self.register_buffer("from_metric", identity.clone())
@@ -320,7 +320,7 @@ class SwappedAttention(KeepsFloat32, CarriesSettings, CodebookAttention):
         self.spread_count.lerp_(counts, 1 - self.codebook.decay)
 
     def __getstate__(self) -> dict:
-        return {**super().__getstate__(), "_call": Call()}
+        return {**super().__getstate__(), "calls": {}}
 
     def extra_repr(self) -> str:
         parts = [f"{self.num_heads}, {self.num_kv_heads}, {self.head_dim}", f"num_codes={self.num_codes}"]

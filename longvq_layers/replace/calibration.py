@@ -57,7 +57,7 @@ class Recorder(nn.Module):
         self.rotary, self.may_stay_rotated = rotary, may_stay_rotated
         self.why_rotated: str | None = None
         self.has_positions = True  # until a call shows that its keys don't depend on them
-        self._call = Call()
+        self.calls: dict[int, Call] = {}
         self.batch = 0  # the calibration input that is being run, for errors
         self.candidate: list[SwappedAttention] = []  # in a list: not a submodule
         self._limit, self._window = keys_per_head, window

@@ -1,6 +1,7 @@
 """What a transformers attention module was called with beyond what its attention function is told: cache, positions."""
 
 import inspect
+import threading
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +33,7 @@ class NoteCall:
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         """Raises NotImplementedError for positions that can't be taken off, ValueError where they are missing."""
         seam = module._modules[_NAME]
-        seam._call = Call()  # that of a call that raised, if there was one
+        note(seam, Call())  # that of a call that raised, if there was one
         given = {**dict(zip(self.names, args, strict=False)), **kwargs}
         rotation = given.get(EMBEDDINGS)
         if seam.rotary is not None and seam.rotary.part is None:
@@ -42,7 +43,7 @@ class NoteCall:
                 f"longvq attention: {EMBEDDINGS}: got None, expected (cos, sin) as codes have no positions"
             )
         layer = None if self.needs_keys else _cache_layer(module, seam, given)
-        seam._call = Call(None if seam.rotary is None else rotation, layer, self.eager)
+        note(seam, Call(None if seam.rotary is None else rotation, layer, self.eager))
 
 
 def _cache_layer(module: nn.Module, seam: nn.Module, given: dict) -> object | None:
@@ -58,19 +59,28 @@ def _cache_layer(module: nn.Module, seam: nn.Module, given: dict) -> object | No
     return take_over(cache, getattr(module, "layer_idx", None), seam)
 
 
+def note(seam: nn.Module, call: Call) -> None:
+    """Note the call that is going on in this thread: threads may share a model, but not a cache."""
+    seam.calls[_thread()] = call
+
+
+def _thread() -> int:
+    return 0 if torch.compiler.is_compiling() else threading.get_ident()
+
+
 def taken(seam: nn.Module) -> Call:
-    """The call that is going on.
+    """The call that is going on in this thread.
 
     Raises:
         NotImplementedError: a second attention within one call, with a cache that the first has filled already.
     """
-    call = seam._call
+    call = seam.calls.get(_thread(), Call())
     if call.cache_layer is _FILLED:
         raise NotImplementedError(
             "longvq attention: this module attends more than once with each key, which a cache of constant size can't "
             "serve; call it with use_cache=False"
         )
-    seam._call = Call(call.rotation, None if call.cache_layer is None else _FILLED, call.eager)
+    note(seam, Call(call.rotation, None if call.cache_layer is None else _FILLED, call.eager))
     return call
 
 
@@ -82,7 +92,7 @@ class Probe(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.keys: Tensor | None = None
-        self._call = Call()
+        self.calls: dict[int, Call] = {}
 
 
 def _settle(module: nn.Module, seam: nn.Module, given: dict) -> None:

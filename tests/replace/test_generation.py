@@ -1,6 +1,7 @@
 """generate() of replaced models: the same tokens as the full forward every time, with a cache of constant size."""
 
 import copy
+import threading
 
 import pytest
 import torch
@@ -186,3 +187,21 @@ def test_layers_that_keep_their_attention_keep_their_cache():
         pieces = [model(piece, **{NAME: cache}).logits for piece in ids.split(13, dim=1)]
     assert_close(torch.cat(pieces, 1), output(model, ids, use_cache=False), "partial")
     assert [type(layer).__name__ for layer in cache.layers] == ["DynamicLayer", "VQCacheLayer"]
+
+
+def test_threads_that_share_a_model_do_not_share_caches():
+    model, prompts = replaced(), [tokens(1, 20, seed=seed) for seed in range(4)]
+    options = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None}
+    expected = [model.generate(prompt, **options) for prompt in prompts]
+    found: dict[int, torch.Tensor] = {}
+
+    def generate(number):
+        found[number] = model.generate(prompts[number], **options)
+
+    for _ in range(3):
+        workers = [threading.Thread(target=generate, args=(number,)) for number in range(4)]
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join()
+        assert all(torch.equal(found[number], expected[number]) for number in range(4))

@@ -67,10 +67,11 @@ def test_keys_that_are_needed_stay_in_the_cache(build):
 
 def test_a_second_attention_has_the_positions_of_the_first_and_no_cache():
     seam = torch.nn.Module()
+    seam.calls = {}
     rotation = (torch.ones(1), torch.zeros(1))
-    seam._call = Call(rotation, None)
+    huggingface_calls.note(seam, Call(rotation, None))
     assert [huggingface_calls.taken(seam).rotation for _ in range(2)] == [rotation] * 2
-    seam._call = Call(rotation, object())
+    huggingface_calls.note(seam, Call(rotation, object()))
     huggingface_calls.taken(seam)
     with pytest.raises(NotImplementedError, match="attends more than once"):
         huggingface_calls.taken(seam)
