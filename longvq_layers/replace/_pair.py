@@ -3,11 +3,10 @@
 import contextlib
 from collections.abc import Iterator, Mapping
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from longvq_layers.replace._calls import Call, Far
+from longvq_layers.replace._original import full_attention
 from longvq_layers.replace._swapped import SwappedAttention
 
 _SEAM = "longvq"
@@ -47,11 +46,7 @@ class Pair(nn.Module):
         self.real = None if key_padding_mask is None else ~key_padding_mask
         if not self.original:
             return self._seam[0](q, k, v, key_padding_mask, far=far, causal=causal, scale=scale)
-        allowed = None if self.real is None else self.real[:, None, None, :]
-        if causal and allowed is not None:
-            allowed = allowed & torch.ones(q.shape[2], q.shape[2], dtype=torch.bool, device=q.device).tril()
-        options = {"attn_mask": allowed, "is_causal": causal and allowed is None, "scale": scale}
-        output = F.scaled_dot_product_attention(q, k, v, enable_gqa=q.shape[1] != k.shape[1], **options)
+        output = full_attention(q, k, v, causal=causal, key_padding_mask=key_padding_mask, scale=scale)
         return output if self.real is None else output.masked_fill(~self.real[:, None, :, None], 0)
 
 

@@ -6,10 +6,9 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from longvq_layers.replace._original import full_attention
 from longvq_layers.replace._site import Site
 from longvq_layers.replace.calibration import Recorder
 
@@ -46,13 +45,15 @@ def register_adapter(
         TypeError: cls isn't a class of modules, or adapter or sizes can't be called.
 
     Example:
+        >>> import torch
         >>> class MyAttention(torch.nn.Module):
         ...     def __init__(self):
         ...         super().__init__()
         ...         self.qkv, self.out = torch.nn.Linear(32, 96), torch.nn.Linear(32, 32)
         ...     def forward(self, x):
         ...         q, k, v = self.qkv(x).unflatten(-1, (3, 4, 8)).permute(2, 0, 3, 1, 4)
-        ...         return self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        ...         y = torch.nn.functional.scaled_dot_product_attention(q, k, v)
+        ...         return self.out(y.transpose(1, 2).flatten(2))
         >>> def adapter(module, attend, x):
         ...     q, k, v = module.qkv(x).unflatten(-1, (3, 4, 8)).permute(2, 0, 3, 1, 4)
         ...     return module.out(attend(q, k, v).transpose(1, 2).flatten(2))
@@ -139,12 +140,9 @@ class _Attend:
     ) -> Tensor:
         if not isinstance(self.seam, Recorder):
             return self.seam(q, k, v, key_padding_mask, causal=causal, scale=scale)
-        allowed = None if key_padding_mask is None else ~key_padding_mask[:, None, None, :]
-        if causal and allowed is not None:
-            allowed = allowed & torch.ones(q.shape[2], q.shape[2], dtype=torch.bool, device=q.device).tril()
-        options = {"attn_mask": allowed, "is_causal": causal and allowed is None, "scale": scale}
-        output = F.scaled_dot_product_attention(q, k, v, enable_gqa=q.shape[1] != k.shape[1], **options)
-        self.seam.observe(q, k, v, output, causal=causal, key_padding_mask=key_padding_mask, scale=scale)
+        options = {"causal": causal, "key_padding_mask": key_padding_mask, "scale": scale}
+        output = full_attention(q, k, v, **options)
+        self.seam.observe(q, k, v, output, **options)
         return output
 
 

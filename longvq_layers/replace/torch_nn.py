@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from longvq_layers.replace._original import full_attention
 from longvq_layers.replace._site import Site
 from longvq_layers.replace.calibration import Recorder
 
@@ -123,7 +124,7 @@ class VQMultiheadAttention(nn.MultiheadAttention):
         causal = is_causal if attn_mask is None else _read_attn_mask(attn_mask, is_causal, length)
         padding = _read_padding(key_padding_mask, q.shape[0], length)
         if isinstance(seam, Recorder):
-            output = _dense(q, k, v, causal, padding)
+            output = full_attention(q, k, v, causal=causal, key_padding_mask=padding)
             seam.observe(q, k, v, output, causal=causal, key_padding_mask=padding, scale=None)
         else:
             output = seam(q, k, v, padding, causal=causal)
@@ -264,11 +265,3 @@ _blocked_when_run = torch.library.custom_op(
 @_blocked_when_run.register_fake
 def _(mask: Tensor, name: str) -> Tensor:
     return torch.empty_like(mask, dtype=torch.bool)
-
-
-def _dense(q: Tensor, k: Tensor, v: Tensor, causal: bool, padding: Tensor | None) -> Tensor:
-    # What nn.MultiheadAttention computes, for calibration only.
-    allowed = None if padding is None else ~padding[:, None, None, :]
-    if causal and allowed is not None:
-        allowed = allowed & torch.ones(q.shape[2], q.shape[2], dtype=torch.bool, device=q.device).tril()
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, is_causal=causal and allowed is None)
