@@ -13,10 +13,12 @@ from transformers import (
     SmolLM3Config,
     SmolLM3ForCausalLM,
 )
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from longvq_layers.models.huggingface.cache_name import NAME
 from longvq_layers.replace import huggingface_calls, replace_attention
 from longvq_layers.replace._calls import Call
+from longvq_layers.replace.rotary import ClampedRotary
 from tests.replace.models import TOKENS, VOCABULARY, bert, gpt2, output, tokens
 from tests.tolerances import assert_close
 
@@ -134,3 +136,22 @@ def smollm3() -> SmolLM3ForCausalLM:
     """Two layers, the second without positions."""
     sizes = {name: value for name, value in SIZES.items() if name != "head_dim"}
     return SmolLM3ForCausalLM(SmolLM3Config(**sizes, num_hidden_layers=2, no_rope_layers=[1, 0])).eval()
+
+
+@pytest.mark.parametrize("scale", [1.0, 1.3])
+def test_scaled_rotations_scale_far_scores_like_near_ones(scale):
+    """Some models scale cos and sin by s, and with them every score by s²."""
+    angles = torch.rand(8, dtype=torch.float64).repeat(2)  # of one step, the same for both halves
+
+    def rotation(positions):
+        turned = positions.double()[:, None] * angles
+        return scale * turned.cos().unsqueeze(0), scale * turned.sin().unsqueeze(0)
+
+    positions, window = torch.arange(30), torch.tensor([6])
+    rotary = ClampedRotary(apply_rotary_pos_emb, *(x[0, 0] for x in rotation(window)))
+    q, k = torch.randn(2, 1, 3, 30, 16, dtype=torch.float64).unbind(0)
+    turned_q, turned_k = apply_rotary_pos_emb(q, k, *rotation(positions))
+    assert rotary.settle(turned_k, k, *rotation(positions)) and rotary.part == "all"
+    far_q, far_k = rotary(turned_q, turned_k, *rotation(positions))
+    clamped = apply_rotary_pos_emb(q, q, *rotation(window.expand(30)))[0]  # s R(W) q
+    assert_close(far_q @ far_k.mT, scale * clamped @ k.mT, "far scores")
