@@ -1,6 +1,7 @@
 """The benchmarks of generation and of a rotary model, at sizes that take seconds."""
 
 import argparse
+import math
 
 import pytest
 import torch
@@ -52,7 +53,7 @@ def test_llama(tmp_path, capsys, monkeypatch):
     printed = capsys.readouterr().out
     for name in ("its own", "window 256 alone", "rotated, 512 codes, window 256", "rectified, 512 codes, window 256"):
         assert f"| {name} | " in printed
-    assert printed.count("| rectified, 512 codes, window 64 |") == 3  # before, and after on source and keys
+    assert printed.count("| rectified, 512 codes, window 256 |") == 4  # source and keys, before and after
     assert (tmp_path / "llama.png").exists() and (tmp_path / "m" / "config.json").exists()
 
 
@@ -69,11 +70,27 @@ def test_a_window_alone_is_the_model_with_a_window():
 
 
 def test_keys_stand_where_they_should():
-    text = bytes(byte_llama.recall(300, 1, "val", 0)[0].tolist())
+    text = bytes(byte_llama.recall(400, 1, "val", 0, asked=1)[0].tolist())
     key = text[-byte_llama.KEY :]
-    assert len(text) == 301 and text.startswith(b'\nKEY = "' + key + b'"\n') and key.isalpha()
-    assert text.endswith(b'\nassert KEY == "' + key)
-    assert len({bytes(row[-8:].tolist()) for row in byte_llama.recall(300, 64, "val", 1)}) == 16
+    assert len(text) == 401 and b'\nKEY = "' + key + b'"\n' in text[: 400 // 8 + 20] and key.isalpha()
+    assert text.endswith(b'\nassert KEY == "' + key) and text.count(key) == 2
+    assert len({bytes(row[-8:].tolist()) for row in byte_llama.recall(300, 64, "val", 1, asked=1)}) == 16
+    often = bytes(byte_llama.recall(400, 1, "val", 0, asked=3)[0].tolist())
+    assert often.count(b'\nassert KEY == "' + key + b'"\n') == 2 and often.endswith(key) and often.count(key) == 4
+
+
+def test_score_counts_texts_that_are_right_throughout():
+    tokens = torch.tensor([[0, 1, 2, 3, 1], [0, 1, 2, 3, 3]])
+
+    def next_number(row, use_cache, logits_to_keep):
+        logits = 20.0 * torch.nn.functional.one_hot((row + 1) % 4, 4)
+        return argparse.Namespace(logits=logits[:, -logits_to_keep:])
+
+    bits, right = byte_llama.score(next_number, tokens, 1)
+    assert right == 0 and bits == pytest.approx(20 / math.log(2), rel=1e-3)
+    tokens[0, -1] = 0
+    bits, right = byte_llama.score(next_number, tokens, 2)
+    assert right == 0.5 and bits == pytest.approx(20 / 4 / math.log(2), rel=1e-3)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,7 @@
-"""A byte Llama that is trained here: 4 layers, width 192, grouped queries, on the source of the standard library."""
+"""A byte Llama that is trained here: 4 layers, width 192, grouped queries, on the source of the standard library.
+
+Half of its texts give a word, one of 16, and ask for it again, so that it learns to recall what stands in its context.
+"""
 
 import math
 from collections.abc import Callable
@@ -56,7 +59,7 @@ def trained(folder: Path, steps: int, say: Callable[[str], None]) -> "LlamaForCa
         return LlamaForCausalLM.from_pretrained(folder).eval()
     torch.manual_seed(0)
     model = LlamaForCausalLM(LlamaConfig(**_SIZES))
-    train(model, lambda step: drawn(TRAINED_LENGTH, 8, step), steps, lr=2e-3, say=say)
+    train(model, lambda step: mixed(TRAINED_LENGTH, step, asked=4), steps, lr=2e-3, say=say)
     model.save_pretrained(folder)
     return model.eval()
 
@@ -99,13 +102,17 @@ def train(
 
 
 @torch.no_grad()
-def bits(model: nn.Module, tokens: Tensor, last: int) -> float:
-    """Bits per byte of the last bytes of (N, L + 1) windows, one window at a time."""
-    total = 0.0
+def score(model: nn.Module, tokens: Tensor, last: int) -> tuple[float, float]:
+    """Bits per byte of the last bytes of (N, L + 1) texts, and the share of texts of which it has all these right.
+
+    A byte is right if it is the likeliest, given all before it. One text at a time.
+    """
+    total, right = 0.0, 0
     for row in tokens:
-        logits = model(row[None, :-1], use_cache=False, logits_to_keep=last).logits
-        total += nn.functional.cross_entropy(logits[0], row[-last:]).item()
-    return bits_per_byte(total / len(tokens))
+        logits = model(row[None, :-1], use_cache=False, logits_to_keep=last).logits[0]
+        total += nn.functional.cross_entropy(logits, row[-last:]).item()
+        right += int((logits.argmax(-1) == row[-last:]).all())
+    return bits_per_byte(total / len(tokens)), right / len(tokens)
 
 
 def drawn(length: int, count: int, step: int) -> Tensor:
@@ -126,20 +133,24 @@ def _with_target(batch: Batch) -> Tensor:
     return torch.cat([batch.inputs, batch.targets[:, -1:]], dim=1)
 
 
-def recall(length: int, count: int, split: str, seed: int, every: int | None = None) -> Tensor:
-    """(count, length + 1) bytes of source with one of 16 keys at the front, asked for at the end.
+def recall(length: int, count: int, split: str, seed: int, *, asked: int) -> Tensor:
+    """(count, length + 1) bytes of source that give one of 16 keys near the front and ask for it `asked` times.
 
-    `every`: also asked for at all multiples of so many bytes, for training.
+    The questions are spread evenly and the last one ends the text, with the key.
     """
     generator = stream("byte-llama-recall", split, length, seed)
     task = BytesLM(length=length)
     text = _with_target(task.batch(split, int(torch.randint(10_000, (), generator=generator)), count))
-    front, asked, behind = (torch.tensor(list(part)) for part in (b'\nKEY = "', b'\nassert KEY == "', b'"\n'))
     for row in text:
-        key = torch.tensor(list(KEYS[int(torch.randint(len(KEYS), (), generator=generator))]))
-        given, again = torch.cat([front, key, behind]), torch.cat([asked, key, behind])
-        row[: len(given)] = given
-        for start in range(every, length - 2 * len(again), every) if every else ():
-            row[start : start + len(again)] = again
-        row[-len(asked) - KEY :] = torch.cat([asked, key])
+        key = KEYS[int(torch.randint(len(KEYS), (), generator=generator))]
+        given, question = (torch.tensor(list(p + key + b'"\n')) for p in (b'\nKEY = "', b'\nassert KEY == "'))
+        start = int(torch.randint(length // 8, (), generator=generator))
+        row[start : start + len(given)] = given
+        for end in torch.linspace(start + len(given), len(row) + 2, asked + 1)[1:].int().tolist():
+            row[end - len(question) : end] = question[: len(row) - end + len(question)]
     return text
+
+
+def mixed(length: int, step: int, *, asked: int) -> Tensor:
+    """(8, length + 1) bytes to train on: half of the texts are source, the others ask for keys."""
+    return torch.cat([drawn(length, 4, step), recall(length, 4, "train", step, asked=asked)])

@@ -21,10 +21,9 @@ def draw(path: Path, rows: list) -> None:
 
 
 def _panel(axes: Axes, rows: list, unit: str, label: str, factor: float) -> None:
-    for name, (text, colour) in _SERIES.items():
-        values = [getattr(row, f"{name}_{unit}") * factor for row in rows]
-        axes.plot([row.context for row in rows], values, "o-", color=colour, label=text)
-    plot.length_axis(axes, [row.context for row in rows])
-    axes.set_yscale("log")
-    axes.set_ylabel(label)
-    axes.legend(frameon=False)
+    contexts = [row.context for row in rows]
+    lines = {
+        text: (contexts, [getattr(row, f"{name}_{unit}") * factor for row in rows], colour)
+        for name, (text, colour) in _SERIES.items()
+    }
+    plot.series(axes, lines, label)

@@ -1,16 +1,16 @@
 """A rotary model beyond its training length: a byte Llama with its own attention, a window alone, and replaced.
 
-Trains the model (4 layers, width 192, grouped queries, 512 bytes of source at a time; kept in --model), replaces its
-attention with every setting, and prints bits per byte of the last 256 bytes of texts of several lengths. With
---fine-tune it then trains the replaced model and the one with a window alone on longer texts that ask, beyond the
-window, for a word that stood at the front, one of 16, and prints what they know of it. Writes results.csv and a plot.
+Trains the model (4 layers, width 192, grouped queries, 512 bytes at a time; kept in --model), replaces its attention
+with every setting, and prints, for texts of several lengths, bits per byte of the last 256 bytes of source and how many
+keys, a word of 16 that stood near the front and is asked for at the end, it recalls. With --fine-tune it then trains
+the replaced model and one with the window alone, on texts of twice the length. Writes results.csv and a plot.
 """
 
 import argparse
 import copy
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,8 +22,8 @@ from longvq_layers.replace import replace_attention
 
 _LAST = 256  # bytes that count
 _CALIBRATION = 48  # texts of the training length
-_FINE_LENGTH, _FINE_BATCH, _FINE_RATE = 1024, 8, 1e-3
-_FINE_WINDOW, _ASKED = 64, 100  # bytes from one question to the next: more than the window
+_FINE_LENGTH, _FINE_RATE, _FINE_ASKED = 1024, 5e-4, 3  # questions farther apart than the window
+_FINE_CODES, _FINE_WINDOW = 512, 256
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,7 @@ class Row:
     text: str  # "source" or "key"
     length: int
     bits_per_byte: float
+    right: float  # share of texts whose last bytes the model has all right
     fine_tuned: bool
 
 
@@ -60,7 +61,7 @@ def run(args: argparse.Namespace) -> None:
 
     model = byte_llama.trained(args.model, args.steps, say)
     texts = {("source", length): byte_llama.windows(length, args.texts) for length in args.lengths}
-    texts |= {("key", length): byte_llama.recall(length, args.texts, "val", 0) for length in args.lengths}
+    texts |= {("key", length): byte_llama.recall(length, args.texts, "val", 0, asked=1) for length in args.lengths}
     count = sum(p.numel() for p in model.parameters())
     print(
         f"{results.machine(args.threads)}; a byte Llama of {count:,} parameters, {args.texts} texts of each length.\n"
@@ -69,21 +70,19 @@ def run(args: argparse.Namespace) -> None:
     for name, swapped in _attentions(model):
         say(f"{name} …")
         rows += _measure(name, swapped, texts, fine_tuned=False)
-    print("\n".join(_table(rows, "source", args.lengths)), flush=True)
+    print(_tables(rows, args.lengths), flush=True)
     if args.fine_tune:
         for name, swapped in (
             (f"window {_FINE_WINDOW} alone", byte_llama.window_only(model, _FINE_WINDOW)),
-            _replaced(model, 512, _FINE_WINDOW),
+            _replaced(model, _FINE_CODES, _FINE_WINDOW),
         ):
             say(f"fine-tuning: {name} …")
             start = time.perf_counter()
             byte_llama.train(swapped, _fine_batch, args.fine_tune, lr=_FINE_RATE, say=say)
             say(f"{time.perf_counter() - start:.0f} s")
             rows += _measure(name, swapped, texts, fine_tuned=True)
-        print(f"\nAfter {args.fine_tune} steps of {_FINE_BATCH} x {_FINE_LENGTH} bytes:\n")
-        tuned = [row for row in rows if row.fine_tuned]
-        for text in ("source", "key"):
-            print("\n".join(_table(tuned, text, args.lengths)) + "\n", flush=True)
+        print(f"After {args.fine_tune} steps of 8 x {_FINE_LENGTH} bytes:\n")
+        print(_tables([row for row in rows if row.fine_tuned], args.lengths), flush=True)
     results.write("llama", args.out, rows, threads=args.threads, torch=torch.__version__)
 
 
@@ -104,7 +103,7 @@ def _replaced(model: nn.Module, codes: int, window: int, **options) -> tuple[str
 
 
 def _fine_batch(step: int) -> Tensor:
-    return byte_llama.recall(_FINE_LENGTH, _FINE_BATCH, "train", step, _ASKED)
+    return byte_llama.mixed(_FINE_LENGTH, step, asked=_FINE_ASKED)
 
 
 def _measure(name: str, model: nn.Module, texts: dict, *, fine_tuned: bool) -> list[Row]:
@@ -113,21 +112,26 @@ def _measure(name: str, model: nn.Module, texts: dict, *, fine_tuned: bool) -> l
             name,
             text,
             length,
-            byte_llama.bits(model, tokens, _LAST if text == "source" else byte_llama.KEY),
+            *byte_llama.score(model, tokens, _LAST if text == "source" else byte_llama.KEY),
             fine_tuned,
         )
         for (text, length), tokens in texts.items()
     ]
 
 
-def _table(rows: list[Row], text: str, lengths: list[int]) -> list[str]:
-    what = f"last {_LAST} bytes" if text == "source" else "the key"
-    lines = [f"| attention, bits per byte of {what} | " + " | ".join(f"{length:,}" for length in lengths) + " |"]
+def _tables(rows: list[Row], lengths: list[int]) -> str:
+    source = _table(
+        rows, "source", f"bits per byte of the last {_LAST}", lengths, lambda row: f"{row.bits_per_byte:.3f}"
+    )
+    key = _table(rows, "key", "keys recalled", lengths, lambda row: f"{row.right:.0%}")
+    return "\n".join([*source, "", *key, ""])
+
+
+def _table(rows: list[Row], text: str, what: str, lengths: list[int], value: Callable[[Row], str]) -> list[str]:
+    lines = [f"| attention, {what} | " + " | ".join(f"{length:,}" for length in lengths) + " |"]
     lines.append("|:---|" + "---:|" * len(lengths))
     chosen = [row for row in rows if row.text == text]
     for name in dict.fromkeys(row.attention for row in chosen):
-        values = [
-            row.bits_per_byte for length in lengths for row in chosen if (row.attention, row.length) == (name, length)
-        ]
-        lines.append(f"| {name} | " + " | ".join(f"{value:.3f}" for value in values) + " |")
+        values = [value(row) for length in lengths for row in chosen if (row.attention, row.length) == (name, length)]
+        lines.append(f"| {name} | " + " | ".join(values) + " |")
     return lines

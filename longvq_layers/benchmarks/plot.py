@@ -1,6 +1,6 @@
 """What the pictures of the benchmarks have in common: panels in a row, an axis of lengths."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import matplotlib
@@ -24,6 +24,21 @@ def save(path: Path, panels: Sequence[Callable[[Axes], None]]) -> None:
         figure.tight_layout(w_pad=2.5)
         figure.savefig(path, dpi=150)
         pyplot.close(figure)
+
+
+def series(axes: Axes, lines: Mapping[str, tuple[Sequence, Sequence, str]], label: str) -> None:
+    """Lines over the length, the values on a logarithmic axis.
+
+    Args:
+        lines: name -> lengths, values, colour.
+        label: of the axis of values.
+    """
+    for name, (lengths, values, colour) in lines.items():
+        axes.plot(lengths, values, "o-", color=colour, label=name)
+    length_axis(axes, sorted({length for lengths, *_ in lines.values() for length in lengths}))
+    axes.set_yscale("log")
+    axes.set_ylabel(label)
+    axes.legend(frameon=False)
 
 
 def length_axis(axes: Axes, lengths: Sequence[int]) -> None:

@@ -21,10 +21,8 @@ def draw(path: Path, rows: list) -> None:
 
 
 def _panel(axes: Axes, rows: list, field: str, label: str, unit: float) -> None:
+    lines = {}
     for model, colour in _COLOURS.items():
-        points = [(row.L, getattr(row, field) * unit) for row in rows if row.model == model and getattr(row, field)]
-        axes.plot([x for x, _ in points], [y for _, y in points], "o-", color=colour, label=model)
-    plot.length_axis(axes, sorted({row.L for row in rows}))
-    axes.set_yscale("log")
-    axes.set_ylabel(label)
-    axes.legend(frameon=False)
+        chosen = [row for row in rows if row.model == model and getattr(row, field)]
+        lines[model] = ([row.L for row in chosen], [getattr(row, field) * unit for row in chosen], colour)
+    plot.series(axes, lines, label)

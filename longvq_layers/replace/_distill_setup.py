@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from longvq_layers.replace._pair import Pairs
 from longvq_layers.replace._swapped import SwappedAttention
 from longvq_layers.replace._trained import TrainedParameters
-from longvq_layers.replace.installation import _RECORD, Replacement
+from longvq_layers.replace.installation import Replacement, replacement_of
 
 NAME = "distill_attention"  # in errors
 
@@ -88,7 +88,7 @@ def _trained(model: nn.Module, sites: dict[str, nn.Module], projections: bool):
         trained[f"{name}.longvq.codebook.embedding"] = seam.codebook.embedding
         if seam.variance_correction:
             trained |= {f"{name}.longvq.{key}": getattr(seam, key) for key in ("spread", "spread_gain")}
-        replacement = _replacement_of(model, site)
+        replacement = replacement_of(model, site)
         if replacement is None and projections:
             raise ValueError(
                 f"{NAME}: projections: what {name} was before isn't known here; pass the model that was given to "
@@ -108,12 +108,3 @@ def _trained(model: nn.Module, sites: dict[str, nn.Module], projections: bool):
         before.parameters += record.parameters
         before.originals += record.originals
     return trained, before, list(records.values())
-
-
-def _replacement_of(model: nn.Module, site: nn.Module) -> Replacement | None:
-    for module in model.modules():
-        for replacement in module.__dict__.get(_RECORD, []):
-            for record in replacement.records:
-                if any(site is attached for attached in getattr(record, "attached", [])):
-                    return replacement
-    return None

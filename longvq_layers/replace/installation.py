@@ -87,6 +87,16 @@ class Replacement:
         self.undo()
 
 
+def replacement_of(model: nn.Module, site: nn.Module) -> Replacement | None:
+    """What changed that attention module, if `model` or a part of it knows."""
+    for module in model.modules():
+        for replacement in module.__dict__.get(_RECORD, []):
+            for record in replacement.records:
+                if any(site is attached for attached in getattr(record, "attached", [])):
+                    return replacement
+    return None
+
+
 def install(model: nn.Module, sites: list[Site], seams: list, records: list, *, masks: bool) -> None:
     """Put one seam into each site; what is needed to undo it is added to `records` before anything is changed."""
     for adapter in _ADAPTERS:
