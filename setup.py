@@ -3,6 +3,10 @@
 LONGVQ_BUILD=0  install as pure Python
 LONGVQ_BUILD=1  a library that can't be compiled is an error
 unset           compile if possible, otherwise say why and install as pure Python
+
+The CUDA kernels are compiled as well where torch has CUDA and nvcc is found (CUDA_HOME, CUDACXX or PATH).
+FORCE_CUDA=1           compile them for a torch without CUDA too; a failure is an error
+TORCH_CUDA_ARCH_LIST   for these GPUs, for example "8.0;9.0a;9.0+PTX", the default
 """
 
 from __future__ import annotations
@@ -21,7 +25,9 @@ ROOT = Path(__file__).resolve().parent
 PACKAGE = "longvq_layers"
 sys.path.insert(0, str(ROOT / "csrc" / "build_support"))
 
+import cuda_library  # noqa: E402
 import native_library  # noqa: E402
+from find_torch import find_torch  # noqa: E402
 
 
 class build_native(Command):
@@ -34,19 +40,22 @@ class build_native(Command):
         self.editable_mode = False  # set by setuptools for `pip install -e`
         self.build_lib = None
         self.built = False
+        self.libraries: list[tuple[str, Path | None]] = []
 
     def finalize_options(self) -> None:
         self.set_undefined_options("build_py", ("build_lib", "build_lib"))
 
     def run(self) -> None:
         library, info = self._build()
+        cuda, info["cuda"] = self._build_cuda() if library else (None, {"built": False, "reason": info["reason"]})
         self.built = library is not None
+        self.libraries = [(native_library.LIBRARY, library), (cuda_library.LIBRARY, cuda)]
         package = ROOT / PACKAGE if self.editable_mode else Path(self.build_lib, PACKAGE)
-        target = package / native_library.LIBRARY
-        if library is None:
-            target.unlink(missing_ok=True)  # of an earlier build
-        else:
-            self._place(target, library.read_bytes())
+        for name, built in self.libraries:
+            if built is None:
+                (package / name).unlink(missing_ok=True)  # of an earlier build
+            else:
+                self._place(package / name, built.read_bytes())
         self._place(package / native_library.BUILD_INFO, (json.dumps(info, indent=2) + "\n").encode())
 
     def _build(self) -> tuple[Path | None, dict[str, object]]:
@@ -67,6 +76,23 @@ class build_native(Command):
             )
             return None, {"built": False, "reason": str(error)}
 
+    def _build_cuda(self) -> tuple[Path | None, dict[str, object]]:
+        torch = find_torch()  # there: the CPU library was built with it
+        reason = cuda_library.why_not(torch)
+        try:
+            if reason is None:
+                library, info, _ = cuda_library.build()
+                return library, {"built": True, "reason": None, **info}
+            if os.environ.get("FORCE_CUDA", "0") not in ("", "0"):
+                raise native_library.BuildError(reason)
+        except native_library.BuildError as error:
+            print(error.log, file=sys.stderr)
+            if os.environ.get("FORCE_CUDA", "0") not in ("", "0"):
+                raise SystemExit(f"FORCE_CUDA=1, but the CUDA kernels can't be built: {error}") from error
+            print(f"longvq-layers is being installed without its CUDA kernels: {error}", file=sys.stderr)
+            reason = str(error)
+        return None, {"built": False, "reason": reason}
+
     @staticmethod
     def _place(target: Path, content: bytes) -> None:
         """Replace, never overwrite: another process may have the old library mapped."""
@@ -78,7 +104,7 @@ class build_native(Command):
         os.replace(unfinished, target)
 
     def get_outputs(self) -> list[str]:
-        names = [native_library.BUILD_INFO] + ([native_library.LIBRARY] if self.built else [])
+        names = [native_library.BUILD_INFO] + [name for name, library in self.libraries if library is not None]
         return [] if self.editable_mode else [str(Path(self.build_lib, PACKAGE, name)) for name in names]
 
     def get_output_mapping(self) -> dict[str, str]:

@@ -5,15 +5,12 @@
 // Round to nearest, ties to even; NaN stays NaN; subnormal numbers are exact even where the caller has them flushed.
 #pragma once
 
+#include "elements.h"
 #include "simd.h"
 
 namespace longvq {
 
-enum class ElementType { kFloat, kBFloat16, kHalf };
-
 namespace {
-
-constexpr int64_t element_size(ElementType type) { return type == ElementType::kFloat ? 4 : 2; }
 
 inline const void* element_at(const void* data, ElementType type, int64_t index) {
   return static_cast<const char*>(data) + index * element_size(type);

@@ -5,7 +5,7 @@
 
 #include <optional>
 
-#include "element.h"
+#include "elements.h"
 
 namespace longvq {
 

@@ -20,6 +20,7 @@ from longvq_layers.layers import (
 from longvq_layers.replace import replace_attention, restore_attention
 
 _extension.load()
+_extension.load_cuda()
 
 __version__ = "0.1.0"
 

@@ -23,10 +23,13 @@ CPU_CAPABILITY = "LONGVQ_CPU_CAPABILITY"  # default | avx2 | avx512, read by the
 _PACKAGE = Path(__file__).resolve().parent
 IS_ANOTHER_LIBRARY = bool(os.environ.get(ANOTHER_LIBRARY))
 LIBRARY = Path(os.environ[ANOTHER_LIBRARY]).absolute() if IS_ANOTHER_LIBRARY else _PACKAGE / "lib" / "liblongvq.so"
+CUDA_LIBRARY = _PACKAGE / "lib" / "liblongvq_cuda.so"
 BUILD_INFO = _PACKAGE / "_build_info.json"  # of the package's library
 
 _library: ctypes.CDLL | None = None
 _error: str | None = "not loaded yet: import longvq_layers loads it"
+_cuda_library: ctypes.CDLL | None = None
+_cuda_error: str | None = _error
 
 
 def load() -> bool:
@@ -38,7 +41,7 @@ def load() -> bool:
     if _error is not None:
         return False
     try:
-        _library = _open(LIBRARY)
+        _library = _open(LIBRARY, "cpu")
         _error = None
     except (OSError, RuntimeError) as error:
         # The interpreter keeps warnings from the same line apart by their text, so this is shown once.
@@ -50,6 +53,42 @@ def load() -> bool:
             stacklevel=2,
         )
     return _library is not None
+
+
+def load_cuda() -> bool:
+    """Load the library of the CUDA kernels, if there is a GPU and it was built. Returns whether it is loaded now."""
+    import torch
+
+    global _cuda_library, _cuda_error
+    if _cuda_library is not None:
+        return True
+    built = build_info().get("cuda") or {}
+    if _library is None:
+        _cuda_error = _error
+    elif not CUDA_LIBRARY.exists():
+        _cuda_error = f"not built: {built.get('reason') or 'the file is missing; reinstall longvq-layers'}"
+    elif not torch.cuda.is_available():
+        _cuda_error = "there is no GPU that this torch can use"
+    else:
+        try:
+            _cuda_library = _open(CUDA_LIBRARY, "cuda")
+            _cuda_error = None
+        except (OSError, RuntimeError) as error:
+            _cuda_error = f"{CUDA_LIBRARY} does not load: {_explain(CUDA_LIBRARY, error)}"
+            warnings.warn(
+                f"the CUDA kernels of longvq_layers are not available. {_cuda_error}", RuntimeWarning, stacklevel=2
+            )
+    return _cuda_library is not None
+
+
+def cuda_is_loaded() -> bool:
+    """Whether the CUDA kernels are registered with PyTorch in this process."""
+    return _cuda_library is not None
+
+
+def cuda_load_error() -> str | None:
+    """Why the CUDA kernels are not loaded; None if they are."""
+    return _cuda_error
 
 
 def is_loaded() -> bool:
@@ -69,7 +108,7 @@ def cpu_capability() -> str | None:
 
 @functools.cache
 def build_info() -> dict[str, object]:
-    """What the installation recorded about its library: torch, compiler, flags, instruction sets, CUDA architectures.
+    """What the installation recorded about its libraries: torch, compiler, flags, instruction sets; under "cuda" nvcc.
 
     Without a library `"built"` is False and `"reason"` says why.
     """
@@ -99,22 +138,22 @@ def _why_not_to_try() -> str | None:
     return error
 
 
-def _open(path: Path) -> ctypes.CDLL:
-    """Load the library, which registers its kernels, and check that it did."""
+def _open(path: Path, device: str) -> ctypes.CDLL:
+    """Load a library, which registers its kernels for a type of device, and check that it did."""
     import torch
 
     torch.ops.load_library(str(path))
     library = ctypes.CDLL(str(path))  # the same handle again, to call its plain C functions
     try:
-        refused = _text(library, "longvq_cpu_capability_error")
-        operators = _text(library, "longvq_cpu_operators")
+        refused = _text(library, "longvq_cpu_capability_error") if device == "cpu" else None
+        operators = _text(library, f"longvq_{device}_operators")
     except AttributeError as error:
         raise RuntimeError(f"it is not the library of longvq_layers ({error})") from error
     if refused:
         raise RuntimeError(refused)
     for name in (operators or "").split():
-        if not torch._C._dispatch_has_kernel_for_dispatch_key(f"longvq::{name}", "CPU"):
-            raise RuntimeError(f"it did not register longvq::{name} for the CPU")
+        if not torch._C._dispatch_has_kernel_for_dispatch_key(f"longvq::{name}", device.upper()):
+            raise RuntimeError(f"it did not register longvq::{name} for {device.upper()} tensors")
     return library
 
 

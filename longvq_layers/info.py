@@ -41,6 +41,7 @@ def _native_library() -> Iterable[tuple[str, str]]:
     if _extension.is_loaded():
         yield "file", str(_extension.LIBRARY)
         yield "instruction set", _extension.cpu_capability() or "unknown"
+    yield "CUDA kernels", "loaded" if _extension.cuda_is_loaded() else f"no, {_extension.cuda_load_error()}"
     yield _extension.CPU_CAPABILITY, os.environ.get(_extension.CPU_CAPABILITY) or "not set"
     yield _extension.DISABLE, os.environ.get(_extension.DISABLE) or "not set"
     yield _extension.ANOTHER_LIBRARY, os.environ.get(_extension.ANOTHER_LIBRARY) or "not set"
@@ -51,8 +52,9 @@ def _built_with() -> Iterable[tuple[str, str]]:
         yield "note", f"this describes the package's own library, not that of {_extension.ANOTHER_LIBRARY}"
     for name, value in _extension.build_info().items():
         if isinstance(value, dict):
-            for key, flags in value.items():
-                yield f"{name}.{key}", " ".join(flags) or "none"
+            for key, entry in value.items():
+                if entry is not None:
+                    yield f"{name}.{key}", " ".join(entry) or "none" if isinstance(entry, list) else str(entry)
         elif isinstance(value, list):
             yield name, ", ".join(map(str, value)) or "none"
         elif value is not None:

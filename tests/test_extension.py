@@ -96,7 +96,8 @@ def test_loads():
     assert info["built"] is True
     assert info["stable_abi_target"] == "2.10"
     assert _extension.cpu_capability() in info["instruction_sets"]
-    assert info["torch"] and info["compiler"] and info["cuda_architectures"] == []
+    assert info["torch"] and info["compiler"]
+    assert info["cuda"]["built"] or info["cuda"]["reason"]
 
 
 def test_loading_twice_is_harmless():

@@ -20,6 +20,7 @@ from pathlib import Path
 from find_torch import MINIMUM, Torch, find_torch
 
 ROOT = Path(__file__).resolve().parents[2]
+CUDA = "cuda"  # the folder of csrc/ that is a library of its own, see cuda_library.py
 CACHE = Path("build", "native")  # relative to ROOT, where the compiler runs: no absolute path enters the library
 
 LIBRARY = "lib/liblongvq.so"  # inside the package
@@ -112,17 +113,17 @@ def build(cache: Path = CACHE, more_flags: Sequence[str] = ()) -> tuple[Path, di
     have = [f"-DLONGVQ_HAVE_{isa.upper()}" for isa in isa_flags if isa != "default"]
     flags = [*COMMON_FLAGS, *have, *more_flags]
     jobs: list[tuple[Path, list[str]]] = []
-    for source in sorted(p.relative_to(ROOT) for p in (ROOT / "csrc").rglob("*.cpp")):
+    for source in sources("*.cpp", but=CUDA):
         if source.stem.endswith("_kernel"):
             jobs += [(source, [*isa, f"-DLONGVQ_ISA={name}"]) for name, isa in isa_flags.items()]
         else:
             jobs.append((source, []))
 
-    setting = _digest(compiler.version, compiler.machine, torch.version, str(torch.root), *flags, _headers())
+    setting = setting_of(compiler, torch, flags, sources("*.h", but=CUDA))
     (ROOT / cache).mkdir(parents=True, exist_ok=True)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        objects = list(pool.map(lambda job: _compile(compiler, torch, flags, cache, setting, *job), jobs))
-    library = _link(compiler, torch, [*LINK_FLAGS, *more_flags], cache, objects)
+        objects = list(pool.map(lambda job: compile_cpp(compiler, torch, flags, cache, setting, *job), jobs))
+    library = link(compiler, torch, [*LINK_FLAGS, *more_flags], cache, objects)
     info = {
         "built": True,
         "reason": None,
@@ -132,32 +133,54 @@ def build(cache: Path = CACHE, more_flags: Sequence[str] = ()) -> tuple[Path, di
         "machine": compiler.machine,
         "flags": {"common": flags, **isa_flags},
         "instruction_sets": list(isa_flags),
-        "cuda_architectures": [],
     }
     return library, info
 
 
-def _compile(
-    compiler: Compiler, torch: Torch, flags: list[str], cache: Path, setting: str, source: Path, extra: list[str]
+def sources(pattern: str, but: str | None = None) -> list[Path]:
+    """Files of csrc/ relative to ROOT; `but` is a folder of csrc/ to leave out."""
+    found = (p.relative_to(ROOT) for p in (ROOT / "csrc").rglob(pattern))
+    return sorted(p for p in found if but is None or p.parts[1] != but)
+
+
+def setting_of(compiler: Compiler, torch: Torch, flags: Sequence[str], headers: Sequence[Path]) -> str:
+    """A digest of all that goes into every object."""
+    texts = [f"{p}\n{(ROOT / p).read_text()}" for p in headers]
+    return digest(compiler.version, compiler.machine, torch.version, str(torch.root), *flags, *texts)
+
+
+def compile_cpp(
+    compiler: Compiler,
+    torch: Torch,
+    flags: Sequence[str],
+    cache: Path,
+    setting: str,
+    source: Path,
+    extra: Sequence[str] = (),
 ) -> Path:
-    key = _digest(setting, str(source), (ROOT / source).read_text(), *extra)
-    target = cache / f"{source.stem}-{key}.o"
+    """The object of one file, relative to ROOT."""
+    target = cache / f"{source.stem}-{digest(setting, str(source), (ROOT / source).read_text(), *extra)}.o"
     if not (ROOT / target).exists():
         # The prefix map keeps the place of torch out of the error messages in the library.
         place = [f"-ffile-prefix-map={torch.include}=torch", "-isystem", str(torch.include)]
-        _run([*compiler.command, *flags, *extra, *place, "-c", str(source)], target)
+        run([*compiler.command, *flags, *extra, *place, "-c", str(source)], target)
     return target
 
 
-def _link(compiler: Compiler, torch: Torch, flags: list[str], cache: Path, objects: list[Path]) -> Path:
-    target = cache / f"liblongvq-{_digest(*map(str, objects), *flags)}.so"
+def link(
+    compiler: Compiler, torch: Torch, flags: Sequence[str], cache: Path, objects: Sequence[Path], name: str = "longvq"
+) -> Path:
+    target = cache / f"lib{name}-{digest(*map(str, objects), *flags)}.so"
     if not (ROOT / target).exists():
-        _run([*compiler.command, *map(str, objects), f"-L{torch.lib}", *flags], target)
+        run([*compiler.command, *map(str, objects), f"-L{torch.lib}", *flags], target)
     return ROOT / target
 
 
-def _run(command: list[str], target: Path) -> None:
-    """Run a command that makes `target`, which appears only when complete: two builds at once don't disturb."""
+def run(command: Sequence[str], target: Path) -> str:
+    """Run a command that makes `target`, which appears only when complete: two builds at once don't disturb.
+
+    Returns what the command printed, which is also printed.
+    """
     print(shlex.join([*command, "-o", str(target)]), flush=True)
     unfinished = target.with_name(f"{target.name}.{os.getpid()}.tmp")
     try:
@@ -171,12 +194,8 @@ def _run(command: list[str], target: Path) -> None:
     if log:
         print(log, flush=True)
     os.replace(ROOT / unfinished, ROOT / target)
+    return log
 
 
-def _headers() -> str:
-    headers = sorted((ROOT / "csrc").rglob("*.h"))
-    return _digest(*(f"{p.relative_to(ROOT)}\n{p.read_text()}" for p in headers))
-
-
-def _digest(*parts: str) -> str:
+def digest(*parts: str) -> str:
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]

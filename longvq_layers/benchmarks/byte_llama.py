@@ -1,6 +1,6 @@
 """A byte Llama that is trained here: 4 layers, width 192, grouped queries, on the source of the standard library.
 
-Half of its texts give a word, one of 16, and ask for it again, so that it learns to recall what stands in its context.
+Half of its texts give a key, a byte of 16, and ask for it again: it learns to recall what stands in its context.
 """
 
 import math
@@ -19,25 +19,7 @@ if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, MistralForCausalLM
 
 TRAINED_LENGTH = 512
-KEYS = (  # to be recalled: the first letter tells which it is, four bits of its eight bytes
-    b"absolute",
-    b"bordered",
-    b"criteria",
-    b"download",
-    b"evaluate",
-    b"fraction",
-    b"gradient",
-    b"hardware",
-    b"inverted",
-    b"junction",
-    b"keyboard",
-    b"language",
-    b"multiply",
-    b"negative",
-    b"operator",
-    b"password",
-)
-KEY = 8  # bytes of each
+KEYS = bytes(range(0x10, 0x20))  # control characters, which the source doesn't have
 _SIZES = {
     "vocab_size": 256,
     "hidden_size": 192,
@@ -134,7 +116,7 @@ def _with_target(batch: Batch) -> Tensor:
 
 
 def recall(length: int, count: int, split: str, seed: int, *, asked: int) -> Tensor:
-    """(count, length + 1) bytes of source that give one of 16 keys near the front and ask for it `asked` times.
+    """(count, length + 1) bytes of source that give a key, one of 16, near the front and ask for it `asked` times.
 
     The questions are spread evenly and the last one ends the text, with the key.
     """
@@ -143,7 +125,7 @@ def recall(length: int, count: int, split: str, seed: int, *, asked: int) -> Ten
     text = _with_target(task.batch(split, int(torch.randint(10_000, (), generator=generator)), count))
     for row in text:
         key = KEYS[int(torch.randint(len(KEYS), (), generator=generator))]
-        given, question = (torch.tensor(list(p + key + b'"\n')) for p in (b'\nKEY = "', b'\nassert KEY == "'))
+        given, question = (torch.tensor([*text, key, *b'"\n']) for text in (b'\nKEY = "', b'\nassert KEY == "'))
         start = int(torch.randint(length // 8, (), generator=generator))
         row[start : start + len(given)] = given
         for end in torch.linspace(start + len(given), len(row) + 2, asked + 1)[1:].int().tolist():
@@ -152,5 +134,5 @@ def recall(length: int, count: int, split: str, seed: int, *, asked: int) -> Ten
 
 
 def mixed(length: int, step: int, *, asked: int) -> Tensor:
-    """(8, length + 1) bytes to train on: half of the texts are source, the others ask for keys."""
+    """(8, length + 1) bytes to train on: four texts of source, four that ask for keys."""
     return torch.cat([drawn(length, 4, step), recall(length, 4, "train", step, asked=asked)])

@@ -2,7 +2,7 @@
 
 Trains the model (4 layers, width 192, grouped queries, 512 bytes at a time; kept in --model), replaces its attention
 with every setting, and prints, for texts of several lengths, bits per byte of the last 256 bytes of source and how many
-keys, a word of 16 that stood near the front and is asked for at the end, it recalls. With --fine-tune it then trains
+keys, one byte of 16 that stood near the front and is asked for at the end, it recalls. With --fine-tune it then trains
 the replaced model and one with the window alone, on texts of twice the length. Writes results.csv and a plot.
 """
 
@@ -112,7 +112,7 @@ def _measure(name: str, model: nn.Module, texts: dict, *, fine_tuned: bool) -> l
             name,
             text,
             length,
-            *byte_llama.score(model, tokens, _LAST if text == "source" else byte_llama.KEY),
+            *byte_llama.score(model, tokens, _LAST if text == "source" else 1),
             fine_tuned,
         )
         for (text, length), tokens in texts.items()

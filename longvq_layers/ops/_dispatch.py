@@ -5,22 +5,30 @@ entry of :data:`NATIVE_KERNELS` states, per operator and device type, the dtypes
 it can and torch elsewhere; a backend asked for by name is never replaced by another.
 """
 
+import warnings
+
 import torch
 
 from longvq_layers import _extension
 
 BACKENDS = ("auto", "native", "torch", "reference")
 
+_HALVES_TOO = (torch.float32, torch.bfloat16, torch.float16)
+
 # operator -> device type -> dtypes of the compiled kernels
 NATIVE_KERNELS: dict[str, dict[str, tuple[torch.dtype, ...]]] = {
-    "vq_assign": {"cpu": (torch.float32, torch.bfloat16, torch.float16)},
-    "vq_attention": {"cpu": (torch.float32, torch.bfloat16, torch.float16)},
-    "vq_attention_step": {"cpu": (torch.float32, torch.bfloat16, torch.float16)},
-    "ssm_scan": {"cpu": (torch.float32, torch.bfloat16, torch.float16)},
-    "ssm_step": {"cpu": (torch.float32, torch.bfloat16, torch.float16)},
+    "vq_assign": {"cpu": _HALVES_TOO, "cuda": _HALVES_TOO},
+    "vq_attention": {"cpu": _HALVES_TOO, "cuda": _HALVES_TOO},
+    "vq_attention_step": {"cpu": _HALVES_TOO},
+    "ssm_scan": {"cpu": _HALVES_TOO},
+    "ssm_step": {"cpu": _HALVES_TOO},
     "ssm_kernel": {},
     "long_conv": {},
 }
+
+# Device types whose kernels have not passed their tests on a device: they serve who asks for them by name, with a
+# warning, and are never chosen.
+UNPROVEN = ("cuda",)
 
 
 def native_declines(op: str, device: torch.device, dtypes: tuple[torch.dtype, ...]) -> str | None:
@@ -35,6 +43,8 @@ def native_declines(op: str, device: torch.device, dtypes: tuple[torch.dtype, ..
     if wrong:
         names = ", ".join(str(dtype) for dtype in covered)
         return f"{op} on {device.type} has compiled kernels for {names}, got {', '.join(str(d) for d in wrong)}"
+    if device.type == "cuda" and not _extension.cuda_is_loaded():
+        return f"the library of the CUDA kernels is not loaded: {_extension.cuda_load_error()}"
     if not _extension.is_loaded():
         return f"the compiled library is not loaded: {_extension.load_error()}"
     return None
@@ -51,8 +61,18 @@ def choose(op: str, backend: str, device: torch.device, dtypes: tuple[torch.dtyp
         raise ValueError(f"{op}: backend must be one of {', '.join(map(repr, BACKENDS))}, got {backend!r}")
     if backend in ("torch", "reference"):
         return backend
+    unproven = device.type in UNPROVEN
+    if unproven and backend == "auto":
+        return "torch"
     reason = native_declines(op, device, dtypes)
     if reason is None:
+        if unproven:
+            warnings.warn(
+                f'{op}: backend="native" on {device.type}: these kernels have only been tested on the CPU, thread by '
+                f'thread, never on a GPU; compare their results with backend="torch"',
+                RuntimeWarning,
+                stacklevel=3,
+            )
         return "native"
     if backend == "native":
         raise NotImplementedError(

@@ -1,0 +1,205 @@
+"""Compile csrc/cuda with nvcc into a library of its own, which is loaded beside that of the CPU where there is a GPU.
+
+    python csrc/build_support/cuda_library.py [--out FILE]
+
+compiles every kernel for every architecture and prints what each takes: registers, shared memory, stack, spills. A
+kernel that spills, or that keeps an array in local memory, is an error, as is every warning. No GPU and no CUDA torch
+are needed for that.
+
+`on_host()` compiles the same sources with the C++ compiler alone, for tests that run the kernels on the CPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import astuple, dataclass, fields
+from pathlib import Path
+
+import native_library
+from find_torch import Torch, find_torch
+from native_library import CACHE, CUDA, ROOT, BuildError, Compiler
+
+LIBRARY = "lib/liblongvq_cuda.so"  # inside the package
+ARCHITECTURES = "8.0;9.0a;9.0+PTX"  # of TORCH_CUDA_ARCH_LIST, if it isn't set: Ampere, Hopper, what comes after
+NVCC_FLAGS = ["-std=c++17", "-O3", "--expt-relaxed-constexpr", "-Xcompiler=-fPIC,-fvisibility=hidden"]
+CHECKS = ["-Werror=all-warnings", "-Xptxas=-v"]
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """What one kernel takes on one architecture, as ptxas says."""
+
+    name: str
+    architecture: str
+    registers: int
+    stack: int  # bytes a thread
+    spills: int  # bytes stored
+
+
+def why_not(torch: Torch) -> str | None:
+    """Why the CUDA kernels are not built here; None if they are. `FORCE_CUDA=1`: for a torch without CUDA too."""
+    if os.environ.get("FORCE_CUDA", "0") not in ("", "0"):
+        return None if find_nvcc() else "FORCE_CUDA=1, but there is no nvcc: set CUDA_HOME or CUDACXX"
+    if "cuda = None" in (torch.root / "version.py").read_text().replace("cuda: Optional[str]", "cuda"):
+        return "this torch was built without CUDA (FORCE_CUDA=1 builds them anyway)"
+    return None if find_nvcc() else "no nvcc: set CUDA_HOME or CUDACXX, or put it on PATH"
+
+
+def find_nvcc() -> str | None:
+    """`CUDACXX`, or nvcc in `CUDA_HOME`, or the one on PATH."""
+    if named := os.environ.get("CUDACXX"):
+        return shutil.which(named)
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    return shutil.which(str(Path(home, "bin", "nvcc")) if home else "nvcc")
+
+
+def architectures() -> list[str]:
+    """nvcc's options for `TORCH_CUDA_ARCH_LIST`, whose entries are like "8.0", "9.0a", "9.0+PTX"."""
+    options = []
+    for entry in re.split(r"[;\s]+", os.environ.get("TORCH_CUDA_ARCH_LIST") or ARCHITECTURES):
+        match = re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", entry)
+        if not match:
+            raise BuildError(f"TORCH_CUDA_ARCH_LIST: got {entry!r}, expected numbers like 8.0, 9.0a or 9.0+PTX")
+        number = "".join(match.group(1, 2, 3))
+        # With +PTX: only the PTX, from which the driver makes code for newer GPUs too.
+        options.append(f"-gencode=arch=compute_{number},code={'compute' if match[4] else 'sm'}_{number}")
+    return options
+
+
+def build(more_flags: Sequence[str] = ()) -> tuple[Path, dict[str, object], list[Kernel]]:
+    """The library, what to record about it, and, with CHECKS among the flags, what its kernels take."""
+    command, torch, nvcc = native_library.find_compiler(), find_torch(), find_nvcc()
+    if command is None or torch is None or nvcc is None:
+        missing = "C++ compiler" if command is None else "torch" if torch is None else "nvcc"
+        raise BuildError(f"no {missing} to build the CUDA kernels with")
+    compiler = Compiler(command)
+    version = _nvcc_version(nvcc)
+    options = architectures()
+    include = ["-isystem", str(Path(nvcc).resolve().parents[1] / "include")]
+    flags = [*native_library.COMMON_FLAGS, *include]
+    headers = native_library.sources("*.h")
+    setting = native_library.setting_of(compiler, torch, [*flags, version], headers)
+    (ROOT / CACHE).mkdir(parents=True, exist_ok=True)
+
+    def compile_source(source: Path) -> tuple[Path, str]:
+        if source.suffix == ".cpp":
+            return native_library.compile_cpp(compiler, torch, flags, CACHE, setting, source), ""
+        arguments = [nvcc, "-ccbin", command[0], *NVCC_FLAGS, *options, *more_flags]
+        text = (ROOT / source).read_text()
+        target = CACHE / f"{source.stem}-cuda-{native_library.digest(setting, text, *arguments)}.o"
+        log = (ROOT / target).with_suffix(".log")
+        if not (ROOT / target).exists() or not log.exists():
+            log.write_text(native_library.run([*arguments, "-c", str(source)], target))
+        return target, log.read_text()
+
+    inputs = [*native_library.sources("*.cu"), *_sources_of_operators()]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        objects, logs = zip(*pool.map(compile_source, inputs), strict=True)
+    cuda = _cuda_libraries(nvcc)
+    link_flags = ["-shared", f"-L{cuda}", "-lcudart_static", "-lrt", "-ldl", "-lpthread", "-ltorch_cpu"]
+    library = native_library.link(compiler, torch, link_flags, CACHE, objects, "longvq_cuda")
+    info = {"nvcc": version, "architectures": [option.rpartition("_")[2] for option in options]}
+    return library, info, [kernel for log in logs for kernel in kernels_of(log)]
+
+
+def on_host() -> Path:
+    """The kernels as ordinary C++, run thread by thread (csrc/cuda/on_host), behind the same operators."""
+    command, torch = native_library.find_compiler(), find_torch()
+    if command is None or torch is None:
+        raise BuildError(f"no {'C++ compiler' if command is None else 'torch'} to build the kernels with")
+    compiler = Compiler(command)
+    # Kernels leave their stack by jumps, which a fortified libc takes for an error.
+    own = ["-DLONGVQ_ON_HOST", "-Wno-unknown-pragmas", "-U_FORTIFY_SOURCE", "-O2"]
+    flags = [*native_library.COMMON_FLAGS, "-Werror", *own]
+    setting = native_library.setting_of(compiler, torch, flags, native_library.sources("*.h"))
+    (ROOT / CACHE).mkdir(parents=True, exist_ok=True)
+    folder = Path("csrc", CUDA, "on_host")
+    jobs = [(source, ["-x", "c++"]) for source in native_library.sources("*.cu")]
+    jobs += [(source, []) for source in _sources_of_operators() + native_library.sources(f"{CUDA}/on_host/*.cpp")]
+    assert any(source.parent == folder for source, _ in jobs)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        objects = list(
+            pool.map(lambda job: native_library.compile_cpp(compiler, torch, flags, CACHE, setting, *job), jobs)
+        )
+    return native_library.link(compiler, torch, native_library.LINK_FLAGS, CACHE, objects, "longvq_cuda_on_host")
+
+
+def kernels_of(log: str) -> list[Kernel]:
+    """What ptxas -v says of each kernel."""
+    found = []
+    pattern = (
+        r"Compiling entry function '(\w+)' for '(\w+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores"
+        r".*?Used (\d+) registers"
+    )
+    for name, architecture, stack, spills, registers in re.findall(pattern, log, re.DOTALL):
+        found.append(Kernel(name, architecture, int(registers), int(stack), int(spills)))
+    return found
+
+
+def _sources_of_operators() -> list[Path]:
+    return native_library.sources(f"{CUDA}/*.cpp")
+
+
+def _nvcc_version(nvcc: str) -> str:
+    try:
+        text = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise BuildError(f"{nvcc} does not run: {error}") from error
+    match = re.search(r"release \S+, V(\S+)", text)
+    return match[1] if match else text.strip()
+
+
+def _cuda_libraries(nvcc: str) -> Path:
+    root = Path(nvcc).resolve().parents[1]
+    for folder in ("lib64", "lib", "targets/x86_64-linux/lib", "targets/sbsa-linux/lib"):
+        if (root / folder / "libcudart_static.a").exists():
+            return root / folder
+    raise BuildError(f"no libcudart_static.a beside {nvcc}")
+
+
+def _names(kernels: Sequence[Kernel]) -> dict[str, str]:
+    """Mangled -> readable, where c++filt is there."""
+    mangled = sorted({kernel.name for kernel in kernels})
+    filt = shutil.which("c++filt")
+    if not filt or not mangled:
+        return {name: name for name in mangled}
+    text = subprocess.run([filt], input="\n".join(mangled), capture_output=True, text=True, check=True).stdout
+    readable = [re.sub(r"longvq::cuda::|\(anonymous namespace\)::|^void ", "", line) for line in text.splitlines()]
+    return dict(zip(mangled, (line.partition("(")[0] for line in readable), strict=True))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Compile all CUDA kernels and print what each takes.")
+    parser.add_argument("--out", type=Path, help="also write the table to this file")
+    args = parser.parse_args()
+    try:
+        library, info, kernels = build(CHECKS)
+    except BuildError as error:
+        print(error.log, file=sys.stderr)
+        raise SystemExit(f"the CUDA kernels can't be built: {error}") from error
+    names = _names(kernels)
+    lines = [
+        f"nvcc {info['nvcc']}, architectures {', '.join(info['architectures'])}, {library.stat().st_size:,} bytes",
+        "",
+    ]
+    lines += ["| " + " | ".join(field.name for field in fields(Kernel)) + " |", "|:---|:---|---:|---:|---:|"]
+    for kernel in sorted(kernels, key=lambda k: (names[k.name], k.architecture)):
+        lines.append("| " + " | ".join(map(str, (names[kernel.name], *astuple(kernel)[1:]))) + " |")
+    table = "\n".join(lines)
+    print(table)
+    if args.out:
+        args.out.write_text(table + "\n")
+    wrong = [kernel for kernel in kernels if kernel.stack or kernel.spills]
+    if wrong or not kernels:
+        raise SystemExit(f"{len(wrong)} of {len(kernels)} kernels spill or use local memory")
+
+
+if __name__ == "__main__":
+    main()

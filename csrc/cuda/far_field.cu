@@ -1,0 +1,240 @@
+// Far fields: running sums of values by code, a snapshot for every kFarBlock queries.
+//
+// A block of threads walks along the keys of one head for 32 columns of values and up to 512 codes, whose sums lie in
+// shared memory in float32. A warp owns every eighth code and a lane one column, so each sum has one owner that adds in
+// the order of the keys: no atomics, the same result every time. So that a long sequence is not one long walk it is cut
+// into segments, whose sums are made first.
+#include <initializer_list>
+
+#include "cover.h"
+
+namespace longvq::cuda {
+namespace {
+
+constexpr int kThreads = 256, kWarps = kThreads / 32, kColumns = 32, kCodes = 512, kKeys = 128;
+constexpr size_t kBytes = sizeof(float) * kCodes * kColumns + sizeof(int) * (kCodes + kKeys);
+
+// Positions and far fields in the order of the walk: from the first, or from the last.
+struct Walk {
+  const FarField& p;
+  bool backward;
+
+  LONGVQ_DEVICE int64_t key(int64_t step) const { return backward ? p.length - 1 - step : step; }
+  LONGVQ_DEVICE int64_t field(int64_t index) const {
+    return backward ? divide_up(p.length, kFarBlock) - 1 - index : index;
+  }
+  // How many keys, from the start of the walk, are in the far field `index`.
+  LONGVQ_DEVICE int64_t limit(int64_t index) const {
+    const int64_t reach = max(p.window, int64_t{1});
+    const int64_t first = field(index) * kFarBlock;
+    const int64_t limit = backward ? p.length - (first + kFarBlock - 1 + reach) : first - reach + 1;
+    return min(max(limit, int64_t{0}), p.length);
+  }
+  // Where segments begin.
+  LONGVQ_DEVICE int64_t begin(int64_t segment) const {
+    const int64_t index = segment * kFarSegment;
+    if (index * kFarBlock >= p.length) {
+      return p.length;
+    }
+    return p.all_far() ? index * kFarBlock : limit(index);
+  }
+};
+
+// The sums in shared memory and what this thread has of them.
+template <typename Element>
+struct Sums {
+  const FarField& p;
+  int64_t batch, head, first_code, first_column;
+  float* sums;
+  int* numbers;
+  int* codes_of_keys;
+
+  LONGVQ_DEVICE Sums(const FarField& problem) : p(problem) {
+    const int64_t slices = divide_up(p.values, kColumns);
+    first_column = blockIdx.x % slices * kColumns;
+    first_code = blockIdx.x / slices * kCodes;
+    head = blockIdx.y;
+    batch = blockIdx.z % p.batch;
+    sums = reinterpret_cast<float*>(shared_memory());
+    numbers = reinterpret_cast<int*>(sums + kCodes * kColumns);
+    codes_of_keys = numbers + kCodes;
+  }
+
+  LONGVQ_DEVICE int64_t column() const { return first_column + threadIdx.x % 32; }
+  LONGVQ_DEVICE bool has_column() const { return column() < p.values; }
+
+  // call(code here, its place in `sums`) for every code of this warp.
+  template <typename Call>
+  LONGVQ_DEVICE void each_code(const Call& call) const {
+    for (int code = threadIdx.x / 32; code < min(p.codes - first_code, int64_t{kCodes}); code += kWarps) {
+      call(code, sums + code * kColumns + threadIdx.x % 32);
+    }
+  }
+
+  LONGVQ_DEVICE void clear() const {
+    each_code([&](int code, float* sum) {
+      *sum = 0;
+      numbers[code] = 0;  // by all lanes
+    });
+    __syncthreads();
+  }
+
+  // A sum of all (codes, values) from an array of such.
+  LONGVQ_DEVICE int64_t place(int64_t array, int code) const {
+    return (array * p.codes + first_code + code) * p.values + column();
+  }
+
+  LONGVQ_DEVICE void add_segment(int64_t segment) const {
+    const int64_t array = (batch * p.heads + head) * p.segments() + segment;
+    each_code([&](int code, float* sum) {
+      if (has_column()) {
+        *sum += p.segment_sums[place(array, code)];
+      }
+      if (threadIdx.x % 32 == 0) {
+        numbers[code] += p.segment_numbers[array * p.codes + first_code + code];
+      }
+    });
+    __syncthreads();
+  }
+
+  LONGVQ_DEVICE void write(float* to_sums, int32_t* to_numbers, int64_t array) const {
+    each_code([&](int code, float* sum) {
+      if (has_column()) {
+        to_sums[place(array, code)] = *sum;
+      }
+      if (first_column == 0 && threadIdx.x % 32 == 0) {
+        to_numbers[array * p.codes + first_code + code] = numbers[code];
+      }
+    });
+  }
+
+  // Means, with what an earlier walk in the other direction found if there was one.
+  LONGVQ_DEVICE void write_means(int64_t field, bool add_before) const {
+    const int64_t array = (batch * p.heads + head) * p.far_fields() + field, padded = padded_codes(p.codes);
+    const int64_t pitch = value_pitch(p.values);
+    each_code([&](int code, const float* sum) {
+      float total = *sum;
+      int number = numbers[code];
+      if (add_before) {
+        total += has_column() ? p.before_sums[place(array, code)] : 0.0f;
+        number += p.before_numbers[array * p.codes + first_code + code];
+      }
+      const int64_t row = array * padded + first_code + code;
+      if (column() < pitch) {
+        Element* mean = static_cast<Element*>(p.means) + row * pitch + column();
+        store(mean, number > 0 && has_column() ? total / static_cast<float>(number) : 0.0f);
+      }
+      if (first_column == 0 && threadIdx.x % 32 == 0) {
+        p.numbers[row] = p.logarithm ? logf(static_cast<float>(number)) : static_cast<float>(number);
+      }
+    });
+  }
+
+  // Adds the keys of steps begin .. end of the walk.
+  LONGVQ_DEVICE void add_keys(const Walk& walk, int64_t begin, int64_t end) const {
+    const int64_t* codes = p.code_of_key + (batch * p.heads + head) * p.length;
+    const Element* values = static_cast<const Element*>(p.v) + batch * p.v_batch + head * p.v_head + column();
+    for (int64_t first = begin; first < end; first += kKeys) {
+      const int count = static_cast<int>(min(end - first, int64_t{kKeys}));
+      __syncthreads();
+      for (int i = threadIdx.x; i < count; i += kThreads) {
+        const int64_t key = walk.key(first + i), code = codes[key] - first_code;
+        const bool ignored =
+            p.ignored != nullptr && p.ignored[batch * p.ignored_batch + key * p.ignored_length] != 0;
+        codes_of_keys[i] = !ignored && code >= 0 && code < kCodes ? static_cast<int>(code) : -1;
+      }
+      __syncthreads();
+      for (int i = 0; i < count; ++i) {
+        const int code = codes_of_keys[i];
+        if (code >= 0 && code % kWarps == static_cast<int>(threadIdx.x / 32)) {
+          if (has_column()) {
+            sums[code * kColumns + threadIdx.x % 32] += to_float(values[walk.key(first + i) * p.v_length]);
+          }
+          if (threadIdx.x % 32 == 0) {
+            ++numbers[code];
+          }
+        }
+      }
+    }
+    __syncthreads();
+  }
+};
+
+template <typename Element>
+__global__ void __launch_bounds__(kThreads) sum_segments(FarField p, bool backward) {
+  const Sums<Element> sums(p);
+  const Walk walk{p, backward};
+  const int64_t segment = blockIdx.z / p.batch;
+  sums.clear();
+  sums.add_keys(walk, walk.begin(segment), walk.begin(segment + 1));
+  sums.write(
+      p.segment_sums, p.segment_numbers, (sums.batch * p.heads + sums.head) * p.segments() + segment);
+}
+
+// What a walk leaves: sums for the walk in the other direction, means, or means that add what such a walk left.
+enum class Leaves { kSums, kMeans, kMeansOfBoth };
+
+template <typename Element>
+__global__ void __launch_bounds__(kThreads) make_far_fields(FarField p, bool backward, Leaves leaves) {
+  const Sums<Element> sums(p);
+  const Walk walk{p, backward};
+  const int64_t segment = p.all_far() ? p.segments() : blockIdx.z / p.batch;
+  sums.clear();
+  for (int64_t earlier = 0; earlier < segment; ++earlier) {
+    sums.add_segment(earlier);
+  }
+  if (p.all_far()) {
+    sums.write_means(0, false);
+    return;
+  }
+  const int64_t first = segment * kFarSegment, last = min(first + kFarSegment, p.far_fields());
+  for (int64_t index = first; index < last; ++index) {
+    if (index > first) {
+      sums.add_keys(walk, walk.limit(index - 1), walk.limit(index));
+    }
+    const int64_t field = walk.field(index);
+    if (leaves == Leaves::kSums) {
+      sums.write(p.before_sums, p.before_numbers, (sums.batch * p.heads + sums.head) * p.far_fields() + field);
+    } else {
+      sums.write_means(field, leaves == Leaves::kMeansOfBoth);
+    }
+  }
+}
+
+template <typename Element>
+int make(const FarField& p, void* stream) {
+  const auto columns = static_cast<unsigned>(divide_up(p.values, kColumns) * divide_up(p.codes, kCodes));
+  const auto rows = static_cast<unsigned>(p.segments() * p.batch);
+  const dim3 all(columns, static_cast<unsigned>(p.heads), rows);
+  const dim3 once(columns, static_cast<unsigned>(p.heads), static_cast<unsigned>(p.batch));
+  const bool both = !p.causal && !p.all_far();
+  for (const bool backward : {false, true}) {
+    if (backward && !both) {
+      break;
+    }
+    const Leaves leaves = !both ? Leaves::kMeans : backward ? Leaves::kMeansOfBoth : Leaves::kSums;
+    if (p.all_far() || p.segments() > 1) {  // of the last segment sums are not needed otherwise
+      const dim3 grid(columns, all.y, p.all_far() ? rows : rows - static_cast<unsigned>(p.batch));
+      if (const int error = launch(sum_segments<Element>, grid, kThreads, kBytes, stream, p, backward)) {
+        return error;
+      }
+    }
+    const dim3 grid = p.all_far() ? once : all;
+    if (const int error = launch(make_far_fields<Element>, grid, kThreads, kBytes, stream, p, backward, leaves)) {
+      return error;
+    }
+  }
+  return 0;
+}
+
+}  // namespace
+
+int longvq_cuda_far_field(const FarField* problem, void* stream) {
+  const FarField& p = *problem;
+  if (p.batch == 0 || p.heads == 0 || p.length == 0 || p.values == 0) {
+    return 0;
+  }
+  return for_element(p.type, [&](auto element) { return make<decltype(element)>(p, stream); });
+}
+
+}  // namespace longvq::cuda

@@ -1,0 +1,116 @@
+// What the host may call of the CUDA kernels: plain C functions and structs of plain numbers, neither torch's nor
+// CUDA's headers. Pointers are to device memory, strides in elements, `stream` a cudaStream_t. Every function returns
+// 0, an error of the CUDA runtime, or kNotCovered, and does not wait for the device.
+#pragma once
+
+#include <cstdint>
+
+#include "../elements.h"
+
+namespace longvq::cuda {
+
+constexpr int kNotCovered = -1;      // there is no kernel for these sizes
+constexpr int64_t kMaxDepth = 256;   // columns of keys and codewords
+constexpr int64_t kCodeUnit = 64;    // codes are padded to a multiple of it
+
+constexpr int64_t padded_depth(int64_t depth) {
+  return depth <= 64 ? 64 : depth <= 128 ? 128 : 256;
+}
+constexpr int64_t padded_codes(int64_t codes) { return (codes + kCodeUnit - 1) / kCodeUnit * kCodeUnit; }
+
+// A codebook as tensor cores take it.
+struct Codebook {
+  int64_t heads, codes, depth;
+  int64_t columns;    // depth, padded
+  uint16_t* parts;    // (heads, PARTS, padded_codes, columns): three bfloat16, or one number of a 16-bit type
+  float* half_norms;  // (heads, padded_codes): ½‖C_s‖², infinite where there is no code
+};
+
+struct PackCodebook {
+  const float* from;  // (heads, codes, depth)
+  int64_t head_stride, code_stride, depth_stride;
+  ElementType type;  // kFloat: three parts
+  Codebook to;
+};
+
+struct Assign {
+  const void* keys;  // (batch, heads, length, depth) of `type`, depth innermost and contiguous
+  ElementType type;
+  int64_t batch, length;
+  int64_t batch_stride, head_stride, length_stride;
+  Codebook codebook;  // in three parts
+  int64_t* codes;     // (batch, heads, length)
+};
+
+// Far fields: for every kFarBlock queries the number and the mean value, for each code, of the keys that are outside the
+// window of all of them. Keys before them and, bidirectional, behind them; without a window and bidirectional all keys,
+// and one far field serves everybody.
+constexpr int64_t kFarBlock = 128;
+constexpr int64_t kFarSegment = 16;  // far fields that one block of threads makes, the next one out of each
+
+struct FarField {
+  ElementType type;  // of values and means
+  int64_t batch, heads, length, codes, values;  // heads of keys
+  bool causal, logarithm;                       // whether `numbers` are logarithms
+  int64_t window;
+  const int64_t* code_of_key;  // (batch, heads, length)
+  const void* v;               // (batch, heads, length, values), values innermost and contiguous
+  int64_t v_batch, v_head, v_length;
+  const uint8_t* ignored;  // (batch, length) or null
+  int64_t ignored_batch, ignored_length;
+  // Workspaces: of each segment the sums of values and the numbers of its keys; of all far fields those of keys before.
+  float* segment_sums;  // (batch, heads, segments, codes, values)
+  int32_t* segment_numbers;
+  float* before_sums;  // (batch, heads, far_fields, codes, values); only bidirectional with a window
+  int32_t* before_numbers;
+  void* means;     // (batch, heads, far_fields, padded codes, value_pitch)
+  float* numbers;  // (batch, heads, far_fields, padded codes)
+
+  constexpr int64_t far_fields() const { return all_far() ? 1 : (length + kFarBlock - 1) / kFarBlock; }
+  constexpr int64_t segments() const { return (length + kFarBlock * kFarSegment - 1) / (kFarBlock * kFarSegment); }
+  constexpr bool all_far() const { return window == 0 && !causal; }
+};
+
+constexpr int64_t value_pitch(int64_t values) { return (values + 7) / 8 * 8; }
+
+struct Attention {
+  ElementType type;  // of q, k, v, means, out
+  int64_t batch, heads, kv_heads, length, values;
+  int64_t near_depth, far_depth, far_first;  // pairs outside the window: columns of q from far_first
+  bool exact, causal, laplace;
+  int64_t window;
+  float scale;
+  const void *q, *k, *v;  // (batch, heads, length, columns), columns innermost and contiguous
+  int64_t q_batch, q_head, q_length, k_batch, k_head, k_length, v_batch, v_head, v_length;
+  Codebook codebook;           // of the far columns, in the parts of `type`
+  const int64_t* code_of_key;  // (batch, kv_heads, length)
+  const uint8_t* ignored;      // (batch, length) or null
+  int64_t ignored_batch, ignored_length;
+  const float* bias;  // (heads, W or 2 W - 1) or null
+  int64_t bias_head, bias_offset;
+  const float* units;  // (batch, length): laplace, one over the number of keys allowed
+  const void* means;
+  const float* numbers;
+  int64_t far_fields;
+  void* out;           // (batch, heads, length, values)
+  float* normalizers;  // (batch, heads, length, 2)
+};
+
+// For attention with laplace: one over the number of keys that each query may attend.
+struct CountKeys {
+  int64_t batch, length;
+  bool causal;
+  const uint8_t* ignored;  // (batch, length) or null
+  int64_t ignored_batch, ignored_length;
+  float* units;  // (batch, length)
+};
+
+extern "C" {
+int longvq_cuda_pack_codebook(const PackCodebook* problem, void* stream);
+int longvq_cuda_assign(const Assign* problem, void* stream);
+int longvq_cuda_far_field(const FarField* problem, void* stream);
+int longvq_cuda_count_keys(const CountKeys* problem, void* stream);
+int longvq_cuda_attention(const Attention* problem, void* stream);
+}
+
+}  // namespace longvq::cuda

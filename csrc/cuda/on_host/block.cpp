@@ -1,0 +1,249 @@
+#include "block.h"
+
+#include <setjmp.h>
+#include <ucontext.h>
+
+#include <algorithm>
+#include <deque>
+#include <memory>
+#include <numeric>
+#include <random>
+#include <stdexcept>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "../../export.h"
+
+namespace on_host {
+namespace {
+
+constexpr size_t kStack = 128 << 10;
+constexpr size_t kGuard = 64;  // bytes on either side of shared memory that must stay as they are
+constexpr unsigned char kGuardByte = 0xA5;
+constexpr unsigned char kUnset = 0xFF;  // every 16-bit and 32-bit number of these bytes is NaN
+
+struct Copy {
+  void* target;
+  const void* source;
+  int bytes;
+
+  void make() const {
+    std::memcpy(target, source, bytes);
+    std::memset(static_cast<char*>(target) + bytes, 0, 16 - bytes);
+  }
+};
+
+enum class State { kReady, kAtBarrier, kAtCollective, kDone };
+
+struct Fiber {
+  Position position;
+  State state = State::kReady;
+  bool started = false;
+  ucontext_t context;  // of its start; afterwards jumps are enough, and make no system calls
+  jmp_buf resumed;
+  std::unique_ptr<char[]> stack{new char[kStack]};
+  std::vector<Copy> open;               // copies not committed yet
+  std::deque<std::vector<Copy>> groups;  // committed, oldest first
+};
+
+struct Warp {
+  std::vector<Fiber*> fibers;
+  Collective operation = nullptr;
+  void* arguments[kWarpSize];
+  int arrived = 0;
+};
+
+struct Block {
+  std::vector<std::unique_ptr<Fiber>> fibers;
+  std::vector<Warp> warps;
+  std::vector<char> memory;  // guard, shared memory, guard
+  int at_barrier = 0;
+};
+
+uint64_t order_of_threads = 0;
+Block* block = nullptr;
+Fiber* running = nullptr;
+jmp_buf scheduler;
+const std::function<void()>* body_of_kernel = nullptr;
+
+std::string misuse;  // by the kernel; exceptions can't leave a fiber, so the scheduler throws
+
+[[noreturn]] void refuse(const char* what) {
+  misuse = what;
+  _longjmp(scheduler, 1);
+}
+
+// Back to the scheduler, until somebody makes this fiber ready.
+void pause() {
+  if (_setjmp(running->resumed) == 0) {
+    _longjmp(scheduler, 1);
+  }
+}
+
+void entry() {
+  (*body_of_kernel)();
+  running->state = State::kDone;
+  _longjmp(scheduler, 1);
+}
+
+void resume(Fiber& fiber) {
+  running = &fiber;
+  if (_setjmp(scheduler) == 0) {
+    if (fiber.started) {
+      _longjmp(fiber.resumed, 1);
+    }
+    fiber.started = true;
+    setcontext(&fiber.context);
+  }
+  running = nullptr;
+}
+
+void prepare(Fiber& fiber) {
+  getcontext(&fiber.context);
+  fiber.context.uc_stack.ss_sp = fiber.stack.get();
+  fiber.context.uc_stack.ss_size = kStack;
+  fiber.context.uc_link = nullptr;
+  makecontext(&fiber.context, entry, 0);
+}
+
+std::vector<size_t> ordered(size_t count, std::mt19937_64& random) {
+  std::vector<size_t> order(count);
+  std::iota(order.begin(), order.end(), 0);
+  if (order_of_threads == 1) {
+    std::reverse(order.begin(), order.end());
+  } else if (order_of_threads > 1) {
+    std::shuffle(order.begin(), order.end(), random);
+  }
+  return order;
+}
+
+void check_guards(size_t shared_bytes) {
+  const auto spoilt = [](char c) { return static_cast<unsigned char>(c) != kGuardByte; };
+  const auto begin = block->memory.begin(), end = block->memory.end();
+  if (std::any_of(begin, begin + kGuard, spoilt) || std::any_of(begin + kGuard + shared_bytes, end, spoilt)) {
+    throw std::runtime_error("a kernel wrote outside of its shared memory");
+  }
+}
+
+void run_block(dim3 index, dim3 size, dim3 grid, size_t shared_bytes, std::mt19937_64& random) {
+  std::fill(block->memory.begin(), block->memory.end(), static_cast<char>(kGuardByte));
+  std::memset(shared_memory(), kUnset, shared_bytes);
+  block->at_barrier = 0;
+  for (size_t i = 0; i < block->fibers.size(); ++i) {
+    Fiber& fiber = *block->fibers[i];
+    fiber.position = {dim3(i), index, size, grid, static_cast<int>(i % kWarpSize)};
+    fiber.state = State::kReady;
+    fiber.started = false;
+    fiber.open.clear();
+    fiber.groups.clear();
+    prepare(fiber);
+  }
+  for (Warp& warp : block->warps) {
+    warp.arrived = 0;
+  }
+  size_t done = 0;
+  while (done < block->fibers.size()) {
+    bool moved = false;
+    for (size_t i : ordered(block->fibers.size(), random)) {
+      Fiber& fiber = *block->fibers[i];
+      if (fiber.state == State::kReady) {
+        resume(fiber);
+        if (!misuse.empty()) {
+          throw std::runtime_error(std::exchange(misuse, {}));
+        }
+        done += fiber.state == State::kDone;
+        moved = true;
+      }
+    }
+    if (!moved) {
+      throw std::runtime_error("some threads of a block wait for others that never arrive");
+    }
+  }
+  check_guards(shared_bytes);
+}
+
+}  // namespace
+
+const Position& position() { return running->position; }
+
+char* shared_memory() { return block->memory.data() + kGuard; }
+
+void synchronize_block() {
+  running->state = State::kAtBarrier;
+  if (++block->at_barrier == static_cast<int>(block->fibers.size())) {
+    block->at_barrier = 0;
+    for (auto& fiber : block->fibers) {
+      fiber->state = State::kReady;
+    }
+    if (order_of_threads == 0) {
+      return;  // the last one to arrive goes on, as it may on a GPU
+    }
+  }
+  pause();
+}
+
+void synchronize_warp(Collective operation, void* mine) {
+  Warp& warp = block->warps[running->position.thread.x / kWarpSize];
+  if (warp.arrived == 0) {
+    warp.operation = operation;
+  } else if (warp.operation != operation) {
+    refuse("lanes of a warp meet in different instructions");
+  }
+  warp.arguments[running->position.lane] = mine;
+  running->state = State::kAtCollective;
+  if (++warp.arrived == kWarpSize) {
+    operation(warp.arguments);
+    warp.arrived = 0;
+    for (Fiber* fiber : warp.fibers) {
+      fiber->state = State::kReady;
+    }
+    return;
+  }
+  pause();
+}
+
+void copy_later(void* target, const void* source, int bytes) { running->open.push_back({target, source, bytes}); }
+
+void commit_copies() {
+  running->groups.push_back(std::move(running->open));
+  running->open.clear();
+}
+
+void wait_for_copies(int newest) {
+  for (; static_cast<int>(running->groups.size()) > newest; running->groups.pop_front()) {
+    for (const Copy& copy : running->groups.front()) {
+      copy.make();
+    }
+  }
+}
+
+void run_grid(dim3 grid, dim3 size, size_t shared_bytes, const std::function<void()>& body) {
+  if (size.y != 1 || size.z != 1 || size.x % kWarpSize != 0) {
+    throw std::runtime_error("blocks on the host are rows of whole warps");
+  }
+  Block own;
+  own.memory.resize(shared_bytes + 2 * kGuard);
+  own.warps.resize(size.x / kWarpSize);
+  for (unsigned i = 0; i < size.x; ++i) {
+    own.fibers.push_back(std::make_unique<Fiber>());
+    own.warps[i / kWarpSize].fibers.push_back(own.fibers.back().get());
+  }
+  block = &own;
+  body_of_kernel = &body;
+  std::mt19937_64 random(order_of_threads);
+  for (unsigned z = 0; z < grid.z; ++z) {
+    for (unsigned y = 0; y < grid.y; ++y) {
+      for (unsigned x = 0; x < grid.x; ++x) {
+        run_block(dim3(x, y, z), size, grid, shared_bytes, random);
+      }
+    }
+  }
+  block = nullptr;
+}
+
+void set_order(uint64_t order) { order_of_threads = order; }
+
+}  // namespace on_host
+
+LONGVQ_EXPORT void longvq_on_host_set_order(uint64_t order) { on_host::set_order(order); }

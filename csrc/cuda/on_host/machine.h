@@ -1,0 +1,195 @@
+// The instructions of a GPU that the kernels use, as target.h names them, on the host. Layouts of fragments are those
+// of the PTX manual (mma.m16n8k16, ldmatrix).
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+
+#include "block.h"
+
+#define LONGVQ_DEVICE inline
+#define __global__ static
+#define __launch_bounds__(...)
+#define __restrict__ __restrict
+#define threadIdx (on_host::position().thread)
+#define blockIdx (on_host::position().block)
+#define blockDim (on_host::position().block_size)
+#define gridDim (on_host::position().grid)
+
+inline void __syncthreads() { on_host::synchronize_block(); }
+
+namespace longvq::cuda {
+
+using std::max;
+using std::min;
+
+inline char* shared_memory() { return on_host::shared_memory(); }
+
+inline float from_bits(uint32_t bits) {
+  float x;
+  std::memcpy(&x, &bits, sizeof x);
+  return x;
+}
+inline uint32_t to_bits(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  return bits;
+}
+
+template <typename T>
+struct Exchange {
+  T in, out;
+  int mask;
+
+  static void run(void* const* lanes) {
+    for (int lane = 0; lane < on_host::kWarpSize; ++lane) {
+      auto* mine = static_cast<Exchange*>(lanes[lane]);
+      mine->out = static_cast<Exchange*>(lanes[lane ^ mine->mask])->in;
+    }
+  }
+};
+
+template <typename T>
+T shuffle_xor(T x, int mask) {
+  Exchange<T> exchange{x, x, mask};
+  on_host::synchronize_warp(Exchange<T>::run, &exchange);
+  return exchange.out;
+}
+
+inline float fast_exponential(float x) { return std::exp(x); }
+
+inline void copy_later(void* target, const void* source, int bytes) { on_host::copy_later(target, source, bytes); }
+inline void commit_copies() { on_host::commit_copies(); }
+template <int NEWEST>
+void wait_for_copies() {
+  on_host::wait_for_copies(NEWEST);
+}
+
+inline float bfloat16_to_float(uint16_t bits) { return from_bits(static_cast<uint32_t>(bits) << 16); }
+
+inline float half_to_float(uint16_t bits) {
+  const int exponent = bits >> 10 & 31, fraction = bits & 1023;
+  const float magnitude = exponent == 31 ? (fraction == 0 ? INFINITY : NAN)
+                          : exponent == 0 ? std::ldexp(static_cast<float>(fraction), -24)
+                                          : std::ldexp(static_cast<float>(1024 + fraction), exponent - 25);
+  return bits >> 15 ? -magnitude : magnitude;
+}
+
+// Round to nearest, ties to even.
+inline uint16_t float_to_bfloat16(float x) {
+  const uint32_t bits = to_bits(x);
+  return std::isnan(x) ? 0x7fff : static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+inline uint16_t float_to_half(float x) {
+  const uint16_t sign = std::signbit(x) ? 0x8000 : 0;
+  const float magnitude = std::fabs(x);
+  if (std::isnan(x)) {
+    return 0x7fff;
+  }
+  if (magnitude >= 65520) {
+    return sign | 0x7c00;
+  }
+  int exponent = -13;  // of the last bit of what is subnormal: 2^-24
+  if (magnitude >= 0x1p-14f) {
+    std::frexp(magnitude, &exponent);
+  }
+  // In units of the last of 11 bits; where rounding carries, the sum below carries into the exponent.
+  const auto units = static_cast<uint16_t>(std::nearbyint(std::ldexp(magnitude, 11 - exponent)));
+  return magnitude < 0x1p-14f ? sign | units : static_cast<uint16_t>(sign | (((exponent + 13) << 10) + units));
+}
+
+inline uint32_t round_to_bfloat16(float first, float second) {
+  return float_to_bfloat16(first) | static_cast<uint32_t>(float_to_bfloat16(second)) << 16;
+}
+inline uint32_t round_to_half(float first, float second) {
+  return float_to_half(first) | static_cast<uint32_t>(float_to_half(second)) << 16;
+}
+
+// Lane l gives the address of row l % 8 of matrix l / 8, eight numbers of 16 bits.
+struct MatrixLoad {
+  const void* row;
+  uint32_t* out;
+
+  template <bool TRANSPOSED>
+  static void run(void* const* lanes) {
+    for (int lane = 0; lane < on_host::kWarpSize; ++lane) {
+      for (int matrix = 0; matrix < 4; ++matrix) {
+        uint32_t both = 0;
+        for (int i = 0; i < 2; ++i) {
+          const int row = TRANSPOSED ? lane % 4 * 2 + i : lane / 4, column = TRANSPOSED ? lane / 4 : lane % 4 * 2 + i;
+          const void* from = static_cast<MatrixLoad*>(lanes[matrix * 8 + row])->row;
+          both |= static_cast<uint32_t>(static_cast<const uint16_t*>(from)[column]) << 16 * i;
+        }
+        static_cast<MatrixLoad*>(lanes[lane])->out[matrix] = both;
+      }
+    }
+  }
+};
+
+inline void load_matrices(uint32_t (&out)[4], const void* row) {
+  MatrixLoad load{row, out};
+  on_host::synchronize_warp(MatrixLoad::run<false>, &load);
+}
+inline void load_matrices_transposed(uint32_t (&out)[4], const void* row) {
+  MatrixLoad load{row, out};
+  on_host::synchronize_warp(MatrixLoad::run<true>, &load);
+}
+
+// A (16, 16) and B (16, 8) of 16 bits, C (16, 8): g = lane / 4, t = lane % 4. A: rows g and g + 8, columns 2t, 2t + 1
+// and these + 8. B: rows 2t, 2t + 1 and these + 8, column g. C: rows g and g + 8, columns 2t, 2t + 1.
+struct MatrixProduct {
+  float* c;
+  const uint32_t* a;
+  uint32_t b[2];
+
+  template <float (*TO_FLOAT)(uint16_t)>
+  static void run(void* const* lanes) {
+    float a[16][16], b[16][8];
+    for (int lane = 0; lane < on_host::kWarpSize; ++lane) {
+      const auto* mine = static_cast<MatrixProduct*>(lanes[lane]);
+      const int g = lane / 4, t = lane % 4;
+      for (int i = 0; i < 4; ++i) {
+        for (int half = 0; half < 2; ++half) {
+          a[g + i % 2 * 8][2 * t + i / 2 * 8 + half] = TO_FLOAT(static_cast<uint16_t>(mine->a[i] >> 16 * half));
+        }
+      }
+      for (int i = 0; i < 2; ++i) {
+        for (int half = 0; half < 2; ++half) {
+          b[2 * t + i * 8 + half][g] = TO_FLOAT(static_cast<uint16_t>(mine->b[i] >> 16 * half));
+        }
+      }
+    }
+    for (int lane = 0; lane < on_host::kWarpSize; ++lane) {
+      float* c = static_cast<MatrixProduct*>(lanes[lane])->c;
+      for (int i = 0; i < 4; ++i) {
+        const int row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;
+        float sum = 0;
+        for (int k = 0; k < 16; ++k) {
+          sum += a[row][k] * b[k][column];
+        }
+        c[i] += sum;
+      }
+    }
+  }
+};
+
+inline void multiply_add_bfloat16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  MatrixProduct product{c, a, {b0, b1}};
+  on_host::synchronize_warp(MatrixProduct::run<bfloat16_to_float>, &product);
+}
+inline void multiply_add_half(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  MatrixProduct product{c, a, {b0, b1}};
+  on_host::synchronize_warp(MatrixProduct::run<half_to_float>, &product);
+}
+
+template <typename... Parameters, typename... Arguments>
+int launch(
+    void (*kernel)(Parameters...), dim3 grid, int threads, size_t shared_bytes, void*, Arguments... arguments) {
+  on_host::run_grid(grid, dim3(threads), shared_bytes, [&] { kernel(arguments...); });
+  return 0;
+}
+
+}  // namespace longvq::cuda

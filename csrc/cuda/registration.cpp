@@ -1,0 +1,17 @@
+// Adds the CUDA kernels to the operators that longvq_layers/ops/_schema.py defines; on the host, for tests, to
+// operators of the same form in a namespace of their own.
+#include <torch/csrc/stable/library.h>
+
+#include "../export.h"
+#include "operators.h"
+
+#ifdef LONGVQ_ON_HOST
+STABLE_TORCH_LIBRARY_IMPL(longvq_on_host, CPU, m) {
+#else
+STABLE_TORCH_LIBRARY_IMPL(longvq, CUDA, m) {
+#endif
+  m.impl("vq_assign", TORCH_BOX(&longvq::cuda::vq_assign));
+  m.impl("vq_attention", TORCH_BOX(&longvq::cuda::vq_attention));
+}
+
+LONGVQ_EXPORT const char* longvq_cuda_operators() { return "vq_assign vq_attention"; }

@@ -1,0 +1,83 @@
+#include "tensors.h"
+
+#ifndef LONGVQ_ON_HOST
+#include <cuda_runtime_api.h>
+#include <dlfcn.h>
+#endif
+
+namespace longvq::cuda {
+
+#ifdef LONGVQ_ON_HOST
+
+OnDeviceOf::OnDeviceOf(const char* op, const Tensor& x) {
+  STD_TORCH_CHECK(x.is_cpu(), op, ": expected tensors on the CPU");
+}
+
+void check_launch(const char* op, int error) {
+  STD_TORCH_CHECK(error != kNotCovered, op, ": no CUDA kernel for these sizes");
+}
+
+#else
+
+namespace {
+
+// Of libtorch_cuda, which is there whenever there are CUDA tensors, but which this library must not need to be loaded.
+void* current_stream(int32_t device) {
+  using Function = int32_t (*)(int32_t, void**);
+  static const auto function = reinterpret_cast<Function>(dlsym(RTLD_DEFAULT, "aoti_torch_get_current_cuda_stream"));
+  void* stream = nullptr;
+  STD_TORCH_CHECK(
+      function != nullptr && function(device, &stream) == 0, "longvq_layers: this torch doesn't tell its CUDA stream");
+  return stream;
+}
+
+}  // namespace
+
+OnDeviceOf::OnDeviceOf(const char* op, const Tensor& x) {
+  STD_TORCH_CHECK(x.is_cuda(), op, ": expected tensors on a CUDA device");
+  const int32_t device = x.get_device_index();
+  guard_.emplace(device);
+  stream_ = current_stream(device);
+}
+
+void check_launch(const char* op, int error) {
+  STD_TORCH_CHECK(error != kNotCovered, op, ": no CUDA kernel for these sizes");
+  STD_TORCH_CHECK(error == 0, op, ": ", cudaGetErrorString(static_cast<cudaError_t>(error)));
+}
+
+#endif
+
+PackedCodebook::PackedCodebook(
+    const char* op, const Tensor& from, ElementType type, int64_t first, int64_t columns, void* stream) {
+  const Tensor values = as_type(from, ScalarType::Float);
+  const int64_t heads = values.size(0), codes = values.size(1), padded = padded_codes(codes);
+  const int64_t count = type == ElementType::kFloat ? 3 : 1;
+  parts = torch::stable::new_empty(values, {heads, count, padded, columns}, ScalarType::BFloat16);
+  half_norms = torch::stable::new_empty(values, {heads, padded}, ScalarType::Float);
+  codebook = {heads, codes, values.size(2) - first, columns, data_of<uint16_t>(parts), data_of<float>(half_norms)};
+  const PackCodebook problem{
+      static_cast<const float*>(values.const_data_ptr()) + first * values.stride(2),
+      values.stride(0), values.stride(1), values.stride(2), type, codebook};
+  if (heads > 0) {
+    check_launch(op, longvq_cuda_pack_codebook(&problem, stream));
+  }
+}
+
+FarFieldTensors::FarFieldTensors(FarField& p, const Tensor& like) {
+  const auto empty = [&](std::initializer_list<int64_t> sizes, ScalarType type) {
+    return torch::stable::new_empty(like, sizes, type);
+  };
+  const int64_t fields = p.far_fields(), padded = padded_codes(p.codes);
+  const int64_t kept = p.causal || p.all_far() ? 0 : fields;
+  segment_sums = empty({p.batch, p.heads, p.segments(), p.codes, p.values}, ScalarType::Float);
+  segment_numbers = empty({p.batch, p.heads, p.segments(), p.codes}, ScalarType::Int);
+  before_sums = empty({p.batch, p.heads, kept, p.codes, p.values}, ScalarType::Float);
+  before_numbers = empty({p.batch, p.heads, kept, p.codes}, ScalarType::Int);
+  means = empty({p.batch, p.heads, fields, padded, value_pitch(p.values)}, like.scalar_type());
+  numbers = empty({p.batch, p.heads, fields, padded}, ScalarType::Float);
+  p.segment_sums = data_of<float>(segment_sums), p.segment_numbers = data_of<int32_t>(segment_numbers);
+  p.before_sums = data_of<float>(before_sums), p.before_numbers = data_of<int32_t>(before_numbers);
+  p.means = means.mutable_data_ptr(), p.numbers = data_of<float>(numbers);
+}
+
+}  // namespace longvq::cuda

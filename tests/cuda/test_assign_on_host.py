@@ -1,0 +1,77 @@
+"""`csrc/cuda/assign.cu`, run on the host, against the definition."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from strategies import LAYOUTS, layout
+
+from longvq_layers import ops
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def assert_nearest(codes, keys, codebook):
+    """As near as the nearest codeword, up to the rounding of a float32 computation; ties go to the lowest code."""
+    exact = ops.vq_assign(keys.double(), codebook.double(), backend="reference")
+    distances = torch.cdist(keys.double(), codebook.double().expand(len(keys), -1, -1, -1)) ** 2
+    found, least = (distances.gather(-1, z[..., None])[..., 0] for z in (codes, exact))
+    size = (keys.double() ** 2).sum(-1) + (codebook.double() ** 2).sum(-1).amax(-1)[:, None]
+    assert ((found - least).abs() <= 2**-20 * size).all()
+    apart = (distances - least[..., None] <= 2**-20 * size[..., None]).sum(-1) == 1
+    assert torch.equal(codes[apart], exact[apart])
+
+
+@given(st.data())
+@settings(max_examples=60)
+def test_nearest(on_host, data):
+    torch.manual_seed(data.draw(st.integers(0, 2**16)))
+    batch, heads = data.draw(st.integers(0, 2)), data.draw(st.integers(1, 2))
+    length, depth = data.draw(st.sampled_from([0, 1, 63, 64, 65, 130])), data.draw(st.sampled_from([1, 3, 64, 65, 130]))
+    codes = data.draw(st.sampled_from([1, 2, 31, 32, 33, 64, 65, 150]))
+    dtype, scale = data.draw(st.sampled_from(DTYPES)), data.draw(st.sampled_from([1e-3, 1.0, 100.0]))
+    keys = layout((torch.randn(batch, heads, length, depth) * scale).to(dtype), data.draw(st.sampled_from(LAYOUTS)))
+    codebook = torch.randn(heads, codes, depth) * scale
+    if data.draw(st.booleans()):
+        codebook = codebook.to(dtype)
+    assert_nearest(on_host.vq_assign(keys, codebook), keys, codebook)
+
+
+def test_equal_codewords_give_the_lowest(on_host):
+    keys = torch.randn(1, 1, 100, 16)
+    codebook = torch.randn(1, 3, 16).repeat_interleave(40, 1)
+    assert (on_host.vq_assign(keys, codebook) % 40 == 0).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_keys_that_are_not_finite_get_code_0(on_host, dtype):
+    keys = torch.randn(1, 1, 70, 8).to(dtype)
+    keys[0, 0, 3, 2], keys[0, 0, 5, 0], keys[0, 0, 69, 7] = torch.nan, torch.inf, -torch.inf
+    codes = on_host.vq_assign(keys, torch.randn(1, 20, 8))
+    assert codes[0, 0, [3, 5, 69]].tolist() == [0, 0, 0]
+
+
+def test_largest_numbers(on_host):
+    """Cut into three parts without overflow: where a distance is a float32, so is what the kernel makes of it."""
+    keys = torch.tensor([[[[3.4e38, 0.0], [0.0, -3.4e38], [1e-38, 1e-38]]]])
+    codebook = torch.tensor([[[1e-3, 0.0], [0.0, -1e-3]]])
+    assert on_host.vq_assign(keys, codebook)[0, 0, :2].tolist() == [0, 1]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_order_of_threads_makes_no_difference(on_host, thread_order, dtype):
+    keys, codebook = torch.randn(1, 2, 100, 70).to(dtype), torch.randn(2, 100, 70)
+    results = []
+    for order in (0, 1, 2, 3):
+        thread_order(order)
+        results.append(on_host.vq_assign(keys, codebook))
+    assert all(torch.equal(results[0], other) for other in results[1:])
+
+
+def test_wrong_arguments(on_host):
+    with pytest.raises(RuntimeError, match="vq_assign: expected k"):
+        on_host.vq_assign(torch.randn(1, 2, 5, 8), torch.randn(1, 3, 8))
+    with pytest.raises(RuntimeError, match="float32, bfloat16 or float16"):
+        on_host.vq_assign(torch.randn(1, 1, 5, 8).double(), torch.randn(1, 3, 8))
+    with pytest.raises(RuntimeError, match="no CUDA kernel for these sizes"):
+        on_host.vq_assign(torch.randn(1, 1, 5, 300), torch.randn(1, 3, 300))

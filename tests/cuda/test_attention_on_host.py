@@ -1,0 +1,177 @@
+"""`csrc/cuda/attention.cu` and `far_field.cu`, run on the host, against the definition."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from strategies import AttentionCase, attention_cases
+
+from longvq_layers import ops
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+FLOOR = {torch.float32: 2e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}  # relative: rounding of the result
+
+
+def arguments(case: AttentionCase, codes, dtype, near_dim=0):
+    o = case.options
+    bias = None if o["bias"] is None else o["bias"].float()
+    scale = o["scale"] if o["scale"] is not None else (near_dim or case.q.shape[-1]) ** -0.5
+    tensors = [torch.empty_strided(x.shape, x.stride(), dtype=dtype).copy_(x) for x in (case.q, case.k, case.v)]
+    flags = (scale, o["causal"], o["window"], o["activation"], o["local_keys"], o["key_grad"], near_dim)
+    return (*tensors, case.codebook.float(), codes, bias, o["key_padding_mask"], None, *flags)
+
+
+def in_double(args):
+    return [x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in args]
+
+
+def plain(case, codes, dtype, near_dim=0):
+    """The dense definition with every tensor, weights included, in `dtype`."""
+    args = list(arguments(case, codes, dtype, near_dim))
+    args[3] = args[3].to(dtype).float()
+    out, _ = torch.ops.longvq_torch.vq_attention(*args)
+    return out.double() + 0 * out.double()
+
+
+def assert_as_good_as_plain(on_host, case, codes, dtype, near_dim=0):
+    args = arguments(case, codes, dtype, near_dim)
+    out, normalizers = on_host.vq_attention(*args)
+    exact, exact_normalizers = torch.ops.longvq_torch.vq_attention(*in_double(args))
+    other = plain(case, codes, dtype, near_dim)
+    assert out.shape == exact.shape and out.dtype == dtype and out.isfinite().all()
+    if not out.numel():
+        return
+    # What is far of a code may be some of its keys' values in float32 with weights of 16 bits.
+    error, others = (out.double() - exact).abs().max(), (other - exact).abs().max()
+    size = exact.abs().max() + case.v.abs().max()
+    assert error <= 2 * others + FLOOR[dtype] * size, (float(error), float(others))
+    if case.options["activation"] == "softmax" and dtype == torch.float32:
+        logarithms = [n[..., 0].double() + n[..., 1].double().log() for n in (normalizers, exact_normalizers)]
+        difference = (logarithms[0] - logarithms[1]).abs()
+        if case.options["key_padding_mask"] is not None:
+            difference = difference.masked_fill(case.options["key_padding_mask"][:, None], 0)
+        assert difference.max() <= 1e-5 * (1 + logarithms[1].abs().max())
+
+
+def rounded(case, dtype):
+    for name in ("q", "k", "v"):
+        x = getattr(case, name)
+        x.copy_(x.to(dtype))
+    case.codebook = case.codebook.float().double()
+    if case.options["bias"] is not None:
+        case.options["bias"] = case.options["bias"].float().double()
+    return case, ops.vq_assign(case.k, case.codebook, backend="reference")
+
+
+@given(attention_cases(max_length=200), st.sampled_from(DTYPES))
+@settings(max_examples=100)
+def test_equals_the_definition(on_host, case, dtype):
+    if dtype == torch.float16 and case.options["activation"] == "laplace":
+        dtype = torch.float32
+    assert_as_good_as_plain(on_host, *rounded(case, dtype), dtype)
+
+
+def drawn(length, depth, values, codes, causal, window, exact, heads=(2, 1), activation="softmax"):
+    options = {
+        "causal": causal,
+        "window": window,
+        "bias": torch.randn(heads[0], window if causal else 2 * window - 1) if window else None,
+        "key_padding_mask": None,
+        "scale": None,
+        "activation": activation,
+        "local_keys": "exact" if exact else "quantized",
+        "key_grad": "cluster",
+    }
+    q, k = torch.randn(1, heads[0], length, depth), torch.randn(1, heads[1], length, depth)
+    return AttentionCase(q, k, torch.randn(1, heads[1], length, values), torch.randn(heads[1], codes, depth), options)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("exact", [False, True])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize(
+    ("length", "depth", "values", "codes", "window"),
+    [(300, 64, 64, 70, 40), (260, 128, 130, 33, 0), (130, 130, 20, 64, 128), (257, 16, 128, 600, 5)],
+)
+def test_sizes_around_the_tiles(on_host, dtype, exact, causal, length, depth, values, codes, window):
+    case, z = rounded(drawn(length, depth, values, codes, causal, window, exact), dtype)
+    assert_as_good_as_plain(on_host, case, z, dtype)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_segments_of_far_fields(on_host, causal):
+    """A sequence of more than one segment: the sums of those before (and behind) it are added."""
+    case, z = rounded(drawn(2 * 16 * 128 + 70, 16, 8, 9, causal, 30, True, heads=(1, 1)), torch.bfloat16)
+    assert_as_good_as_plain(on_host, case, z, torch.bfloat16)
+
+
+def test_all_far_in_segments(on_host):
+    case, z = rounded(drawn(16 * 128 + 70, 16, 8, 9, False, 0, False, heads=(1, 1)), torch.bfloat16)
+    assert_as_good_as_plain(on_host, case, z, torch.bfloat16)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("depths", [(32, 32), (40, 8), (8, 40)])
+def test_keys_of_their_own_outside_the_window(on_host, dtype, depths):
+    near, far = depths
+    case = drawn(200, near + far, 24, 20, True, 30, True)
+    case.codebook[..., :near] = 0
+    case, _ = rounded(case, dtype)
+    z = ops.vq_assign(case.k[..., near:], case.codebook[..., near:])
+    assert_as_good_as_plain(on_host, case, z, dtype, near_dim=near)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("exact", [False, True])
+@pytest.mark.parametrize("causal", [False, True])
+def test_the_order_of_threads_makes_no_difference(on_host, thread_order, dtype, exact, causal):
+    case, z = rounded(drawn(150, 20, 24, 70, causal, 10, exact), dtype)
+    results = []
+    for order in (0, 1, 2, 3):
+        thread_order(order)
+        results.append(on_host.vq_attention(*arguments(case, z, dtype))[0])
+    assert all(torch.equal(results[0], other) for other in results[1:])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("special", ["huge scores", "one code", "equal keys", "no key", "largest masked"])
+@pytest.mark.parametrize("causal", [False, True])
+def test_extremes(on_host, dtype, special, causal):
+    case = drawn(200, 16, 16, 24, causal, 40, True, heads=(2, 2))
+    mask = torch.zeros(1, 200, dtype=torch.bool)
+    if special == "huge scores":
+        case.q *= 1e3
+    elif special == "one code":
+        case.codebook[:, 1:] += 1e3
+    elif special == "equal keys":
+        case.k[:] = 0.25
+    elif special == "no key":
+        mask[:] = True
+    else:
+        case.codebook[:, 0] = 100.0
+        case.k[:, :, ::2] = 100.0
+        case.q.abs_()
+        mask[:, ::2] = True
+    case.options["key_padding_mask"] = mask
+    case, z = rounded(case, dtype)
+    if special == "huge scores":  # which key is the largest may depend on the rounding of codewords
+        out, _ = on_host.vq_attention(*arguments(case, z, dtype))
+        assert out.isfinite().all()
+        if dtype != torch.float32:
+            return
+    assert_as_good_as_plain(on_host, case, z, dtype)
+
+
+def test_wrong_arguments(on_host):
+    case, z = rounded(drawn(20, 16, 16, 5, True, 4, True), torch.float32)
+    good = arguments(case, z, torch.float32)
+    for position, wrong, message in [
+        (1, good[1][:, :, :-1], "don't belong together"),
+        (2, good[2].half(), "must have one type"),
+        (4, z.int(), "must be int64"),
+        (5, good[5][:, :-1], "bias must be"),
+        (6, torch.zeros(1, 19, dtype=torch.bool), "key_padding_mask must be"),
+        (10, -1, "out of range"),
+    ]:
+        with pytest.raises(RuntimeError, match=message):
+            on_host.vq_attention(*good[:position], wrong, *good[position + 1 :])
