@@ -105,12 +105,62 @@ struct CountKeys {
   float* units;  // (batch, length)
 };
 
+// The state space scan in chunks of kScanSteps steps, whose tables are made first.
+constexpr int64_t kScanSteps = 32, kScanChunks = 32;
+constexpr int64_t kScanTile = kScanSteps * kScanChunks;  // steps that a warp has in work
+constexpr int64_t kScanGroup = 16;                       // complex modes at a time
+constexpr int64_t kScanMaxModes = 64;
+
+constexpr int64_t padded_modes(int64_t modes) { return (modes + kScanGroup - 1) / kScanGroup * kScanGroup; }
+
+struct ScanModes {
+  int64_t channels, modes;
+  bool complex_modes;
+  const float* log_decay;  // (channels, modes), complex ones as pairs
+  const float* weight;     // the same
+  const float* skip;       // (channels,) or null
+};
+
+struct ScanTables {
+  ScanModes modes;
+  ElementType type;  // kFloat: in three parts
+  uint16_t* tables;  // (channels, scan_table_size)
+  float* decays;     // (channels, padded modes, kScanPowers) complex numbers
+};
+constexpr int64_t kScanPowers = 5;  // of the decay: 1, T, 4 T, 8 T, 16 T with T = kScanSteps
+
+// Numbers of 16 bits in the tables of a channel: K, and for each group of modes into and out of the state.
+constexpr int64_t scan_table_size(int64_t modes, int64_t parts) {
+  return parts * (kScanSteps + 8) * (16 + padded_modes(modes) / kScanGroup * 2 * kScanSteps);
+}
+
+struct Scan {
+  ScanModes modes;
+  ElementType type;  // of u and y
+  int64_t batch, length;
+  bool reverse;
+  const void* u;  // (batch, length, channels), any strides
+  int64_t u_batch, u_length, u_channel;
+  void* y;                 // (batch, length, channels)
+  const uint8_t* ignored;  // (batch, length) or null
+  int64_t ignored_batch, ignored_length;
+  const float* initial_state;  // (batch, channels, modes), complex ones as pairs, or null
+  float* final_state;          // the same
+  const uint16_t* tables;
+  const float* decays;
+  int64_t segments;       // that run at the same time, of segment_length steps, a multiple of kScanTile
+  int64_t segment_length;
+  float* segment_states;  // (batch, channels, segments, modes) complex numbers; null for one segment
+};
+
 extern "C" {
 int longvq_cuda_pack_codebook(const PackCodebook* problem, void* stream);
 int longvq_cuda_assign(const Assign* problem, void* stream);
 int longvq_cuda_far_field(const FarField* problem, void* stream);
 int longvq_cuda_count_keys(const CountKeys* problem, void* stream);
 int longvq_cuda_attention(const Attention* problem, void* stream);
+int longvq_cuda_scan_tables(const ScanTables* problem, void* stream);
+int longvq_cuda_scan(const Scan* problem, void* stream);
 }
 
 }  // namespace longvq::cuda

@@ -12,6 +12,7 @@ STABLE_TORCH_LIBRARY_IMPL(longvq, CUDA, m) {
 #endif
   m.impl("vq_assign", TORCH_BOX(&longvq::cuda::vq_assign));
   m.impl("vq_attention", TORCH_BOX(&longvq::cuda::vq_attention));
+  m.impl("ssm_scan", TORCH_BOX(&longvq::cuda::ssm_scan));
 }
 
-LONGVQ_EXPORT const char* longvq_cuda_operators() { return "vq_assign vq_attention"; }
+LONGVQ_EXPORT const char* longvq_cuda_operators() { return "vq_assign vq_attention ssm_scan"; }

@@ -25,9 +25,17 @@ LONGVQ_DEVICE uint32_t shared_address(const void* pointer) {
 }
 
 LONGVQ_DEVICE float shuffle_xor(float x, int mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
+// From the lane `by` below; the lowest lanes keep their own.
+LONGVQ_DEVICE float shuffle_up(float x, int by) { return __shfl_up_sync(0xffffffffu, x, by); }
+LONGVQ_DEVICE float shuffle_from(float x, int lane) { return __shfl_sync(0xffffffffu, x, lane); }
 LONGVQ_DEVICE int shuffle_xor(int x, int mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
 
+LONGVQ_DEVICE void synchronize_warp() { __syncwarp(); }
+
 LONGVQ_DEVICE float fast_exponential(float x) { return __expf(x); }  // to about 2^-22 (2 + |x|)
+
+LONGVQ_DEVICE double cosine_of_pi(double x) { return cospi(x); }
+LONGVQ_DEVICE double sine_of_pi(double x) { return sinpi(x); }
 
 LONGVQ_DEVICE float from_bits(uint32_t bits) { return __uint_as_float(bits); }
 LONGVQ_DEVICE uint32_t to_bits(float x) { return __float_as_uint(x); }

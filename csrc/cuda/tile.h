@@ -74,46 +74,60 @@ LONGVQ_DEVICE void multiply_rows(
   }
 }
 
+// out += left · right for 16 rows of `right` from `row`, its columns from `column`; `left` as fragments (16, 16).
+template <typename Operand, int MTILES, int NTILES, typename Right>
+LONGVQ_DEVICE void multiply_fragments(
+    float (&out)[MTILES][NTILES][4], const uint32_t (&left)[Operand::kParts][MTILES][4], const Right& right, int row,
+    int column) {
+  static_assert(Right::kParts == Operand::kParts, "both in the same parts");
+#pragma unroll
+  for (int j = 0; j < Operand::kParts; ++j) {
+#pragma unroll
+    for (int n = 0; n < NTILES; n += 2) {
+      uint32_t b[4];
+      load_right(b, right, j, row, column + n * 8);
+#pragma unroll
+      for (int i = 0; i + j < Operand::kParts; ++i) {
+#pragma unroll
+        for (int m = 0; m < MTILES; ++m) {
+          Operand::multiply_add(out[m][n], left[i][m], b[0], b[1]);
+          Operand::multiply_add(out[m][n + 1], left[i][m], b[2], b[3]);
+        }
+      }
+    }
+  }
+}
+
+// Two fragments (16, 8) of a result, side by side, become a left operand.
+template <typename Operand, int MTILES>
+LONGVQ_DEVICE void set_left(
+    uint32_t (&out)[Operand::kParts][MTILES][4], int m, const float (&first)[4], const float (&second)[4]) {
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    // Rows g and g + 8 of the left 8 columns, then of the right ones.
+    const float* pair = (i < 2 ? first : second) + i % 2 * 2;
+    uint32_t parts[Operand::kParts];
+    Operand::split_pair(pair[0], pair[1], parts);
+#pragma unroll
+    for (int p = 0; p < Operand::kParts; ++p) {
+      out[p][m][i] = parts[p];
+    }
+  }
+}
+
 // out += weights · right, where `weights` are fragments (16, 8) as a product leaves them.
 template <typename Operand, int MTILES, typename Right>
 LONGVQ_DEVICE void multiply_weights(
     float (&out)[MTILES][Right::kColumns / 8][4], const float (&weights)[MTILES][Right::kRows / 8][4],
     const Right& right) {
-  constexpr int kParts = Operand::kParts;
-  static_assert(Right::kParts == kParts, "both in the same parts");
 #pragma unroll
   for (int k = 0; k < Right::kRows; k += 16) {
-    uint32_t a[kParts][MTILES][4];
+    uint32_t left[Operand::kParts][MTILES][4];
 #pragma unroll
     for (int m = 0; m < MTILES; ++m) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        // Rows g and g + 8 of the left 8 columns, then of the right ones.
-        const float* pair = weights[m][k / 8 + i / 2] + i % 2 * 2;
-        uint32_t parts[kParts];
-        Operand::split_pair(pair[0], pair[1], parts);
-#pragma unroll
-        for (int p = 0; p < kParts; ++p) {
-          a[p][m][i] = parts[p];
-        }
-      }
+      set_left<Operand>(left, m, weights[m][k / 8], weights[m][k / 8 + 1]);
     }
-#pragma unroll
-    for (int j = 0; j < kParts; ++j) {
-#pragma unroll
-      for (int n = 0; n < Right::kColumns; n += 16) {
-        uint32_t b[4];
-        load_right(b, right, j, k, n);
-#pragma unroll
-        for (int i = 0; i + j < kParts; ++i) {
-#pragma unroll
-          for (int m = 0; m < MTILES; ++m) {
-            Operand::multiply_add(out[m][n / 8], a[i][m], b[0], b[1]);
-            Operand::multiply_add(out[m][n / 8 + 1], a[i][m], b[2], b[3]);
-          }
-        }
-      }
-    }
+    multiply_fragments<Operand>(out, left, right, k, 0);
   }
 }
 

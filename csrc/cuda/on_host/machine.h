@@ -42,22 +42,39 @@ inline uint32_t to_bits(float x) {
 template <typename T>
 struct Exchange {
   T in, out;
-  int mask;
+  int from;
 
   static void run(void* const* lanes) {
     for (int lane = 0; lane < on_host::kWarpSize; ++lane) {
       auto* mine = static_cast<Exchange*>(lanes[lane]);
-      mine->out = static_cast<Exchange*>(lanes[lane ^ mine->mask])->in;
+      mine->out = static_cast<Exchange*>(lanes[mine->from])->in;
     }
   }
 };
 
 template <typename T>
-T shuffle_xor(T x, int mask) {
-  Exchange<T> exchange{x, x, mask};
+T shuffle_from(T x, int lane) {
+  Exchange<T> exchange{x, x, lane};
   on_host::synchronize_warp(Exchange<T>::run, &exchange);
   return exchange.out;
 }
+template <typename T>
+T shuffle_xor(T x, int mask) {
+  return shuffle_from(x, on_host::position().lane ^ mask);
+}
+template <typename T>
+T shuffle_up(T x, int by) {
+  const int lane = on_host::position().lane;
+  return shuffle_from(x, lane < by ? lane : lane - by);
+}
+
+inline void synchronize_warp() {
+  on_host::synchronize_warp([](void* const*) {}, nullptr);
+}
+
+constexpr double kPi = 3.14159265358979323846;
+inline double cosine_of_pi(double x) { return std::cos(std::remainder(x, 2.0) * kPi); }
+inline double sine_of_pi(double x) { return std::sin(std::remainder(x, 2.0) * kPi); }
 
 inline float fast_exponential(float x) { return std::exp(x); }
 

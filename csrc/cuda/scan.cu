@@ -1,0 +1,387 @@
+// The state space scan by chunks, see scan_tables.cu for the tables and docs/kernels.md for the design.
+//
+// A warp has one channel, whose 32 chunks of 32 steps are the rows of three products on tensor cores. States are carried
+// from chunk to chunk in registers in float32: a lane has four chunks that follow each other, and the lanes of a mode
+// pass on what they have by shuffles.
+#include <initializer_list>
+
+#include "cover.h"
+#include "scan_layout.h"
+
+namespace longvq::cuda {
+namespace {
+
+constexpr int kTiles = kScanSteps / 8;  // fragments (16, 8) side by side
+
+using Number = Complex<float>;
+
+template <typename Element>
+struct ScanShape {
+  using Operand = ScanOperand<Element>;
+  static constexpr int kParts = Operand::kParts;
+  static constexpr int kChannels = kParts == 1 ? 8 : 4;  // a warp each
+  static constexpr int kThreads = 32 * kChannels;
+  using Layout = ScanLayout<kParts>;
+  // y is left where u was: rows of 16 bits, or of 32 bits in the room of three parts.
+  using Output = std::conditional_t<sizeof(Element) == 4, float, uint16_t>;
+
+  static constexpr size_t bytes_of_decays(int64_t modes) {
+    return sizeof(Number) * kChannels * padded_modes(modes) * (kScanPowers + 1);  // and the state
+  }
+  static constexpr size_t bytes(int64_t modes) {
+    const size_t tables = sizeof(uint16_t) * kChannels * scan_table_size(modes, kParts);
+    return tables + kChannels * Layout::Chunks::kBytes + bytes_of_decays(modes);
+  }
+};
+
+// What a pass over the sequence is for: states of segments from zero, or outputs.
+enum class Pass { kStates, kOutputs };
+
+template <typename Element>
+struct ScanBlock {
+  using S = ScanShape<Element>;
+  using Operand = typename S::Operand;
+  using Layout = typename S::Layout;
+  static constexpr int kParts = S::kParts;
+
+  const Scan& p;
+  int64_t batch, segment, first_channel, begin, end, padded;  // steps begin .. end of the scan's own order
+  int warp, lane;
+  int64_t channel;
+
+  LONGVQ_DEVICE explicit ScanBlock(const Scan& problem) : p(problem) {
+    first_channel = static_cast<int64_t>(blockIdx.x) * S::kChannels;
+    batch = blockIdx.y;
+    segment = blockIdx.z;
+    begin = segment * p.segment_length;
+    end = min(begin + p.segment_length, p.length);
+    padded = padded_modes(p.modes.modes);
+    warp = threadIdx.x / 32;
+    lane = threadIdx.x % 32;
+    channel = first_channel + warp;
+  }
+
+  LONGVQ_DEVICE bool has_channel() const { return channel < p.modes.channels; }
+  LONGVQ_DEVICE uint16_t* tables(int of) const {
+    return reinterpret_cast<uint16_t*>(shared_memory()) + of * scan_table_size(p.modes.modes, kParts);
+  }
+  LONGVQ_DEVICE typename Layout::Chunks chunks(int of) const {
+    return {tables(S::kChannels) + of * (Layout::Chunks::kBytes / sizeof(uint16_t))};
+  }
+  LONGVQ_DEVICE Number* decays(int of) const {
+    return reinterpret_cast<Number*>(chunks(S::kChannels).data) + of * padded * kScanPowers;
+  }
+  LONGVQ_DEVICE Number* state(int of) const { return decays(S::kChannels) + of * padded; }
+
+  LONGVQ_DEVICE int64_t position(int64_t step) const { return p.reverse ? p.length - 1 - step : step; }
+  LONGVQ_DEVICE bool ignored(int64_t at) const {
+    return p.ignored != nullptr && p.ignored[batch * p.ignored_batch + at * p.ignored_length] != 0;
+  }
+  LONGVQ_DEVICE int64_t state_place(int64_t mode) const {
+    return (batch * p.modes.channels + channel) * p.modes.modes + mode;
+  }
+
+  LONGVQ_DEVICE void fill_tables() const {
+    const int64_t size = scan_table_size(p.modes.modes, kParts), channels = min(p.modes.channels - first_channel, int64_t{S::kChannels});
+    const uint16_t* from = p.tables + first_channel * size;
+    for (int64_t i = threadIdx.x * 8; i < channels * size; i += S::kThreads * 8) {
+      copy_later(tables(0) + i, from + i, 16);
+    }
+    commit_copies();
+    const auto* numbers = reinterpret_cast<const Number*>(p.decays) + first_channel * padded * kScanPowers;
+    for (int64_t i = threadIdx.x; i < channels * padded * kScanPowers; i += S::kThreads) {
+      decays(0)[i] = numbers[i];
+    }
+    wait_for_copies<0>();
+  }
+
+  LONGVQ_DEVICE void start_state(Pass pass) const {
+    for (int64_t mode = lane; mode < padded; mode += 32) {
+      Number x{0, 0};
+      if (has_channel() && mode < p.modes.modes && pass == Pass::kOutputs) {
+        if (p.segment_states != nullptr) {  // entry states, made of those of the pass before
+          const int64_t place = ((batch * p.modes.channels + channel) * p.segments + segment) * p.modes.modes + mode;
+          x = reinterpret_cast<const Number*>(p.segment_states)[place];
+        } else if (p.initial_state != nullptr) {
+          const float* from = p.initial_state + state_place(mode) * (p.modes.complex_modes ? 2 : 1);
+          x = {from[0], p.modes.complex_modes ? from[1] : 0.0f};
+        }
+      }
+      state(warp)[mode] = x;
+    }
+  }
+
+  // Steps first .. first + kScanTile of all channels of the block, zero where there are none.
+  LONGVQ_DEVICE void read_inputs(int64_t first) const {
+    const auto* u = static_cast<const Element*>(p.u) + batch * p.u_batch + first_channel * p.u_channel;
+    const int count = static_cast<int>(min(p.modes.channels - first_channel, int64_t{S::kChannels}));
+    for (int i = threadIdx.x; i < kScanTile; i += S::kThreads) {
+      const int64_t at = position(first + i);
+      const bool there = first + i < end && !ignored(at);
+#pragma unroll
+      for (int c = 0; c < S::kChannels; ++c) {
+        uint16_t parts[kParts];
+        Operand::split(there && c < count ? to_float(u[at * p.u_length + c * p.u_channel]) : 0.0f, parts);
+#pragma unroll
+        for (int part = 0; part < kParts; ++part) {
+          *chunks(c).at(part, i / kScanSteps, i % kScanSteps) = parts[part];
+        }
+      }
+    }
+  }
+
+  LONGVQ_DEVICE typename S::Output* output(int of, int chunk, int t) const {
+    constexpr int kPitch = Layout::Chunks::kPitch;
+    return reinterpret_cast<typename S::Output*>(chunks(of).data) + chunk * kPitch + t;
+  }
+
+  LONGVQ_DEVICE void write_outputs(int64_t first) const {
+    const int count = static_cast<int>(min(p.modes.channels - first_channel, int64_t{S::kChannels}));
+    for (int i = threadIdx.x; i < kScanTile && first + i < end; i += S::kThreads) {
+      const int64_t at = position(first + i);
+      const bool out = ignored(at);
+      Element* y = static_cast<Element*>(p.y) + (batch * p.length + at) * p.modes.channels + first_channel;
+#pragma unroll
+      for (int c = 0; c < S::kChannels; ++c) {
+        if (c < count) {
+          typename S::Output value = *output(c, i / kScanSteps, i % kScanSteps);
+          value = out ? typename S::Output{0} : value;
+          std::memcpy(y + c, &value, sizeof value);
+        }
+      }
+    }
+  }
+
+  // Row r of the products is chunk 4 g + 2 m + half, for r = 16 m + 8 half + g: so the rows of a lane follow each other.
+  LONGVQ_DEVICE static int chunk_of(int row) { return row % 8 * 4 + row / 8; }
+
+  LONGVQ_DEVICE void load_chunks(uint32_t (&out)[kParts][2][4], int step) const {
+#pragma unroll
+    for (int part = 0; part < kParts; ++part) {
+#pragma unroll
+      for (int m = 0; m < 2; ++m) {
+        load_matrices(out[part][m], chunks(warp).at(part, chunk_of(16 * m + lane % 16), step + lane / 16 * 8));
+      }
+    }
+  }
+
+  // From what the chunks give to the states that enter them; moves the state past the first `full` chunks.
+  LONGVQ_DEVICE void carry(float (&x)[2][kTiles][4], int group, int full) const {
+#pragma unroll
+    for (int n = 0; n < kTiles; ++n) {
+      const int64_t mode = group * kScanGroup + n * 4 + lane % 4;
+      const Number* powers = decays(warp) + mode * kScanPowers;
+      const Number once = powers[1], entry = state(warp)[mode];
+      Number given[4];
+      Number last{0, 0};
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        given[i] = {x[i / 2][n][i % 2 * 2], x[i / 2][n][i % 2 * 2 + 1]};
+        last = multiply_add(once, last, given[i]);
+      }
+      if (lane / 4 == 0) {
+        last = multiply_add(powers[2], entry, last);
+      }
+#pragma unroll
+      for (int by = 1; by < 8; by *= 2) {
+        const Number before{shuffle_up(last.re, by * 4), shuffle_up(last.im, by * 4)};
+        if (lane / 4 >= by) {
+          last = multiply_add(powers[by == 1 ? 2 : by == 2 ? 3 : 4], before, last);
+        }
+      }
+      Number now{shuffle_up(last.re, 4), shuffle_up(last.im, 4)};
+      now = lane / 4 == 0 ? entry : now;
+      synchronize_warp();  // all lanes have read the state that is now replaced
+      // The state after all chunks enters none of them.
+      if (full == kScanChunks && lane / 4 == 7) {
+        state(warp)[mode] = last;
+      }
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        x[i / 2][n][i % 2 * 2] = now.re;
+        x[i / 2][n][i % 2 * 2 + 1] = now.im;
+        if (lane / 4 * 4 + i == full) {
+          state(warp)[mode] = now;
+        }
+        now = multiply_add(once, now, given[i]);
+      }
+    }
+  }
+
+  // The steps that don't fill a chunk, one by one.
+  LONGVQ_DEVICE void finish_state(int full, int steps) const {
+    const auto u = chunks(warp);
+    for (int64_t mode = lane; mode < padded; mode += 32) {
+      const Number decay = decays(warp)[mode * kScanPowers];
+      Number x = state(warp)[mode];
+      for (int t = 0; t < steps; ++t) {
+        float input = 0;
+        for (int part = kParts - 1; part >= 0; --part) {
+          input += from_bits(static_cast<uint32_t>(*u.at(part, full, t)) << 16);
+        }
+        x = multiply_add(decay, x, {mode < p.modes.modes ? input : 0.0f, 0});
+      }
+      state(warp)[mode] = x;
+    }
+  }
+
+  LONGVQ_DEVICE void run_tile(int64_t first, Pass pass) const {
+    const int steps = static_cast<int>(min(end - first, kScanTile));
+    const int full = steps / static_cast<int>(kScanSteps);
+    float y[2][kTiles][4] = {};
+    if (pass == Pass::kOutputs) {
+      const auto inside = Layout::inside(tables(warp));
+      uint32_t u[kParts][2][4];
+      load_chunks(u, 0);
+      multiply_fragments<Operand>(y, u, inside, 0, 0);
+      load_chunks(u, 16);  // of these outputs start 16 steps later, and look 16 less far back
+      float later[2][kTiles / 2][4] = {};
+      multiply_fragments<Operand>(later, u, inside, 0, 0);
+#pragma unroll
+      for (int m = 0; m < 2; ++m) {
+#pragma unroll
+        for (int i = 0; i < kTiles / 2 * 4; ++i) {
+          y[m][kTiles / 2 + i / 4][i % 4] += later[m][i / 4][i % 4];
+        }
+      }
+    }
+    for (int group = 0; group < padded / kScanGroup; ++group) {
+      float x[2][kTiles][4] = {};
+#pragma unroll
+      for (int step = 0; step < kScanSteps; step += 16) {
+        uint32_t u[kParts][2][4];
+        load_chunks(u, step);
+        multiply_fragments<Operand>(x, u, Layout::in(tables(warp), group), step, 0);
+      }
+      carry(x, group, full);
+      if (pass == Pass::kOutputs) {
+#pragma unroll
+        for (int k = 0; k < kTiles; k += 2) {
+          uint32_t left[kParts][2][4];
+          set_left<Operand>(left, 0, x[0][k], x[0][k + 1]);
+          set_left<Operand>(left, 1, x[1][k], x[1][k + 1]);
+          multiply_fragments<Operand>(y, left, Layout::out(tables(warp), group), k * 8, 0);
+        }
+      }
+    }
+    synchronize_warp();
+    finish_state(full, steps % static_cast<int>(kScanSteps));
+    synchronize_warp();  // inputs are read, outputs may take their place
+    if (pass == Pass::kOutputs) {
+#pragma unroll
+      for (int m = 0; m < 2; ++m) {
+#pragma unroll
+        for (int n = 0; n < kTiles; ++n) {
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            const int chunk = lane / 4 * 4 + 2 * m + i / 2;
+            const Element rounded = as_element(y[m][n][i]);
+            std::memcpy(output(warp, chunk, n * 8 + lane % 4 * 2 + i % 2), &rounded, sizeof rounded);
+          }
+        }
+      }
+    }
+  }
+
+  LONGVQ_DEVICE static Element as_element(float x) {
+    Element out;
+    store(&out, x);
+    return out;
+  }
+
+  LONGVQ_DEVICE void write_state(Pass pass) const {
+    for (int64_t mode = lane; has_channel() && mode < p.modes.modes; mode += 32) {
+      const Number x = state(warp)[mode];
+      if (pass == Pass::kStates) {
+        const int64_t place = ((batch * p.modes.channels + channel) * p.segments + segment) * p.modes.modes + mode;
+        reinterpret_cast<Number*>(p.segment_states)[place] = x;
+      } else if (segment == p.segments - 1) {
+        float* to = p.final_state + state_place(mode) * (p.modes.complex_modes ? 2 : 1);
+        to[0] = x.re;
+        if (p.modes.complex_modes) {
+          to[1] = x.im;
+        }
+      }
+    }
+  }
+
+  LONGVQ_DEVICE void run(Pass pass) const {
+    fill_tables();
+    start_state(pass);
+    for (int64_t first = begin; first < end; first += kScanTile) {
+      __syncthreads();
+      read_inputs(first);
+      __syncthreads();
+      if (has_channel()) {
+        run_tile(first, pass);
+      }
+      __syncthreads();
+      if (pass == Pass::kOutputs) {
+        write_outputs(first);
+      }
+    }
+    synchronize_warp();
+    write_state(pass);
+  }
+};
+
+template <typename Element>
+__global__ void __launch_bounds__(ScanShape<Element>::kThreads) scan(Scan p, Pass pass) {
+  ScanBlock<Element>(p).run(pass);
+}
+
+// From the states that segments leave, starting from zero, to those that enter them.
+__global__ void __launch_bounds__(128) enter_segments(Scan p) {
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x, modes = p.modes.modes;
+  if (i >= p.batch * p.modes.channels * modes) {
+    return;
+  }
+  const int64_t mode = i % modes, row = i / modes;
+  const int width = p.modes.complex_modes ? 2 : 1;
+  const Complex<double> exact = decay_of(p.modes, row % p.modes.channels, mode, static_cast<double>(p.segment_length));
+  const Number decay{static_cast<float>(exact.re), static_cast<float>(exact.im)};
+  Number x{0, 0};
+  if (p.initial_state != nullptr) {
+    x = {p.initial_state[i * width], p.modes.complex_modes ? p.initial_state[i * width + 1] : 0.0f};
+  }
+  Number* states = reinterpret_cast<Number*>(p.segment_states) + row * p.segments * modes + mode;
+  for (int64_t segment = 0; segment < p.segments; ++segment) {
+    const Number left = states[segment * modes];
+    states[segment * modes] = x;
+    x = multiply_add(decay, x, left);
+  }
+}
+
+template <typename Element>
+int run(const Scan& p, void* stream) {
+  using S = ScanShape<Element>;
+  const dim3 grid(
+      static_cast<unsigned>(divide_up(p.modes.channels, S::kChannels)), static_cast<unsigned>(p.batch),
+      static_cast<unsigned>(p.segments));
+  const size_t bytes = S::bytes(p.modes.modes);
+  if (p.segments > 1) {
+    if (const int error = launch(scan<Element>, grid, S::kThreads, bytes, stream, p, Pass::kStates)) {
+      return error;
+    }
+    const dim3 all(static_cast<unsigned>(divide_up(p.batch * p.modes.channels * p.modes.modes, 128)));
+    if (const int error = launch(enter_segments, all, 128, 0, stream, p)) {
+      return error;
+    }
+  }
+  return launch(scan<Element>, grid, S::kThreads, bytes, stream, p, Pass::kOutputs);
+}
+
+}  // namespace
+
+int longvq_cuda_scan(const Scan* problem, void* stream) {
+  const Scan& p = *problem;
+  if (p.modes.modes > kScanMaxModes || p.batch > 65535) {
+    return kNotCovered;
+  }
+  if (p.batch == 0 || p.modes.channels == 0 || p.length == 0) {
+    return 0;
+  }
+  return for_element(p.type, [&](auto element) { return run<decltype(element)>(p, stream); });
+}
+
+}  // namespace longvq::cuda

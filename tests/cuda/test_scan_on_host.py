@@ -1,0 +1,101 @@
+"""`csrc/cuda/scan.cu` and `scan_tables.cu`, run on the host, against the definition."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from native import by_channel
+from strategies import NativeScanCase, in_precision, native_scan_cases
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# Relative to the sum of the sizes of the terms: up to 31 steps with one rounded decay; in bfloat16 rounded tables.
+ROUNDING = {torch.float32: 2**-20, torch.float16: 2**-20, torch.bfloat16: 2**-8}
+
+
+def call(op, arguments, options):
+    get = arguments.get
+    return op(
+        arguments["u"],
+        arguments["log_decay"],
+        arguments["weight"],
+        get("skip"),
+        get("initial_state"),
+        options["key_padding_mask"],
+        None,
+        options["reverse"],
+    )
+
+
+def assert_right(on_host, case: NativeScanCase):
+    dtype = case.arguments["u"].dtype
+    precise = {name: in_precision(x, torch.float64) for name, x in case.arguments.items()}
+    sizes = {name: x.real if name == "log_decay" else x.abs() for name, x in precise.items()}
+    results = call(on_host.ssm_scan, case.arguments, case.options)
+    definition = torch.ops.longvq_torch.ssm_scan
+    exact, size = call(definition, precise, case.options), call(definition, sizes, case.options)
+    for name, value, expected, largest in zip(("y", "state"), results, exact, size, strict=True):
+        assert value.shape == expected.shape and value.is_complex() == expected.is_complex(), name
+        error = (value.to(expected.dtype) - expected).abs()
+        if name == "y" and dtype != torch.float32:
+            info = torch.finfo(dtype)
+            error = (error - expected.abs() * info.eps / 2 - info.tiny).clamp(min=0)
+        allowed = ROUNDING[dtype] * by_channel(largest, name) + 1e-30
+        assert (by_channel(error, name) <= allowed).all(), (name, by_channel(error, name) / allowed)
+
+
+@given(st.data(), st.sampled_from(DTYPES))
+@settings(max_examples=100)
+def test_equals_the_definition(on_host, data, dtype):
+    assert_right(on_host, data.draw(native_scan_cases(dtype)))
+
+
+def drawn(batch, length, channels, modes, dtype, **options):
+    log_decay = -torch.rand(channels, modes) * torch.tensor([1.0, 1e-2, 1e-4, 1e-8])[torch.arange(modes) % 4]
+    arguments = {
+        "u": torch.randn(batch, length, channels).to(dtype),
+        "log_decay": torch.complex(log_decay, torch.randn(channels, modes)),
+        "weight": torch.randn(channels, modes, dtype=torch.complex64),
+        "skip": torch.randn(channels),
+        "initial_state": torch.randn(batch, channels, modes, dtype=torch.complex64),
+    }
+    return NativeScanCase(arguments, {"key_padding_mask": None, "reverse": False, **options}, None, None)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("length", [1023, 1024, 1025, 2048, 3 * 1024 + 33])
+def test_lengths_around_the_tiles(on_host, dtype, length):
+    assert_right(on_host, drawn(1, length, 9, 17, dtype))
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_segments(on_host, dtype, reverse):
+    """Few channels of a long sequence: its pieces run at the same time, from states that are made first."""
+    mask = torch.rand(1, 13_000) < 0.1
+    assert_right(on_host, drawn(1, 13_000, 2, 5, dtype, reverse=reverse, key_padding_mask=mask))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_order_of_threads_makes_no_difference(on_host, thread_order, dtype):
+    case = drawn(1, 1100, 9, 20, dtype, key_padding_mask=torch.rand(1, 1100) < 0.1)
+    results = []
+    for order in (0, 1, 2, 3):
+        thread_order(order)
+        results.append(call(on_host.ssm_scan, case.arguments, case.options))
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_wrong_arguments(on_host):
+    case = drawn(1, 20, 3, 2, torch.float32)
+    good = case.arguments
+    for name, wrong, message in [
+        ("weight", good["weight"].real, "of one type"),
+        ("skip", good["skip"][:2], "skip must be"),
+        ("initial_state", good["initial_state"][:, :2], "initial_state must be"),
+        ("u", good["u"].double(), "float32, bfloat16 or float16"),
+    ]:
+        with pytest.raises(RuntimeError, match=message):
+            call(on_host.ssm_scan, {**good, name: wrong}, case.options)
+    with pytest.raises(RuntimeError, match="no CUDA kernel for these sizes"):
+        call(on_host.ssm_scan, drawn(1, 20, 3, 65, torch.float32).arguments, case.options)
