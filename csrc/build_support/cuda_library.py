@@ -29,6 +29,7 @@ from native_library import CACHE, CUDA, ROOT, BuildError, Compiler
 LIBRARY = "lib/liblongvq_cuda.so"  # inside the package
 ARCHITECTURES = "8.0;9.0a;9.0+PTX"  # of TORCH_CUDA_ARCH_LIST, if it isn't set: Ampere, Hopper, what comes after
 NVCC_FLAGS = ["-std=c++17", "-O3", "--expt-relaxed-constexpr", "-Xcompiler=-fPIC,-fvisibility=hidden"]
+LINK_FLAGS = ["-shared", "-cudart=static", "-Xlinker=--no-undefined", "-ltorch_cpu"]
 CHECKS = ["-Werror=all-warnings", "-Xptxas=-v"]
 
 
@@ -82,8 +83,7 @@ def build(more_flags: Sequence[str] = ()) -> tuple[Path, dict[str, object], list
     compiler = Compiler(command)
     version = _nvcc_version(nvcc)
     options = architectures()
-    include = ["-isystem", str(Path(nvcc).resolve().parents[1] / "include")]
-    flags = [*native_library.COMMON_FLAGS, *include]
+    flags = native_library.COMMON_FLAGS
     headers = native_library.sources("*.h")
     setting = native_library.setting_of(compiler, torch, [*flags, version], headers)
     (ROOT / CACHE).mkdir(parents=True, exist_ok=True)
@@ -102,9 +102,7 @@ def build(more_flags: Sequence[str] = ()) -> tuple[Path, dict[str, object], list
     inputs = [*native_library.sources("*.cu"), *_sources_of_operators()]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         objects, logs = zip(*pool.map(compile_source, inputs), strict=True)
-    cuda = _cuda_libraries(nvcc)
-    link_flags = ["-shared", f"-L{cuda}", "-lcudart_static", "-lrt", "-ldl", "-lpthread", "-ltorch_cpu"]
-    library = native_library.link(compiler, torch, link_flags, CACHE, objects, "longvq_cuda")
+    library = native_library.link([nvcc, "-ccbin", command[0]], torch, LINK_FLAGS, CACHE, objects, "longvq_cuda")
     info = {"nvcc": version, "architectures": [option.rpartition("_")[2] for option in options]}
     return library, info, [kernel for log in logs for kernel in kernels_of(log)]
 
@@ -128,7 +126,7 @@ def on_host() -> Path:
         objects = list(
             pool.map(lambda job: native_library.compile_cpp(compiler, torch, flags, CACHE, setting, *job), jobs)
         )
-    return native_library.link(compiler, torch, native_library.LINK_FLAGS, CACHE, objects, "longvq_cuda_on_host")
+    return native_library.link(command, torch, native_library.LINK_FLAGS, CACHE, objects, "longvq_cuda_on_host")
 
 
 def kernels_of(log: str) -> list[Kernel]:
@@ -154,14 +152,6 @@ def _nvcc_version(nvcc: str) -> str:
         raise BuildError(f"{nvcc} does not run: {error}") from error
     match = re.search(r"release \S+, V(\S+)", text)
     return match[1] if match else text.strip()
-
-
-def _cuda_libraries(nvcc: str) -> Path:
-    root = Path(nvcc).resolve().parents[1]
-    for folder in ("lib64", "lib", "targets/x86_64-linux/lib", "targets/sbsa-linux/lib"):
-        if (root / folder / "libcudart_static.a").exists():
-            return root / folder
-    raise BuildError(f"no libcudart_static.a beside {nvcc}")
 
 
 def _names(kernels: Sequence[Kernel]) -> dict[str, str]:

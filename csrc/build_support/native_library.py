@@ -123,7 +123,7 @@ def build(cache: Path = CACHE, more_flags: Sequence[str] = ()) -> tuple[Path, di
     (ROOT / cache).mkdir(parents=True, exist_ok=True)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         objects = list(pool.map(lambda job: compile_cpp(compiler, torch, flags, cache, setting, *job), jobs))
-    library = link(compiler, torch, [*LINK_FLAGS, *more_flags], cache, objects)
+    library = link(command, torch, [*LINK_FLAGS, *more_flags], cache, objects)
     info = {
         "built": True,
         "reason": None,
@@ -168,11 +168,16 @@ def compile_cpp(
 
 
 def link(
-    compiler: Compiler, torch: Torch, flags: Sequence[str], cache: Path, objects: Sequence[Path], name: str = "longvq"
+    command: Sequence[str],
+    torch: Torch,
+    flags: Sequence[str],
+    cache: Path,
+    objects: Sequence[Path],
+    name: str = "longvq",
 ) -> Path:
     target = cache / f"lib{name}-{digest(*map(str, objects), *flags)}.so"
     if not (ROOT / target).exists():
-        run([*compiler.command, *map(str, objects), f"-L{torch.lib}", *flags], target)
+        run([*command, *map(str, objects), f"-L{torch.lib}", *flags], target)
     return ROOT / target
 
 

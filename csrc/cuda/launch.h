@@ -154,6 +154,7 @@ struct Scan {
 };
 
 extern "C" {
+const char* longvq_cuda_error_text(int error);
 int longvq_cuda_pack_codebook(const PackCodebook* problem, void* stream);
 int longvq_cuda_assign(const Assign* problem, void* stream);
 int longvq_cuda_far_field(const FarField* problem, void* stream);

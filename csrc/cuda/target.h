@@ -94,6 +94,8 @@ LONGVQ_DEVICE float half_to_float(uint16_t bits) {
   return out;
 }
 
+inline const char* error_text(int error) { return cudaGetErrorString(static_cast<cudaError_t>(error)); }
+
 // Runs the kernel; 0, or the error of the CUDA runtime.
 template <typename... Parameters, typename... Arguments>
 int launch(

@@ -1,7 +1,6 @@
 #include "tensors.h"
 
 #ifndef LONGVQ_ON_HOST
-#include <cuda_runtime_api.h>
 #include <dlfcn.h>
 #endif
 
@@ -11,10 +10,6 @@ namespace longvq::cuda {
 
 OnDeviceOf::OnDeviceOf(const char* op, const Tensor& x) {
   STD_TORCH_CHECK(x.is_cpu(), op, ": expected tensors on the CPU");
-}
-
-void check_launch(const char* op, int error) {
-  STD_TORCH_CHECK(error != kNotCovered, op, ": no CUDA kernel for these sizes");
 }
 
 #else
@@ -40,12 +35,12 @@ OnDeviceOf::OnDeviceOf(const char* op, const Tensor& x) {
   stream_ = current_stream(device);
 }
 
+#endif
+
 void check_launch(const char* op, int error) {
   STD_TORCH_CHECK(error != kNotCovered, op, ": no CUDA kernel for these sizes");
-  STD_TORCH_CHECK(error == 0, op, ": ", cudaGetErrorString(static_cast<cudaError_t>(error)));
+  STD_TORCH_CHECK(error == 0, op, ": ", longvq_cuda_error_text(error));
 }
-
-#endif
 
 PackedCodebook::PackedCodebook(
     const char* op, const Tensor& from, ElementType type, int64_t first, int64_t columns, void* stream) {

@@ -41,7 +41,7 @@ def trained(folder: Path, steps: int, say: Callable[[str], None]) -> "LlamaForCa
         return LlamaForCausalLM.from_pretrained(folder).eval()
     torch.manual_seed(0)
     model = LlamaForCausalLM(LlamaConfig(**_SIZES))
-    train(model, lambda step: mixed(TRAINED_LENGTH, step, asked=4), steps, lr=2e-3, say=say)
+    train(model, lambda step: mixed(TRAINED_LENGTH, step, asked=12), steps, lr=2e-3, say=say)
     model.save_pretrained(folder)
     return model.eval()
 

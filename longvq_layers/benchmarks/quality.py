@@ -23,19 +23,22 @@ from longvq_layers.replace import replace_attention
 from longvq_layers.replace._swapped import SwappedAttention
 from longvq_layers.replace.distill import distill_attention
 
-# name -> query metric, correction by the variance of a code, gain on it per head, keys weighted by attention received,
-# codes that stand for means of the sequence's own keys
-METHODS: dict[str, tuple[bool, bool, bool, bool, bool]] = {
-    "k-means": (False, False, False, False, False),
-    "+ query metric": (True, False, False, False, False),
-    "+ variance": (True, True, False, False, False),
-    "+ gain per head": (True, True, True, False, False),
-    "+ attention received": (True, True, True, True, False),
-    "+ means of the sequence": (True, True, True, True, True),  # what replace_attention does
-}
-DISTILLED = "+ distillation"
+# Each name stands for itself and those before it: metric of the queries, correction by the variance of a code, gain on
+# it per head, keys weighted by attention received, codes that stand for means of the sequence's own keys, codes shared
+# out among layers.
+METHODS = (
+    "k-means",
+    "+ query metric",
+    "+ variance",
+    "+ gain per head",
+    "+ attention received",
+    "+ means of the sequence",
+    "+ codes balanced",
+)
+DEFAULT = "+ means of the sequence"  # what replace_attention does
+DISTILLED = "+ distillation"  # of the default
 # method -> least mean cosine and share of equal neighbours at 256 codes and window 32
-TARGETS = {"+ means of the sequence": (0.97, None), DISTILLED: (0.99, 0.95)}
+TARGETS = {DEFAULT: (0.97, None), DISTILLED: (0.99, 0.95)}
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,7 @@ class Row:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--codes", type=int, nargs="+", default=[128, 256, 512], metavar="S")
     parser.add_argument("--windows", type=int, nargs="+", default=[0, 32], metavar="W")
-    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS), metavar="NAME")
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS, metavar="NAME")
     parser.add_argument(
         "--distill-codes", type=int, nargs="*", default=[256], metavar="S", help="at the largest window"
     )
@@ -101,12 +104,16 @@ def run(args: argparse.Namespace) -> None:
     for window in args.windows:
         for codes in args.codes:
             for method in args.methods:
-                distill = codes in args.distill_codes and window == max(args.windows) and method == args.methods[-1]
-                variance = METHODS[method][1]
+                distill = codes in args.distill_codes and window == max(args.windows) and method == DEFAULT
                 start = time.perf_counter()
                 with working_by(method):
                     report = replace_attention(
-                        model, num_codes=codes, window=window, calibration=calibration, variance_correction=variance
+                        model,
+                        num_codes=codes,
+                        window=window,
+                        calibration=calibration,
+                        variance_correction=_has(method, "+ variance"),
+                        balance_codes=_has(method, "+ codes balanced"),
                     )
                     measure(codes, window, method, time.perf_counter() - start)
                 if distill:
@@ -123,22 +130,25 @@ def run(args: argparse.Namespace) -> None:
 @contextlib.contextmanager
 def working_by(method: str) -> Iterator[None]:
     """Within the block `replace_attention` works by that method: parts of it are put out of action."""
-    metric, _, gains, received, means = METHODS[method]
-    fit, choices = calibrating.fit, calibrating.GAINS if gains else (1.0,)
+    fit, choices = calibrating.fit, calibrating.GAINS if _has(method, "+ gain per head") else (1.0,)
 
     def fit_by(recorder: calibrating.Recorder, seam: SwappedAttention) -> None:
-        if not metric:
+        if not _has(method, "+ query metric"):
             recorder.moment = torch.eye(recorder.moment.shape[-1]).double().expand_as(recorder.moment)
-        if not received:
+        if not _has(method, "+ attention received"):
             recorder.weight = None
         fit(recorder, seam)
 
     with contextlib.ExitStack() as parts:
         parts.enter_context(mock.patch.object(calibrating, "fit", fit_by))
         parts.enter_context(mock.patch.object(calibrating, "GAINS", choices))
-        if not means:
+        if not _has(method, "+ means of the sequence"):
             parts.enter_context(mock.patch.object(SwappedAttention, "_of_sequence", _of_codebook))
         yield
+
+
+def _has(method: str, part: str) -> bool:
+    return METHODS.index(method) >= METHODS.index(part)
 
 
 def _of_codebook(attention: SwappedAttention, keys: Tensor, codes: Tensor, table: Tensor, padding: Tensor) -> Tensor:

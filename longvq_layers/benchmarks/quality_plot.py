@@ -6,7 +6,7 @@ from matplotlib.axes import Axes
 
 from longvq_layers.benchmarks import plot
 
-_COLOURS = ("#8a8f98", "#b9791f", "#2e8b57", "#7a3b9e", plot.OURS, "#b03a2e", "#111111")
+_COLOURS = ("#8a8f98", "#b9791f", "#2e8b57", "#7a3b9e", plot.OURS, "#b03a2e", "#0b7a75", "#111111")
 
 
 def draw(path: Path, rows: list) -> None:

@@ -1,0 +1,8 @@
+#include "launch.h"
+#include "target.h"
+
+namespace longvq::cuda {
+
+const char* longvq_cuda_error_text(int error) { return error_text(error); }
+
+}  // namespace longvq::cuda
