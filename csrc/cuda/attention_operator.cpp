@@ -1,4 +1,6 @@
 #include <algorithm>
+#include <array>
+#include <optional>
 
 #include "operators.h"
 
@@ -45,27 +47,42 @@ Tensor units_of(const Tensor& q, const OptionalTensor& mask, bool causal, void* 
   return units;
 }
 
-}  // namespace
+// The tensors of a call, as the kernels take them; what points into them lives as long.
+struct Call {
+  Tensor q, k, v, codes;
+  OptionalTensor bias, units;
+  std::optional<PackedCodebook> packed;
+  std::optional<FarFieldTensors> far_tensors;
+  Attention p{};
+  int64_t bias_skipped = 0;  // entries of a bidirectional bias on either side that a shorter sequence has no pairs for
 
-std::tuple<Tensor, Tensor> vq_attention(
+  Call(
+      const Tensor& q_given, const Tensor& k_given, const Tensor& v_given, const Tensor& codebook,
+      const Tensor& codes_given, const OptionalTensor& bias_given, const OptionalTensor& mask,
+      const OptionalTensor& cu_seqlens, double scale, bool causal, int64_t window, const std::string& activation,
+      const std::string& local_keys, int64_t near_dim);
+
+  bool empty() const { return p.batch == 0 || p.heads == 0 || p.length == 0; }
+  void prepare(const Tensor& codebook, const OptionalTensor& mask, bool logarithms, void* stream);
+  FarField far_field(ElementType type, bool logarithms) const;
+};
+
+Call::Call(
     const Tensor& q_given, const Tensor& k_given, const Tensor& v_given, const Tensor& codebook,
     const Tensor& codes_given, const OptionalTensor& bias_given, const OptionalTensor& mask,
     const OptionalTensor& cu_seqlens, double scale, bool causal, int64_t window, const std::string& activation,
-    const std::string& local_keys, const std::string&, int64_t near_dim) {
-  check_sizes(q_given, k_given, v_given, codebook, codes_given, bias_given, mask, causal, window, near_dim);
+    const std::string& local_keys, int64_t near_dim)
+    : q(with_dense_rows(q_given)),
+      k(with_dense_rows(k_given)),
+      v(with_dense_rows(v_given)),
+      codes(torch::stable::contiguous(codes_given)) {
+  check_sizes(q, k, v, codebook, codes, bias_given, mask, causal, window, near_dim);
   STD_TORCH_CHECK(!cu_seqlens.has_value(), kOp, ": the CUDA kernels don't take packed documents yet");
-  const ElementType type = type_of(kOp, q_given);
-  const OnDeviceOf device(kOp, q_given);
-  const Tensor q = with_dense_rows(q_given), k = with_dense_rows(k_given), v = with_dense_rows(v_given);
-  const Tensor codes = torch::stable::contiguous(codes_given);
-  const bool laplace = activation == "laplace";
-
-  Attention p{};
-  p.type = type;
+  p.type = type_of(kOp, q);
   p.batch = q.size(0), p.heads = q.size(1), p.kv_heads = k.size(1), p.length = q.size(2), p.values = v.size(3);
   p.near_depth = near_dim > 0 ? near_dim : q.size(3);
   p.far_first = near_dim, p.far_depth = q.size(3) - near_dim;
-  p.exact = local_keys == "exact", p.causal = causal, p.laplace = laplace;
+  p.exact = local_keys == "exact", p.causal = causal, p.laplace = activation == "laplace";
   p.window = std::min(window, p.length);  // a wider one sees no more
   p.scale = static_cast<float>(scale);
   p.q = q.const_data_ptr(), p.k = k.const_data_ptr(), p.v = v.const_data_ptr();
@@ -77,42 +94,147 @@ std::tuple<Tensor, Tensor> vq_attention(
     p.ignored = static_cast<const uint8_t*>(mask->const_data_ptr());
     p.ignored_batch = mask->stride(0), p.ignored_length = mask->stride(1);
   }
-  OptionalTensor bias;
   if (bias_given.has_value() && window > 0) {
     bias = as_type(*bias_given, ScalarType::Float);
     p.bias_head = bias->stride(0), p.bias_offset = bias->stride(1);
-    // Of a bidirectional window wider than the sequence the middle is left.
-    const int64_t skipped = causal ? 0 : window - p.window;
-    p.bias = static_cast<const float*>(bias->const_data_ptr()) + skipped * p.bias_offset;
+    bias_skipped = causal ? 0 : window - p.window;
+    p.bias = static_cast<const float*>(bias->const_data_ptr()) + bias_skipped * p.bias_offset;
   }
-  Tensor out = torch::stable::new_empty(v, {p.batch, p.heads, p.length, p.values}, v.scalar_type());
-  Tensor normalizers = torch::stable::new_empty(q, {p.batch, p.heads, p.length, 2}, ScalarType::Float);
-  if (p.batch == 0 || p.heads == 0 || p.length == 0) {
-    return {out, normalizers};
-  }
-  const int64_t columns = padded_depth(std::max(p.near_depth, p.far_depth));
-  const PackedCodebook packed(kOp, codebook, type, near_dim, columns, device.stream());
-  p.codebook = packed.codebook;
-  OptionalTensor units;
-  if (laplace) {
-    units = units_of(q, mask, causal, device.stream());
-    p.units = static_cast<const float*>(units->const_data_ptr());
-  }
+}
 
+FarField Call::far_field(ElementType type, bool logarithms) const {
   FarField far{};
   far.type = type;
-  far.batch = p.batch, far.heads = p.kv_heads, far.length = p.length, far.codes = packed.codebook.codes;
-  far.values = p.values, far.causal = causal, far.logarithm = !laplace, far.window = p.window;
+  far.batch = p.batch, far.heads = p.kv_heads, far.length = p.length, far.codes = packed->codebook.codes;
+  far.values = p.values, far.causal = p.causal, far.logarithm = logarithms, far.window = p.window;
   far.code_of_key = p.code_of_key;
   far.v = p.v, far.v_batch = p.v_batch, far.v_head = p.v_head, far.v_length = p.v_length;
   far.ignored = p.ignored, far.ignored_batch = p.ignored_batch, far.ignored_length = p.ignored_length;
-  const FarFieldTensors tensors(far, v);
-  check_launch(kOp, longvq_cuda_far_field(&far, device.stream()));
-  p.means = far.means, p.numbers = far.numbers, p.far_fields = far.far_fields();
+  return far;
+}
 
-  p.out = out.mutable_data_ptr(), p.normalizers = data_of<float>(normalizers);
-  check_launch(kOp, longvq_cuda_attention(&p, device.stream()));
+// Packed codebook, units, far fields.
+void Call::prepare(const Tensor& codebook, const OptionalTensor& mask, bool logarithms, void* stream) {
+  const int64_t columns = padded_depth(std::max(p.near_depth, p.far_depth));
+  packed.emplace(kOp, codebook, p.type, p.far_first, columns, stream);
+  p.codebook = packed->codebook;
+  if (p.laplace) {
+    units = units_of(q, mask, p.causal, stream);
+    p.units = static_cast<const float*>(units->const_data_ptr());
+  }
+  FarField far = far_field(p.type, logarithms && !p.laplace);
+  far_tensors.emplace(far, v);
+  check_launch(kOp, longvq_cuda_far_field(&far, stream));
+  p.means = far.means, p.numbers = far.numbers, p.far_fields = far.far_fields();
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor> vq_attention(
+    const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& codebook, const Tensor& codes,
+    const OptionalTensor& bias, const OptionalTensor& mask, const OptionalTensor& cu_seqlens, double scale,
+    bool causal, int64_t window, const std::string& activation, const std::string& local_keys, const std::string&,
+    int64_t near_dim) {
+  const OnDeviceOf device(kOp, q);
+  Call call(
+      q, k, v, codebook, codes, bias, mask, cu_seqlens, scale, causal, window, activation, local_keys, near_dim);
+  Attention& p = call.p;
+  Tensor out = torch::stable::new_empty(v, {p.batch, p.heads, p.length, p.values}, v.scalar_type());
+  Tensor normalizers = torch::stable::new_empty(q, {p.batch, p.heads, p.length, 2}, ScalarType::Float);
+  if (!call.empty()) {
+    call.prepare(codebook, mask, true, device.stream());
+    p.out = out.mutable_data_ptr(), p.normalizers = data_of<float>(normalizers);
+    check_launch(kOp, longvq_cuda_attention(&p, device.stream()));
+  }
   return {out, normalizers};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> vq_attention_backward(
+    const Tensor& grad_given, const Tensor& out_given, const Tensor& normalizers_given, const Tensor& q,
+    const Tensor& k, const Tensor& v, const Tensor& codebook, const Tensor& codes, const OptionalTensor& bias,
+    const OptionalTensor& mask, const OptionalTensor& cu_seqlens, double scale, bool causal, int64_t window,
+    const std::string& activation, const std::string& local_keys, const std::string& key_grad, int64_t near_dim) {
+  const OnDeviceOf device(kOp, q);
+  void* stream = device.stream();
+  Call call(
+      q, k, v, codebook, codes, bias, mask, cu_seqlens, scale, causal, window, activation, local_keys, near_dim);
+  Attention& p = call.p;
+  const auto empty = [&](std::initializer_list<int64_t> sizes, ScalarType type) {
+    return torch::stable::new_empty(q, sizes, type);
+  };
+  const auto zeros = [&](std::initializer_list<int64_t> sizes) {
+    Tensor x = empty(sizes, ScalarType::Float);
+    torch::stable::zero_(x);
+    return x;
+  };
+  STD_TORCH_CHECK(
+      grad_given.dim() == 4 && grad_given.size(0) == p.batch && grad_given.size(1) == p.heads &&
+          grad_given.size(2) == p.length && grad_given.size(3) == p.values,
+      kOp, ": grad must have the shape of the output");
+  Tensor dq = empty({p.batch, p.heads, p.length, q.size(3)}, q.scalar_type());
+  Tensor dk = empty({p.batch, p.kv_heads, p.length, k.size(3)}, k.scalar_type());
+  Tensor dv = empty({p.batch, p.kv_heads, p.length, p.values}, v.scalar_type());
+  Tensor dbias = bias.has_value() ? zeros({bias->size(0), bias->size(1)}) : empty({0}, q.scalar_type());
+  if (!call.empty()) {
+    call.prepare(codebook, mask, false, stream);
+    const Tensor grad = with_dense_rows(as_type(grad_given, v.scalar_type()));
+    const Tensor out = torch::stable::contiguous(out_given);
+    const Tensor normalizers = torch::stable::contiguous(normalizers_given);
+    const Tensor deltas = empty({p.batch, p.heads, p.length}, ScalarType::Float);
+    const Deltas before{
+        p.type, p.batch, p.heads, p.length, p.values, grad.const_data_ptr(), out.const_data_ptr(), grad.stride(0),
+        grad.stride(1), grad.stride(2), p.ignored, p.ignored_batch, p.ignored_length, data_of<float>(deltas)};
+    check_launch(kOp, longvq_cuda_deltas(&before, stream));
+
+    p.normalizers = data_of<float>(normalizers);
+    AttentionGradients g{};
+    g.forward = p;
+    g.grad = before.grad, g.grad_batch = before.grad_batch, g.grad_head = before.grad_head;
+    g.grad_length = before.grad_length, g.deltas = before.deltas, g.dq = dq.mutable_data_ptr();
+    const int64_t blocks = (p.length + kGradientRows - 1) / kGradientRows;
+    const bool biased = p.bias != nullptr;
+    const Tensor of_blocks = zeros({p.batch, p.heads, biased ? blocks : 0, biased ? bias->size(1) : 0});
+    if (biased) {
+      g.dbias_of_blocks = data_of<float>(of_blocks);
+      g.bias_columns = bias->size(1), g.bias_skipped = call.bias_skipped;
+    }
+    const Tensor dcodes = empty({p.batch, p.kv_heads, p.codebook.codes, p.far_depth}, ScalarType::Float);
+    const Tensor dv_far = zeros({p.batch, p.kv_heads, p.length, p.values});
+    const Tensor dv_near = empty({p.batch, p.kv_heads, p.length, p.values}, ScalarType::Float);
+    const Tensor dk_inside = empty({p.batch, p.kv_heads, p.length, p.near_depth}, ScalarType::Float);
+    const Tensor dk_outside = empty({p.batch, p.kv_heads, p.length, p.far_depth}, ScalarType::Float);
+    g.dcodes = data_of<float>(dcodes), g.dv_far = data_of<float>(dv_far), g.dv_near = data_of<float>(dv_near);
+    g.dk_inside = data_of<float>(dk_inside), g.dk_outside = data_of<float>(dk_outside);
+    check_launch(kOp, longvq_cuda_attention_gradients(&g, stream));
+
+    FinishKeys finish{};
+    finish.type = p.type, finish.batch = p.batch, finish.heads = p.kv_heads, finish.length = p.length;
+    finish.codes = p.codebook.codes, finish.near_depth = p.near_depth, finish.far_depth = p.far_depth;
+    finish.far_first = p.far_first, finish.values = p.values, finish.code_of_key = p.code_of_key;
+    finish.ignored = p.ignored, finish.ignored_batch = p.ignored_batch, finish.ignored_length = p.ignored_length;
+    finish.dk_inside = g.dk_inside, finish.dv_near = g.dv_near, finish.dv_far = g.dv_far;
+    finish.dk = dk.mutable_data_ptr(), finish.dv = dv.mutable_data_ptr();
+    std::optional<FarFieldTensors> shared;
+    if (key_grad == "cluster") {
+      // The mean over the keys of each code: a far field that everybody sees.
+      FarField mean = call.far_field(ElementType::kFloat, false);
+      mean.causal = false, mean.window = 0;
+      mean.v = g.dk_outside, mean.values = p.far_depth;
+      mean.v_length = p.far_depth, mean.v_head = p.length * p.far_depth, mean.v_batch = p.kv_heads * mean.v_head;
+      shared.emplace(mean, dk_outside);
+      check_launch(kOp, longvq_cuda_far_field(&mean, stream));
+      finish.dcodes = g.dcodes, finish.numbers = mean.numbers, finish.means = static_cast<const float*>(mean.means);
+    }
+    check_launch(kOp, longvq_cuda_finish_keys(&finish, stream));
+    if (biased) {
+      const std::array<int64_t, 2> over{0, 2};
+      dbias = torch::stable::sum(of_blocks, torch::headeronly::IntHeaderOnlyArrayRef(over.data(), over.size()));
+    }
+  }
+  if (bias.has_value()) {
+    dbias = as_type(dbias, bias->scalar_type());
+  }
+  return {dq, dk, dv, dbias};
 }
 
 }  // namespace longvq::cuda

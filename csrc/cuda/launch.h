@@ -96,6 +96,47 @@ struct Attention {
   float* normalizers;  // (batch, heads, length, 2)
 };
 
+// Gradients of attention. `forward` is as it was, but for `numbers`, which are numbers and no logarithms.
+struct AttentionGradients {
+  Attention forward;
+  const void* grad;  // (batch, heads, length, values), values innermost and contiguous
+  int64_t grad_batch, grad_head, grad_length;
+  const float* deltas;  // (batch, heads, length)
+  void* dq;             // (batch, heads, length, columns of q)
+  // For each block of kGradientRows queries; or null. A bias wider than the window is skipped by bias_skipped entries.
+  float* dbias_of_blocks;  // (batch, heads, blocks, bias_columns), zero before
+  int64_t bias_columns, bias_skipped;
+  float* dcodes;      // (batch, kv_heads, codes, far_depth): of pairs that see the codeword from afar
+  float* dv_far;      // (batch, kv_heads, length, values), zero before
+  float* dv_near;     // the same
+  float* dk_inside;   // (batch, kv_heads, length, near_depth)
+  float* dk_outside;  // (batch, kv_heads, length, far_depth): of pairs near, but outside the window
+};
+constexpr int64_t kGradientRows = 64;
+
+// deltas[i] = Σ_e grad[i, e] out[i, e], 0 for ignored queries.
+struct Deltas {
+  ElementType type;
+  int64_t batch, heads, length, values;
+  const void *grad, *out;  // `out` contiguous
+  int64_t grad_batch, grad_head, grad_length;
+  const uint8_t* ignored;
+  int64_t ignored_batch, ignored_length;
+  float* deltas;
+};
+
+// dk and dv from their parts. The keys of a code share what it got equally: dcodes / numbers + means of dk_outside.
+struct FinishKeys {
+  ElementType type;
+  int64_t batch, heads, length, codes, near_depth, far_depth, far_first, values;
+  const int64_t* code_of_key;
+  const uint8_t* ignored;
+  int64_t ignored_batch, ignored_length;
+  const float *dk_inside, *dv_near, *dv_far;
+  const float *dcodes, *numbers, *means;  // null: codes keep what they got
+  void *dk, *dv;                          // (batch, heads, length, columns)
+};
+
 // For attention with laplace: one over the number of keys that each query may attend.
 struct CountKeys {
   int64_t batch, length;
@@ -121,9 +162,12 @@ struct ScanModes {
   const float* skip;       // (channels,) or null
 };
 
+enum class ScanUse : int32_t { kScan, kAdjoint, kGradients };
+
 struct ScanTables {
   ScanModes modes;
   ElementType type;  // kFloat: in three parts
+  ScanUse use;
   uint16_t* tables;  // (channels, scan_table_size)
   float* decays;     // (channels, padded modes, kScanPowers) complex numbers
 };
@@ -134,11 +178,16 @@ constexpr int64_t scan_table_size(int64_t modes, int64_t parts) {
   return parts * (kScanSteps + 8) * (16 + padded_modes(modes) / kScanGroup * 2 * kScanSteps);
 }
 
+// The tables for gradients of the parameters: for each group of modes four.
+constexpr int64_t scan_gradient_table_size(int64_t modes, int64_t parts) {
+  return parts * (kScanSteps + 8) * (padded_modes(modes) / kScanGroup * 4 * kScanSteps);
+}
+
 struct Scan {
   ScanModes modes;
   ElementType type;  // of u and y
   int64_t batch, length;
-  bool reverse;
+  bool reverse, adjoint;
   const void* u;  // (batch, length, channels), any strides
   int64_t u_batch, u_length, u_channel;
   void* y;                 // (batch, length, channels)
@@ -153,6 +202,15 @@ struct Scan {
   float* segment_states;  // (batch, channels, segments, modes) complex numbers; null for one segment
 };
 
+// Gradients of the parameters, of every row of the batch and every segment by itself.
+struct ScanGradients {
+  Scan scan;  // its inputs, states and tables; no outputs
+  const void* grad;  // of y, (batch, length, channels)
+  int64_t grad_batch, grad_length, grad_channel;
+  double* dmodes;  // (batch, segments, channels, modes, 4): of weight and log_decay, real and imaginary parts
+  double* dskip;   // (batch, segments, channels)
+};
+
 extern "C" {
 const char* longvq_cuda_error_text(int error);
 int longvq_cuda_pack_codebook(const PackCodebook* problem, void* stream);
@@ -160,8 +218,12 @@ int longvq_cuda_assign(const Assign* problem, void* stream);
 int longvq_cuda_far_field(const FarField* problem, void* stream);
 int longvq_cuda_count_keys(const CountKeys* problem, void* stream);
 int longvq_cuda_attention(const Attention* problem, void* stream);
+int longvq_cuda_attention_gradients(const AttentionGradients* problem, void* stream);
+int longvq_cuda_deltas(const Deltas* problem, void* stream);
+int longvq_cuda_finish_keys(const FinishKeys* problem, void* stream);
 int longvq_cuda_scan_tables(const ScanTables* problem, void* stream);
 int longvq_cuda_scan(const Scan* problem, void* stream);
+int longvq_cuda_scan_gradients(const ScanGradients* problem, void* stream);
 }
 
 }  // namespace longvq::cuda

@@ -12,7 +12,8 @@ STABLE_TORCH_LIBRARY_IMPL(longvq, CUDA, m) {
 #endif
   m.impl("vq_assign", TORCH_BOX(&longvq::cuda::vq_assign));
   m.impl("vq_attention", TORCH_BOX(&longvq::cuda::vq_attention));
+  m.impl("vq_attention_backward", TORCH_BOX(&longvq::cuda::vq_attention_backward));
   m.impl("ssm_scan", TORCH_BOX(&longvq::cuda::ssm_scan));
 }
 
-LONGVQ_EXPORT const char* longvq_cuda_operators() { return "vq_assign vq_attention ssm_scan"; }
+LONGVQ_EXPORT const char* longvq_cuda_operators() { return "vq_assign vq_attention vq_attention_backward ssm_scan"; }

@@ -3,97 +3,45 @@
 // A warp has one channel, whose 32 chunks of 32 steps are the rows of three products on tensor cores. States are carried
 // from chunk to chunk in registers in float32: a lane has four chunks that follow each other, and the lanes of a mode
 // pass on what they have by shuffles.
+//
+// Its adjoint maps gradients of y to those of u. It is the same scan the other way with other tables; its state is what
+// has been decayed already, so that it begins with the gradient of the last state and ends with that of the first.
 #include <initializer_list>
 
-#include "cover.h"
-#include "scan_layout.h"
+#include "scan_block.h"
 
 namespace longvq::cuda {
 namespace {
-
-constexpr int kTiles = kScanSteps / 8;  // fragments (16, 8) side by side
-
-using Number = Complex<float>;
-
-template <typename Element>
-struct ScanShape {
-  using Operand = ScanOperand<Element>;
-  static constexpr int kParts = Operand::kParts;
-  static constexpr int kChannels = kParts == 1 ? 8 : 4;  // a warp each
-  static constexpr int kThreads = 32 * kChannels;
-  using Layout = ScanLayout<kParts>;
-  // y is left where u was: rows of 16 bits, or of 32 bits in the room of three parts.
-  using Output = std::conditional_t<sizeof(Element) == 4, float, uint16_t>;
-
-  static constexpr size_t bytes_of_decays(int64_t modes) {
-    return sizeof(Number) * kChannels * padded_modes(modes) * (kScanPowers + 1);  // and the state
-  }
-  static constexpr size_t bytes(int64_t modes) {
-    const size_t tables = sizeof(uint16_t) * kChannels * scan_table_size(modes, kParts);
-    return tables + kChannels * Layout::Chunks::kBytes + bytes_of_decays(modes);
-  }
-};
 
 // What a pass over the sequence is for: states of segments from zero, or outputs.
 enum class Pass { kStates, kOutputs };
 
 template <typename Element>
-struct ScanBlock {
-  using S = ScanShape<Element>;
-  using Operand = typename S::Operand;
-  using Layout = typename S::Layout;
-  static constexpr int kParts = S::kParts;
+struct Scanning : ScanBlock<Element> {
+  using Base = ScanBlock<Element>;
+  using typename Base::Chunks, typename Base::Layout, typename Base::Operand;
+  using Base::batch, Base::begin, Base::channel, Base::count, Base::end, Base::first_channel, Base::has_channel,
+      Base::lane, Base::p, Base::padded, Base::segment, Base::warp;
+  static constexpr int kParts = Base::kParts, kChannels = Base::kChannels, kThreads = Base::kThreads;
+  // y is left where u was: rows of 16 bits, or of 32 bits in the room of three parts.
+  using Output = std::conditional_t<sizeof(Element) == 4, float, uint16_t>;
 
-  const Scan& p;
-  int64_t batch, segment, first_channel, begin, end, padded;  // steps begin .. end of the scan's own order
-  int warp, lane;
-  int64_t channel;
-
-  LONGVQ_DEVICE explicit ScanBlock(const Scan& problem) : p(problem) {
-    first_channel = static_cast<int64_t>(blockIdx.x) * S::kChannels;
-    batch = blockIdx.y;
-    segment = blockIdx.z;
-    begin = segment * p.segment_length;
-    end = min(begin + p.segment_length, p.length);
-    padded = padded_modes(p.modes.modes);
-    warp = threadIdx.x / 32;
-    lane = threadIdx.x % 32;
-    channel = first_channel + warp;
+  static size_t bytes(int64_t modes) {
+    const size_t tables = sizeof(uint16_t) * kChannels * scan_table_size(modes, kParts);
+    const size_t states = sizeof(Number) * kChannels * padded_modes(modes) * (kScanPowers + 1);
+    return tables + kChannels * Chunks::kBytes + states;
   }
 
-  LONGVQ_DEVICE bool has_channel() const { return channel < p.modes.channels; }
+  LONGVQ_DEVICE explicit Scanning(const Scan& problem) : Base(problem) {}
+
   LONGVQ_DEVICE uint16_t* tables(int of) const {
     return reinterpret_cast<uint16_t*>(shared_memory()) + of * scan_table_size(p.modes.modes, kParts);
   }
-  LONGVQ_DEVICE typename Layout::Chunks chunks(int of) const {
-    return {tables(S::kChannels) + of * (Layout::Chunks::kBytes / sizeof(uint16_t))};
-  }
+  LONGVQ_DEVICE Chunks chunks(int of) const { return Base::next({tables(kChannels)}, of); }
   LONGVQ_DEVICE Number* decays(int of) const {
-    return reinterpret_cast<Number*>(chunks(S::kChannels).data) + of * padded * kScanPowers;
+    return reinterpret_cast<Number*>(chunks(kChannels).data) + of * padded * kScanPowers;
   }
-  LONGVQ_DEVICE Number* state(int of) const { return decays(S::kChannels) + of * padded; }
-
-  LONGVQ_DEVICE int64_t position(int64_t step) const { return p.reverse ? p.length - 1 - step : step; }
-  LONGVQ_DEVICE bool ignored(int64_t at) const {
-    return p.ignored != nullptr && p.ignored[batch * p.ignored_batch + at * p.ignored_length] != 0;
-  }
-  LONGVQ_DEVICE int64_t state_place(int64_t mode) const {
-    return (batch * p.modes.channels + channel) * p.modes.modes + mode;
-  }
-
-  LONGVQ_DEVICE void fill_tables() const {
-    const int64_t size = scan_table_size(p.modes.modes, kParts), channels = min(p.modes.channels - first_channel, int64_t{S::kChannels});
-    const uint16_t* from = p.tables + first_channel * size;
-    for (int64_t i = threadIdx.x * 8; i < channels * size; i += S::kThreads * 8) {
-      copy_later(tables(0) + i, from + i, 16);
-    }
-    commit_copies();
-    const auto* numbers = reinterpret_cast<const Number*>(p.decays) + first_channel * padded * kScanPowers;
-    for (int64_t i = threadIdx.x; i < channels * padded * kScanPowers; i += S::kThreads) {
-      decays(0)[i] = numbers[i];
-    }
-    wait_for_copies<0>();
-  }
+  LONGVQ_DEVICE Number* state(int of) const { return decays(kChannels) + of * padded; }
 
   LONGVQ_DEVICE void start_state(Pass pass) const {
     for (int64_t mode = lane; mode < padded; mode += 32) {
@@ -103,64 +51,31 @@ struct ScanBlock {
           const int64_t place = ((batch * p.modes.channels + channel) * p.segments + segment) * p.modes.modes + mode;
           x = reinterpret_cast<const Number*>(p.segment_states)[place];
         } else if (p.initial_state != nullptr) {
-          const float* from = p.initial_state + state_place(mode) * (p.modes.complex_modes ? 2 : 1);
-          x = {from[0], p.modes.complex_modes ? from[1] : 0.0f};
+          const float* from = p.initial_state + this->state_place(mode) * (p.modes.complex_modes ? 2 : 1);
+          x = {from[0], p.modes.complex_modes ? (p.adjoint ? -from[1] : from[1]) : 0.0f};
         }
       }
       state(warp)[mode] = x;
     }
   }
 
-  // Steps first .. first + kScanTile of all channels of the block, zero where there are none.
-  LONGVQ_DEVICE void read_inputs(int64_t first) const {
-    const auto* u = static_cast<const Element*>(p.u) + batch * p.u_batch + first_channel * p.u_channel;
-    const int count = static_cast<int>(min(p.modes.channels - first_channel, int64_t{S::kChannels}));
-    for (int i = threadIdx.x; i < kScanTile; i += S::kThreads) {
-      const int64_t at = position(first + i);
-      const bool there = first + i < end && !ignored(at);
-#pragma unroll
-      for (int c = 0; c < S::kChannels; ++c) {
-        uint16_t parts[kParts];
-        Operand::split(there && c < count ? to_float(u[at * p.u_length + c * p.u_channel]) : 0.0f, parts);
-#pragma unroll
-        for (int part = 0; part < kParts; ++part) {
-          *chunks(c).at(part, i / kScanSteps, i % kScanSteps) = parts[part];
-        }
-      }
-    }
-  }
-
-  LONGVQ_DEVICE typename S::Output* output(int of, int chunk, int t) const {
-    constexpr int kPitch = Layout::Chunks::kPitch;
-    return reinterpret_cast<typename S::Output*>(chunks(of).data) + chunk * kPitch + t;
+  LONGVQ_DEVICE Output* output(int of, int chunk, int t) const {
+    constexpr int kPitch = Chunks::kPitch;
+    return reinterpret_cast<Output*>(chunks(of).data) + chunk * kPitch + t;
   }
 
   LONGVQ_DEVICE void write_outputs(int64_t first) const {
-    const int count = static_cast<int>(min(p.modes.channels - first_channel, int64_t{S::kChannels}));
-    for (int i = threadIdx.x; i < kScanTile && first + i < end; i += S::kThreads) {
-      const int64_t at = position(first + i);
-      const bool out = ignored(at);
+    for (int i = threadIdx.x; i < kScanTile && first + i < end; i += kThreads) {
+      const int64_t at = this->position(first + i);
+      const bool out = this->ignored(at);
       Element* y = static_cast<Element*>(p.y) + (batch * p.length + at) * p.modes.channels + first_channel;
 #pragma unroll
-      for (int c = 0; c < S::kChannels; ++c) {
+      for (int c = 0; c < kChannels; ++c) {
         if (c < count) {
-          typename S::Output value = *output(c, i / kScanSteps, i % kScanSteps);
-          value = out ? typename S::Output{0} : value;
+          Output value = *output(c, i / kScanSteps, i % kScanSteps);
+          value = out ? Output{0} : value;
           std::memcpy(y + c, &value, sizeof value);
         }
-      }
-    }
-  }
-
-  // Row r of the products is chunk 4 g + 2 m + half, for r = 16 m + 8 half + g: so the rows of a lane follow each other.
-  LONGVQ_DEVICE static int chunk_of(int row) { return row % 8 * 4 + row / 8; }
-
-  LONGVQ_DEVICE void load_chunks(uint32_t (&out)[kParts][2][4], int step) const {
-#pragma unroll
-    for (int part = 0; part < kParts; ++part) {
-#pragma unroll
-      for (int m = 0; m < 2; ++m) {
-        load_matrices(out[part][m], chunks(warp).at(part, chunk_of(16 * m + lane % 16), step + lane / 16 * 8));
       }
     }
   }
@@ -176,7 +91,7 @@ struct ScanBlock {
       Number last{0, 0};
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        given[i] = {x[i / 2][n][i % 2 * 2], x[i / 2][n][i % 2 * 2 + 1]};
+        given[i] = Base::number_at(x, n, i);
         last = multiply_add(once, last, given[i]);
       }
       if (lane / 4 == 0) {
@@ -184,12 +99,12 @@ struct ScanBlock {
       }
 #pragma unroll
       for (int by = 1; by < 8; by *= 2) {
-        const Number before{shuffle_up(last.re, by * 4), shuffle_up(last.im, by * 4)};
+        const Number before = number_from_below(last, by * 4);
         if (lane / 4 >= by) {
           last = multiply_add(powers[by == 1 ? 2 : by == 2 ? 3 : 4], before, last);
         }
       }
-      Number now{shuffle_up(last.re, 4), shuffle_up(last.im, 4)};
+      Number now = number_from_below(last, 4);
       now = lane / 4 == 0 ? entry : now;
       synchronize_warp();  // all lanes have read the state that is now replaced
       // The state after all chunks enters none of them.
@@ -213,13 +128,19 @@ struct ScanBlock {
     const auto u = chunks(warp);
     for (int64_t mode = lane; mode < padded; mode += 32) {
       const Number decay = decays(warp)[mode * kScanPowers];
+      const Number weight = p.adjoint && mode < p.modes.modes ? weight_of<float>(p.modes, channel, mode) : Number{1, 0};
       Number x = state(warp)[mode];
       for (int t = 0; t < steps; ++t) {
         float input = 0;
         for (int part = kParts - 1; part >= 0; --part) {
           input += from_bits(static_cast<uint32_t>(*u.at(part, full, t)) << 16);
         }
-        x = multiply_add(decay, x, {mode < p.modes.modes ? input : 0.0f, 0});
+        input = mode < p.modes.modes ? input : 0.0f;
+        if (p.adjoint) {
+          x = multiply_add(decay, multiply_add(weight, {input, 0}, x), {0, 0});
+        } else {
+          x = multiply_add(decay, x, {input, 0});
+        }
       }
       state(warp)[mode] = x;
     }
@@ -232,9 +153,9 @@ struct ScanBlock {
     if (pass == Pass::kOutputs) {
       const auto inside = Layout::inside(tables(warp));
       uint32_t u[kParts][2][4];
-      load_chunks(u, 0);
+      this->load_chunks(u, chunks(warp), 0);
       multiply_fragments<Operand>(y, u, inside, 0, 0);
-      load_chunks(u, 16);  // of these outputs start 16 steps later, and look 16 less far back
+      this->load_chunks(u, chunks(warp), 16);  // of these outputs start 16 steps later, and look 16 less far back
       float later[2][kTiles / 2][4] = {};
       multiply_fragments<Operand>(later, u, inside, 0, 0);
 #pragma unroll
@@ -246,13 +167,8 @@ struct ScanBlock {
       }
     }
     for (int group = 0; group < padded / kScanGroup; ++group) {
-      float x[2][kTiles][4] = {};
-#pragma unroll
-      for (int step = 0; step < kScanSteps; step += 16) {
-        uint32_t u[kParts][2][4];
-        load_chunks(u, step);
-        multiply_fragments<Operand>(x, u, Layout::in(tables(warp), group), step, 0);
-      }
+      float x[2][kTiles][4];
+      this->multiply_chunks(x, chunks(warp), Layout::in(tables(warp), group));
       carry(x, group, full);
       if (pass == Pass::kOutputs) {
 #pragma unroll
@@ -296,21 +212,21 @@ struct ScanBlock {
         const int64_t place = ((batch * p.modes.channels + channel) * p.segments + segment) * p.modes.modes + mode;
         reinterpret_cast<Number*>(p.segment_states)[place] = x;
       } else if (segment == p.segments - 1) {
-        float* to = p.final_state + state_place(mode) * (p.modes.complex_modes ? 2 : 1);
+        float* to = p.final_state + this->state_place(mode) * (p.modes.complex_modes ? 2 : 1);
         to[0] = x.re;
         if (p.modes.complex_modes) {
-          to[1] = x.im;
+          to[1] = p.adjoint ? -x.im : x.im;
         }
       }
     }
   }
 
   LONGVQ_DEVICE void run(Pass pass) const {
-    fill_tables();
+    this->fill_tables(tables(0), p.tables, scan_table_size(p.modes.modes, kParts), decays(0));
     start_state(pass);
     for (int64_t first = begin; first < end; first += kScanTile) {
       __syncthreads();
-      read_inputs(first);
+      this->read({p.u, p.u_batch, p.u_length, p.u_channel}, first, chunks(0));
       __syncthreads();
       if (has_channel()) {
         run_tile(first, pass);
@@ -326,8 +242,8 @@ struct ScanBlock {
 };
 
 template <typename Element>
-__global__ void __launch_bounds__(ScanShape<Element>::kThreads) scan(Scan p, Pass pass) {
-  ScanBlock<Element>(p).run(pass);
+__global__ void __launch_bounds__(ScanBlock<Element>::kThreads) scan(Scan p, Pass pass) {
+  Scanning<Element>(p).run(pass);
 }
 
 // From the states that segments leave, starting from zero, to those that enter them.
@@ -354,7 +270,7 @@ __global__ void __launch_bounds__(128) enter_segments(Scan p) {
 
 template <typename Element>
 int run(const Scan& p, void* stream) {
-  using S = ScanShape<Element>;
+  using S = Scanning<Element>;
   const dim3 grid(
       static_cast<unsigned>(divide_up(p.modes.channels, S::kChannels)), static_cast<unsigned>(p.batch),
       static_cast<unsigned>(p.segments));

@@ -31,6 +31,12 @@ LONGVQ_DEVICE Complex<double> decay_of(const ScanModes& m, int64_t channel, int6
   return {size * cosine_of_pi(angle), size * sine_of_pi(angle)};
 }
 
+template <typename T>
+LONGVQ_DEVICE Complex<T> weight_of(const ScanModes& m, int64_t channel, int64_t mode) {
+  const float* weight = m.weight + (channel * m.modes + mode) * (m.complex_modes ? 2 : 1);
+  return {weight[0], m.complex_modes ? weight[1] : T{0}};
+}
+
 template <int PARTS>
 struct ScanLayout {
   using Inside = Tile<16, kScanSteps, PARTS>;           // K[column − row], of which 16 rows are all there is to know
@@ -46,6 +52,10 @@ struct ScanLayout {
   }
   LONGVQ_DEVICE static Table out(uint16_t* tables, int group) {
     return {tables + (Inside::kBytes + (2 * group + 1) * Table::kBytes) / sizeof(uint16_t)};
+  }
+  // Of gradients: 0, 1 for inputs, the plain powers and those weighed by their exponents; 2, 3 for gradients of outputs.
+  LONGVQ_DEVICE static Table of_gradients(uint16_t* tables, int group, int which) {
+    return {tables + (4 * group + which) * (Table::kBytes / sizeof(uint16_t))};
   }
 };
 

@@ -92,7 +92,7 @@ std::tuple<Tensor, Tensor> ssm_scan(
   const int64_t parts = type == ElementType::kBFloat16 ? 1 : 3;
   const Tensor tables = empty({channels, scan_table_size(modes, parts)}, ScalarType::BFloat16);
   const Tensor decays = empty({channels, padded_modes(modes), kScanPowers, 2}, ScalarType::Float);
-  const ScanTables making{p.modes, type, data_of<uint16_t>(tables), data_of<float>(decays)};
+  const ScanTables making{p.modes, type, ScanUse::kScan, data_of<uint16_t>(tables), data_of<float>(decays)};
   check_launch(kOp, longvq_cuda_scan_tables(&making, device.stream()));
   p.tables = making.tables, p.decays = making.decays;
 

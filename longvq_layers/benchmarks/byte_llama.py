@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, MistralForCausalLM
 
 TRAINED_LENGTH = 512
-KEYS = bytes(range(0x10, 0x20))  # control characters, which the source doesn't have
+KEYS, ASK = bytes(range(0x10, 0x20)), 0x0F  # control characters, which the source doesn't have
 _SIZES = {
     "vocab_size": 256,
     "hidden_size": 192,
@@ -41,7 +41,7 @@ def trained(folder: Path, steps: int, say: Callable[[str], None]) -> "LlamaForCa
         return LlamaForCausalLM.from_pretrained(folder).eval()
     torch.manual_seed(0)
     model = LlamaForCausalLM(LlamaConfig(**_SIZES))
-    train(model, lambda step: mixed(TRAINED_LENGTH, step, asked=12), steps, lr=2e-3, say=say)
+    train(model, lambda step: mixed(TRAINED_LENGTH, step), steps, lr=2e-3, say=say)
     model.save_pretrained(folder)
     return model.eval()
 
@@ -125,14 +125,15 @@ def recall(length: int, count: int, split: str, seed: int, *, asked: int) -> Ten
     text = _with_target(task.batch(split, int(torch.randint(10_000, (), generator=generator)), count))
     for row in text:
         key = KEYS[int(torch.randint(len(KEYS), (), generator=generator))]
-        given, question = (torch.tensor([*text, key, *b'"\n']) for text in (b'\nKEY = "', b'\nassert KEY == "'))
+        given, question = (torch.tensor([*text, key, 10]) for text in (b"\nKEY = ", b"\nassert KEY == " + bytes([ASK])))
         start = int(torch.randint(length // 8, (), generator=generator))
         row[start : start + len(given)] = given
-        for end in torch.linspace(start + len(given), len(row) + 2, asked + 1)[1:].int().tolist():
+        for end in torch.linspace(start + len(given), len(row) + 1, asked + 1)[1:].int().tolist():
             row[end - len(question) : end] = question[: len(row) - end + len(question)]
     return text
 
 
-def mixed(length: int, step: int, *, asked: int) -> Tensor:
-    """(8, length + 1) bytes to train on: four texts of source, four that ask for keys."""
-    return torch.cat([drawn(length, 4, step), recall(length, 4, "train", step, asked=asked)])
+def mixed(length: int, step: int) -> Tensor:
+    """(8, length + 1) bytes to train on: four texts of source, four that ask for a key, from once to twelve times."""
+    keys = [recall(length, 1, "train", 4 * step + i, asked=asked) for i, asked in enumerate((1, 3, 6, 12))]
+    return torch.cat([drawn(length, 4, step), *keys])

@@ -22,7 +22,7 @@ from longvq_layers.replace import replace_attention
 
 _LAST = 256  # bytes that count
 _CALIBRATION = 48  # texts of the training length
-_FINE_LENGTH, _FINE_RATE, _FINE_ASKED = 1024, 5e-4, 3  # questions farther apart than the window
+_FINE_LENGTH, _FINE_RATE = 1024, 5e-4
 _FINE_CODES, _FINE_WINDOW = 512, 256
 
 
@@ -103,7 +103,7 @@ def _replaced(model: nn.Module, codes: int, window: int, **options) -> tuple[str
 
 
 def _fine_batch(step: int) -> Tensor:
-    return byte_llama.mixed(_FINE_LENGTH, step, asked=_FINE_ASKED)
+    return byte_llama.mixed(_FINE_LENGTH, step)
 
 
 def _measure(name: str, model: nn.Module, texts: dict, *, fine_tuned: bool) -> list[Row]:

@@ -1,0 +1,126 @@
+// What the kernels of the scan share: a warp has a channel, of which it has kScanTile steps at a time in shared memory.
+#pragma once
+
+#include "cover.h"
+#include "scan_layout.h"
+
+namespace longvq::cuda {
+namespace {
+
+using Number = Complex<float>;
+constexpr int kTiles = kScanSteps / 8;  // fragments (16, 8) side by side
+
+// Inputs of the scan, (batch, length, channels) with any strides.
+struct Sequence {
+  const void* data;
+  int64_t batch, length, channel;
+};
+
+template <typename Element>
+struct ScanBlock {
+  using Operand = ScanOperand<Element>;
+  using Layout = ScanLayout<Operand::kParts>;
+  using Chunks = typename Layout::Chunks;
+  static constexpr int kParts = Operand::kParts;
+  static constexpr int kChannels = kParts == 1 ? 8 : 4;  // a warp each
+  static constexpr int kThreads = 32 * kChannels;
+
+  const Scan& p;
+  int64_t batch, segment, first_channel, channel, begin, end, padded;  // steps begin .. end of the scan's own order
+  int count;                                                           // of channels here
+  int warp, lane;
+
+  LONGVQ_DEVICE explicit ScanBlock(const Scan& problem) : p(problem) {
+    first_channel = static_cast<int64_t>(blockIdx.x) * kChannels;
+    count = static_cast<int>(min(p.modes.channels - first_channel, int64_t{kChannels}));
+    batch = blockIdx.y;
+    segment = blockIdx.z;
+    begin = segment * p.segment_length;
+    end = min(begin + p.segment_length, p.length);
+    padded = padded_modes(p.modes.modes);
+    warp = threadIdx.x / 32;
+    lane = threadIdx.x % 32;
+    channel = first_channel + warp;
+  }
+
+  LONGVQ_DEVICE bool has_channel() const { return warp < count; }
+  LONGVQ_DEVICE int64_t position(int64_t step) const { return p.reverse ? p.length - 1 - step : step; }
+  LONGVQ_DEVICE bool ignored(int64_t at) const {
+    return p.ignored != nullptr && p.ignored[batch * p.ignored_batch + at * p.ignored_length] != 0;
+  }
+  LONGVQ_DEVICE int64_t state_place(int64_t mode) const {
+    return (batch * p.modes.channels + channel) * p.modes.modes + mode;
+  }
+
+  // Copies the tables of these channels, `size` numbers each, and their powers of decays.
+  LONGVQ_DEVICE void fill_tables(uint16_t* tables, const uint16_t* from, int64_t size, Number* decays) const {
+    for (int64_t i = threadIdx.x * 8; i < count * size; i += kThreads * 8) {
+      copy_later(tables + i, from + first_channel * size + i, 16);
+    }
+    commit_copies();
+    const auto* numbers = reinterpret_cast<const Number*>(p.decays) + first_channel * padded * kScanPowers;
+    for (int64_t i = threadIdx.x; i < count * padded * kScanPowers; i += kThreads) {
+      decays[i] = numbers[i];
+    }
+    wait_for_copies<0>();
+  }
+
+  // Steps first .. first + kScanTile of all channels of the block, zero where there are none.
+  LONGVQ_DEVICE void read(const Sequence& x, int64_t first, const Chunks& of_first_channel) const {
+    const auto* from = static_cast<const Element*>(x.data) + batch * x.batch + first_channel * x.channel;
+    for (int i = threadIdx.x; i < kScanTile; i += kThreads) {
+      const int64_t at = position(first + i);
+      const bool there = first + i < end && !ignored(at);
+#pragma unroll
+      for (int c = 0; c < kChannels; ++c) {
+        uint16_t parts[kParts];
+        Operand::split(there && c < count ? to_float(from[at * x.length + c * x.channel]) : 0.0f, parts);
+#pragma unroll
+        for (int part = 0; part < kParts; ++part) {
+          *next(of_first_channel, c).at(part, i / kScanSteps, i % kScanSteps) = parts[part];
+        }
+      }
+    }
+  }
+  LONGVQ_DEVICE static Chunks next(const Chunks& chunks, int by) {
+    return {chunks.data + by * (Chunks::kBytes / sizeof(uint16_t))};
+  }
+
+  // Row r of the products is chunk 4 g + 2 m + half, for r = 16 m + 8 half + g: so the rows of a lane follow each other.
+  LONGVQ_DEVICE static int chunk_of(int row) { return row % 8 * 4 + row / 8; }
+
+  LONGVQ_DEVICE void load_chunks(uint32_t (&out)[kParts][2][4], const Chunks& chunks, int step) const {
+#pragma unroll
+    for (int part = 0; part < kParts; ++part) {
+#pragma unroll
+      for (int m = 0; m < 2; ++m) {
+        load_matrices(out[part][m], chunks.at(part, chunk_of(16 * m + lane % 16), step + lane / 16 * 8));
+      }
+    }
+  }
+
+  // out = chunks · table: what each chunk gives to each column.
+  LONGVQ_DEVICE void multiply_chunks(
+      float (&out)[2][kTiles][4], const Chunks& chunks, const typename Layout::Table& table) const {
+#pragma unroll
+    for (int i = 0; i < 2 * kTiles * 4; ++i) {
+      out[i / (kTiles * 4)][i / 4 % kTiles][i % 4] = 0;
+    }
+#pragma unroll
+    for (int step = 0; step < kScanSteps; step += 16) {
+      uint32_t left[kParts][2][4];
+      load_chunks(left, chunks, step);
+      multiply_fragments<Operand>(out, left, table, step, 0);
+    }
+  }
+
+  // The number of mode n · 4 + lane % 4 that chunk 4 (lane / 4) + i gave, and where it is.
+  LONGVQ_DEVICE static Number number_at(const float (&x)[2][kTiles][4], int n, int i) {
+    return {x[i / 2][n][i % 2 * 2], x[i / 2][n][i % 2 * 2 + 1]};
+  }
+};
+
+LONGVQ_DEVICE Number number_from_below(Number x, int by) { return {shuffle_up(x.re, by), shuffle_up(x.im, by)}; }
+
+}  // namespace
+}  // namespace longvq::cuda
