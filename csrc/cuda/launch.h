@@ -150,7 +150,7 @@ struct CountKeys {
 constexpr int64_t kScanSteps = 32, kScanChunks = 32;
 constexpr int64_t kScanTile = kScanSteps * kScanChunks;  // steps that a warp has in work
 constexpr int64_t kScanGroup = 16;                       // complex modes at a time
-constexpr int64_t kScanMaxModes = 64;
+constexpr int64_t kScanMaxModes = 32;                    // d_state = 64; more tables don't fit
 
 constexpr int64_t padded_modes(int64_t modes) { return (modes + kScanGroup - 1) / kScanGroup * kScanGroup; }
 
@@ -202,13 +202,22 @@ struct Scan {
   float* segment_states;  // (batch, channels, segments, modes) complex numbers; null for one segment
 };
 
-// Gradients of the parameters, of every row of the batch and every segment by itself.
+// Gradients of the parameters, of every row of the batch by itself.
 struct ScanGradients {
   Scan scan;  // its inputs, states and tables; no outputs
   const void* grad;  // of y, (batch, length, channels)
   int64_t grad_batch, grad_length, grad_channel;
-  double* dmodes;  // (batch, segments, channels, modes, 4): of weight and log_decay, real and imaginary parts
-  double* dskip;   // (batch, segments, channels)
+  const float* grad_state;  // (batch, channels, modes)
+  double* dmodes;  // (batch, channels, modes, 4): of weight and log_decay, real and imaginary parts
+  double* dskip;   // (batch, channels)
+};
+
+// Sums them over the rows. Of complex parameters PyTorch keeps the conjugate.
+struct SumScanGradients {
+  ScanModes modes;
+  int64_t batch;
+  const double *dmodes, *dskip;
+  float *dweight, *dlog_decay, *dskip_sum;  // (channels, modes), the last (channels,) or null
 };
 
 extern "C" {
@@ -224,6 +233,7 @@ int longvq_cuda_finish_keys(const FinishKeys* problem, void* stream);
 int longvq_cuda_scan_tables(const ScanTables* problem, void* stream);
 int longvq_cuda_scan(const Scan* problem, void* stream);
 int longvq_cuda_scan_gradients(const ScanGradients* problem, void* stream);
+int longvq_cuda_sum_scan_gradients(const SumScanGradients* problem, void* stream);
 }
 
 }  // namespace longvq::cuda

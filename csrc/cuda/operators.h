@@ -28,4 +28,9 @@ std::tuple<Tensor, Tensor> ssm_scan(
     const OptionalTensor& initial_state, const OptionalTensor& key_padding_mask, const OptionalTensor& cu_seqlens,
     bool reverse);
 
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> ssm_scan_backward(
+    const Tensor& grad_y, const Tensor& grad_state, const Tensor& u, const Tensor& log_decay, const Tensor& weight,
+    const OptionalTensor& skip, const OptionalTensor& initial_state, const OptionalTensor& key_padding_mask,
+    const OptionalTensor& cu_seqlens, bool reverse, bool need_inputs, bool need_parameters);
+
 }  // namespace longvq::cuda

@@ -14,6 +14,9 @@ STABLE_TORCH_LIBRARY_IMPL(longvq, CUDA, m) {
   m.impl("vq_attention", TORCH_BOX(&longvq::cuda::vq_attention));
   m.impl("vq_attention_backward", TORCH_BOX(&longvq::cuda::vq_attention_backward));
   m.impl("ssm_scan", TORCH_BOX(&longvq::cuda::ssm_scan));
+  m.impl("ssm_scan_backward", TORCH_BOX(&longvq::cuda::ssm_scan_backward));
 }
 
-LONGVQ_EXPORT const char* longvq_cuda_operators() { return "vq_assign vq_attention vq_attention_backward ssm_scan"; }
+LONGVQ_EXPORT const char* longvq_cuda_operators() {
+  return "vq_assign vq_attention vq_attention_backward ssm_scan ssm_scan_backward";
+}

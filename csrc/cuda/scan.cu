@@ -17,8 +17,11 @@ namespace {
 enum class Pass { kStates, kOutputs };
 
 template <typename Element>
-struct Scanning : ScanBlock<Element> {
-  using Base = ScanBlock<Element>;
+using ScanningBlock = ScanBlock<Element, ScanOperand<Element>::kParts == 1 ? 8 : 4>;
+
+template <typename Element>
+struct Scanning : ScanningBlock<Element> {
+  using Base = ScanningBlock<Element>;
   using typename Base::Chunks, typename Base::Layout, typename Base::Operand;
   using Base::batch, Base::begin, Base::channel, Base::count, Base::end, Base::first_channel, Base::has_channel,
       Base::lane, Base::p, Base::padded, Base::segment, Base::warp;
@@ -125,17 +128,12 @@ struct Scanning : ScanBlock<Element> {
 
   // The steps that don't fill a chunk, one by one.
   LONGVQ_DEVICE void finish_state(int full, int steps) const {
-    const auto u = chunks(warp);
     for (int64_t mode = lane; mode < padded; mode += 32) {
       const Number decay = decays(warp)[mode * kScanPowers];
       const Number weight = p.adjoint && mode < p.modes.modes ? weight_of<float>(p.modes, channel, mode) : Number{1, 0};
       Number x = state(warp)[mode];
       for (int t = 0; t < steps; ++t) {
-        float input = 0;
-        for (int part = kParts - 1; part >= 0; --part) {
-          input += from_bits(static_cast<uint32_t>(*u.at(part, full, t)) << 16);
-        }
-        input = mode < p.modes.modes ? input : 0.0f;
+        const float input = mode < p.modes.modes ? Base::value_at(chunks(warp), full, t) : 0.0f;
         if (p.adjoint) {
           x = multiply_add(decay, multiply_add(weight, {input, 0}, x), {0, 0});
         } else {
@@ -242,7 +240,7 @@ struct Scanning : ScanBlock<Element> {
 };
 
 template <typename Element>
-__global__ void __launch_bounds__(ScanBlock<Element>::kThreads) scan(Scan p, Pass pass) {
+__global__ void __launch_bounds__(ScanningBlock<Element>::kThreads) scan(Scan p, Pass pass) {
   Scanning<Element>(p).run(pass);
 }
 
@@ -258,7 +256,8 @@ __global__ void __launch_bounds__(128) enter_segments(Scan p) {
   const Number decay{static_cast<float>(exact.re), static_cast<float>(exact.im)};
   Number x{0, 0};
   if (p.initial_state != nullptr) {
-    x = {p.initial_state[i * width], p.modes.complex_modes ? p.initial_state[i * width + 1] : 0.0f};
+    const float imaginary = p.modes.complex_modes ? p.initial_state[i * width + 1] : 0.0f;
+    x = {p.initial_state[i * width], p.adjoint ? -imaginary : imaginary};
   }
   Number* states = reinterpret_cast<Number*>(p.segment_states) + row * p.segments * modes + mode;
   for (int64_t segment = 0; segment < p.segments; ++segment) {

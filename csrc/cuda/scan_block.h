@@ -16,13 +16,13 @@ struct Sequence {
   int64_t batch, length, channel;
 };
 
-template <typename Element>
+template <typename Element, int CHANNELS>
 struct ScanBlock {
   using Operand = ScanOperand<Element>;
   using Layout = ScanLayout<Operand::kParts>;
   using Chunks = typename Layout::Chunks;
   static constexpr int kParts = Operand::kParts;
-  static constexpr int kChannels = kParts == 1 ? 8 : 4;  // a warp each
+  static constexpr int kChannels = CHANNELS;  // a warp each
   static constexpr int kThreads = 32 * kChannels;
 
   const Scan& p;
@@ -84,6 +84,16 @@ struct ScanBlock {
   }
   LONGVQ_DEVICE static Chunks next(const Chunks& chunks, int by) {
     return {chunks.data + by * (Chunks::kBytes / sizeof(uint16_t))};
+  }
+
+  // The number that is in parts in a tile.
+  LONGVQ_DEVICE static float value_at(const Chunks& chunks, int chunk, int t) {
+    float value = 0;
+#pragma unroll
+    for (int part = kParts - 1; part >= 0; --part) {
+      value += from_bits(static_cast<uint32_t>(*chunks.at(part, chunk, t)) << 16);
+    }
+    return value;
   }
 
   // Row r of the products is chunk 4 g + 2 m + half, for r = 16 m + 8 half + g: so the rows of a lane follow each other.

@@ -43,69 +43,165 @@ int64_t segments_for(int64_t blocks, int64_t length) {
   return std::max<int64_t>(1, std::min(wanted, length / kLeast));
 }
 
+// The tensors of a call, as the kernels take them; what points into them lives as long.
+struct ScanCall {
+  Tensor log_decay, weight, tables, decays;
+  OptionalTensor skip, initial;
+  Scan p{};
+
+  ScanCall(
+      const Tensor& u, const Tensor& log_decay_given, const Tensor& weight_given, const OptionalTensor& skip_given,
+      const OptionalTensor& initial_given, const OptionalTensor& mask, const OptionalTensor& cu_seqlens, bool reverse)
+      // Parameters are small.
+      : log_decay(torch::stable::contiguous(log_decay_given)), weight(torch::stable::contiguous(weight_given)) {
+    check_sizes(u, log_decay, weight, skip_given, initial_given, mask);
+    STD_TORCH_CHECK(!cu_seqlens.has_value(), kOp, ": the CUDA kernels don't take packed documents yet");
+    p.type = type_of(kOp, u);
+    p.modes = {u.size(2),          log_decay.size(1), is_complex(log_decay), data_of<float>(log_decay),
+               data_of<float>(weight), nullptr};
+    if (skip_given.has_value()) {
+      skip = torch::stable::contiguous(*skip_given);
+      p.modes.skip = data_of<float>(*skip);
+    }
+    if (initial_given.has_value()) {
+      initial = torch::stable::contiguous(*initial_given);
+      p.initial_state = data_of<float>(*initial);
+    }
+    p.batch = u.size(0), p.length = u.size(1), p.reverse = reverse;
+    read(u);
+    if (mask.has_value()) {
+      p.ignored = static_cast<const uint8_t*>(mask->const_data_ptr());
+      p.ignored_batch = mask->stride(0), p.ignored_length = mask->stride(1);
+    }
+    p.segments = 1, p.segment_length = p.length;
+  }
+
+  // What is scanned.
+  void read(const Tensor& u) {
+    p.u = u.const_data_ptr(), p.u_batch = u.stride(0), p.u_length = u.stride(1), p.u_channel = u.stride(2);
+  }
+
+  void make_tables(const Tensor& like, ScanUse use, void* stream) {
+    const int64_t channels = p.modes.channels, modes = p.modes.modes;
+    const int64_t parts = p.type == ElementType::kBFloat16 ? 1 : 3;
+    const int64_t size =
+        use == ScanUse::kGradients ? scan_gradient_table_size(modes, parts) : scan_table_size(modes, parts);
+    tables = torch::stable::new_empty(like, {channels, size}, ScalarType::BFloat16);
+    decays = torch::stable::new_empty(like, {channels, padded_modes(modes), kScanPowers, 2}, ScalarType::Float);
+    const ScanTables making{p.modes, p.type, use, data_of<uint16_t>(tables), data_of<float>(decays)};
+    check_launch(kOp, longvq_cuda_scan_tables(&making, stream));
+    p.tables = making.tables, p.decays = making.decays;
+  }
+
+  // Scans what `u` is into y and state.
+  void scan(const Tensor& u, const Tensor& y, const Tensor& state, void* stream) {
+    const int64_t blocks = p.batch * ((p.modes.channels + 7) / 8);
+    p.segments = segments_for(blocks, p.length);
+    p.segment_length = (p.length + p.segments * kScanTile - 1) / (p.segments * kScanTile) * kScanTile;
+    p.segments = (p.length + p.segment_length - 1) / p.segment_length;
+    const bool several = p.segments > 1;
+    const Tensor segment_states = torch::stable::new_empty(
+        u, {several ? p.batch : 0, p.modes.channels, p.segments, p.modes.modes, 2}, ScalarType::Float);
+    p.segment_states = several ? data_of<float>(segment_states) : nullptr;
+    p.y = y.mutable_data_ptr(), p.final_state = data_of<float>(state);
+    check_launch(kOp, longvq_cuda_scan(&p, stream));
+  }
+};
+
+void copy_or_clear(const Tensor& to, const OptionalTensor& from) {
+  Tensor target = to;
+  if (from.has_value()) {
+    torch::stable::copy_(target, *from);
+  } else {
+    torch::stable::zero_(target);
+  }
+}
+
 }  // namespace
 
 std::tuple<Tensor, Tensor> ssm_scan(
-    const Tensor& u, const Tensor& log_decay_given, const Tensor& weight_given, const OptionalTensor& skip_given,
-    const OptionalTensor& initial_given, const OptionalTensor& mask, const OptionalTensor& cu_seqlens, bool reverse) {
-  check_sizes(u, log_decay_given, weight_given, skip_given, initial_given, mask);
-  STD_TORCH_CHECK(!cu_seqlens.has_value(), kOp, ": the CUDA kernels don't take packed documents yet");
-  const ElementType type = type_of(kOp, u);
+    const Tensor& u, const Tensor& log_decay, const Tensor& weight, const OptionalTensor& skip,
+    const OptionalTensor& initial_state, const OptionalTensor& mask, const OptionalTensor& cu_seqlens, bool reverse) {
   const OnDeviceOf device(kOp, u);
-  // Parameters are small. A lazily conjugated one is resolved by the copy.
-  const Tensor log_decay = torch::stable::contiguous(log_decay_given);
-  const Tensor weight = torch::stable::contiguous(weight_given);
-  OptionalTensor skip, initial;
-  Scan p{};
-  p.modes = {u.size(2), log_decay.size(1), is_complex(log_decay), data_of<float>(log_decay), data_of<float>(weight), nullptr};
-  if (skip_given.has_value()) {
-    skip = torch::stable::contiguous(*skip_given);
-    p.modes.skip = data_of<float>(*skip);
-  }
-  if (initial_given.has_value()) {
-    initial = torch::stable::contiguous(*initial_given);
-    p.initial_state = data_of<float>(*initial);
-  }
-  p.type = type, p.batch = u.size(0), p.length = u.size(1), p.reverse = reverse;
-  p.u = u.const_data_ptr(), p.u_batch = u.stride(0), p.u_length = u.stride(1), p.u_channel = u.stride(2);
-  if (mask.has_value()) {
-    p.ignored = static_cast<const uint8_t*>(mask->const_data_ptr());
-    p.ignored_batch = mask->stride(0), p.ignored_length = mask->stride(1);
-  }
-  const auto empty = [&](std::initializer_list<int64_t> sizes, ScalarType of) {
-    return torch::stable::new_empty(u, sizes, of);
-  };
-  const int64_t channels = p.modes.channels, modes = p.modes.modes;
-  Tensor y = empty({p.batch, p.length, channels}, u.scalar_type());
-  Tensor state = empty({p.batch, channels, modes}, log_decay.scalar_type());
-  if (p.batch == 0 || channels == 0) {
+  ScanCall call(u, log_decay, weight, skip, initial_state, mask, cu_seqlens, reverse);
+  const Scan& p = call.p;
+  Tensor y = torch::stable::new_empty(u, {p.batch, p.length, p.modes.channels}, u.scalar_type());
+  Tensor state =
+      torch::stable::new_empty(u, {p.batch, p.modes.channels, p.modes.modes}, call.log_decay.scalar_type());
+  if (p.batch == 0 || p.modes.channels == 0) {
     return {y, state};
   }
   if (p.length == 0) {
-    if (initial.has_value()) {
-      torch::stable::copy_(state, *initial);
-    } else {
-      torch::stable::zero_(state);
-    }
+    copy_or_clear(state, call.initial);
     return {y, state};
   }
-  const int64_t parts = type == ElementType::kBFloat16 ? 1 : 3;
-  const Tensor tables = empty({channels, scan_table_size(modes, parts)}, ScalarType::BFloat16);
-  const Tensor decays = empty({channels, padded_modes(modes), kScanPowers, 2}, ScalarType::Float);
-  const ScanTables making{p.modes, type, ScanUse::kScan, data_of<uint16_t>(tables), data_of<float>(decays)};
-  check_launch(kOp, longvq_cuda_scan_tables(&making, device.stream()));
-  p.tables = making.tables, p.decays = making.decays;
-
-  const int64_t blocks = p.batch * ((channels + 7) / 8);
-  p.segments = segments_for(blocks, p.length);
-  p.segment_length = (p.length + p.segments * kScanTile - 1) / (p.segments * kScanTile) * kScanTile;
-  p.segments = (p.length + p.segment_length - 1) / p.segment_length;
-  const Tensor segment_states =
-      empty({p.segments > 1 ? p.batch : 0, channels, p.segments, modes, 2}, ScalarType::Float);
-  p.segment_states = p.segments > 1 ? data_of<float>(segment_states) : nullptr;
-  p.y = y.mutable_data_ptr(), p.final_state = data_of<float>(state);
-  check_launch(kOp, longvq_cuda_scan(&p, device.stream()));
+  call.make_tables(u, ScanUse::kScan, device.stream());
+  call.scan(u, y, state, device.stream());
   return {y, state};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> ssm_scan_backward(
+    const Tensor& grad_y_given, const Tensor& grad_state, const Tensor& u, const Tensor& log_decay,
+    const Tensor& weight, const OptionalTensor& skip, const OptionalTensor& initial_state, const OptionalTensor& mask,
+    const OptionalTensor& cu_seqlens, bool reverse, bool need_inputs, bool need_parameters) {
+  const OnDeviceOf device(kOp, u);
+  const Tensor grad_y = as_type(grad_y_given, u.scalar_type());
+  ScanCall call(u, log_decay, weight, skip, initial_state, mask, cu_seqlens, reverse);
+  Scan& p = call.p;
+  const int64_t channels = p.modes.channels, modes = p.modes.modes;
+  const ScalarType family = call.log_decay.scalar_type();
+  STD_TORCH_CHECK(
+      grad_y.dim() == 3 && grad_y.size(0) == p.batch && grad_y.size(1) == p.length && grad_y.size(2) == channels &&
+          grad_state.dim() == 3 && grad_state.size(0) == p.batch && grad_state.size(1) == channels &&
+          grad_state.size(2) == modes && grad_state.scalar_type() == family,
+      kOp, ": gradients must have the shapes and types of y and the state");
+  const auto empty = [&](bool needed, std::initializer_list<int64_t> sizes, ScalarType type) {
+    return torch::stable::new_empty(
+        u, needed ? torch::headeronly::IntHeaderOnlyArrayRef(sizes) : torch::headeronly::IntHeaderOnlyArrayRef({0}),
+        type);
+  };
+  Tensor du = empty(need_inputs, {p.batch, p.length, channels}, u.scalar_type());
+  Tensor dinitial = empty(need_inputs && initial_state.has_value(), {p.batch, channels, modes}, family);
+  Tensor dlog_decay = empty(need_parameters, {channels, modes}, family);
+  Tensor dweight = empty(need_parameters, {channels, modes}, family);
+  Tensor dskip = empty(need_parameters && skip.has_value(), {channels}, ScalarType::Float);
+  const Tensor first_state = torch::stable::contiguous(grad_state);  // of the adjoint
+  const bool nothing = p.batch == 0 || channels == 0 || p.length == 0;
+  if (need_parameters) {
+    for (const Tensor& x : {dlog_decay, dweight, dskip}) {
+      copy_or_clear(x, std::nullopt);
+    }
+  }
+  if (need_parameters && !nothing) {
+    call.make_tables(u, ScanUse::kGradients, device.stream());
+    const Tensor dmodes = torch::stable::new_empty(u, {p.batch, channels, modes, 4}, ScalarType::Double);
+    const Tensor dskips = torch::stable::new_empty(u, {p.batch, channels}, ScalarType::Double);
+    const ScanGradients g{
+        p, grad_y.const_data_ptr(), grad_y.stride(0), grad_y.stride(1), grad_y.stride(2),
+        data_of<float>(first_state), data_of<double>(dmodes), data_of<double>(dskips)};
+    check_launch(kOp, longvq_cuda_scan_gradients(&g, device.stream()));
+    const SumScanGradients sum{
+        p.modes, p.batch, g.dmodes, g.dskip, data_of<float>(dweight), data_of<float>(dlog_decay),
+        skip.has_value() ? data_of<float>(dskip) : nullptr};
+    check_launch(kOp, longvq_cuda_sum_scan_gradients(&sum, device.stream()));
+  }
+  if (need_inputs) {
+    // The adjoint: from the last gradient to the first, starting with that of the last state.
+    const Tensor last_state = torch::stable::new_empty(u, {p.batch, channels, modes}, family);
+    if (nothing) {
+      copy_or_clear(last_state, first_state);
+    } else {
+      p.adjoint = true, p.reverse = !reverse;
+      p.initial_state = data_of<float>(first_state);
+      call.read(grad_y);
+      call.make_tables(u, ScanUse::kAdjoint, device.stream());
+      call.scan(u, du, last_state, device.stream());
+    }
+    if (initial_state.has_value()) {
+      dinitial = last_state;
+    }
+  }
+  return {du, dlog_decay, dweight, dskip, dinitial};
 }
 
 }  // namespace longvq::cuda

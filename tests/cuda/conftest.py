@@ -14,7 +14,7 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
-OPERATORS = ("vq_assign", "vq_attention", "vq_attention_backward", "ssm_scan")
+OPERATORS = ("vq_assign", "vq_attention", "vq_attention_backward", "ssm_scan", "ssm_scan_backward")
 
 
 @pytest.fixture(scope="session")

@@ -45,10 +45,12 @@ def assert_as_good_as_plain(on_host, case, codes, dtype, near_dim=0):
     exact, exact_normalizers = results(torch.ops.longvq_torch, in_double(args), grad)
     plain, _ = results(torch.ops.longvq_torch, (*args[:3], args[3].to(dtype).float(), *args[4:]), grad)
     terms = {"out": case.v, "dv": case.v, "dk": case.q, "dq": case.k, "dbias": case.v}
-    keys = torch.cat([case.k.to(case.codebook.dtype), case.codebook.expand(len(case.k), -1, -1, -1)], 2).repeat_interleave(
-        case.q.shape[1] // case.k.shape[1], 1
-    )
-    scores = 1 + args[8] * largest(case.q.double() @ keys.double().transpose(2, 3))  # whose rounding is a factor of the weights
+    keys = torch.cat(
+        [case.k.to(case.codebook.dtype), case.codebook.expand(len(case.k), -1, -1, -1)], 2
+    ).repeat_interleave(case.q.shape[1] // case.k.shape[1], 1)
+    scores = 1 + args[8] * largest(
+        case.q.double() @ keys.double().transpose(2, 3)
+    )  # whose rounding is a factor of the weights
     for name, value in actual.items():
         expected = exact[name]
         assert value.shape == expected.shape and value.isfinite().all(), name

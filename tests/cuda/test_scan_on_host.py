@@ -12,35 +12,38 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ROUNDING = {torch.float32: 2**-20, torch.float16: 2**-20, torch.bfloat16: 2**-8}
 
 
-def call(op, arguments, options):
-    get = arguments.get
-    return op(
-        arguments["u"],
-        arguments["log_decay"],
-        arguments["weight"],
-        get("skip"),
-        get("initial_state"),
-        options["key_padding_mask"],
-        None,
-        options["reverse"],
-    )
+NAMES = ("u", "log_decay", "weight", "skip", "initial_state")
+
+
+def call(namespace, arguments, options, grad_y, grad_state):
+    """y, the last state, and the gradients of what there is."""
+    inputs = [*(arguments.get(name) for name in NAMES), options["key_padding_mask"], None, options["reverse"]]
+    y, state = namespace.ssm_scan(*inputs)
+    gradients = namespace.ssm_scan_backward(grad_y, grad_state, *inputs, True, True)
+    found = {f"d{name}": x for name, x in zip(NAMES, gradients, strict=True) if name in arguments}
+    return {"y": y, "state": state, **found}
 
 
 def assert_right(on_host, case: NativeScanCase):
     dtype = case.arguments["u"].dtype
     precise = {name: in_precision(x, torch.float64) for name, x in case.arguments.items()}
+    grads = [in_precision(x, torch.float64) for x in (case.grad_y, case.grad_state)]
     sizes = {name: x.real if name == "log_decay" else x.abs() for name, x in precise.items()}
-    results = call(on_host.ssm_scan, case.arguments, case.options)
-    definition = torch.ops.longvq_torch.ssm_scan
-    exact, size = call(definition, precise, case.options), call(definition, sizes, case.options)
-    for name, value, expected, largest in zip(("y", "state"), results, exact, size, strict=True):
+    definition = torch.ops.longvq_torch
+    results = call(on_host, case.arguments, case.options, case.grad_y, case.grad_state)
+    exact = call(definition, precise, case.options, *grads)
+    size = call(definition, sizes, case.options, grads[0].abs(), grads[1].abs())
+    for name, value in results.items():
+        expected = exact[name]
         assert value.shape == expected.shape and value.is_complex() == expected.is_complex(), name
         error = (value.to(expected.dtype) - expected).abs()
-        if name == "y" and dtype != torch.float32:
+        if name in ("y", "du") and dtype != torch.float32:
             info = torch.finfo(dtype)
             error = (error - expected.abs() * info.eps / 2 - info.tiny).clamp(min=0)
-        allowed = ROUNDING[dtype] * by_channel(largest, name) + 1e-30
-        assert (by_channel(error, name) <= allowed).all(), (name, by_channel(error, name) / allowed)
+        axis = name.removeprefix("d")
+        allowed = ROUNDING[dtype] * by_channel(size[name], axis) + 1e-30
+        error = by_channel(error, axis)
+        assert (error <= allowed).all(), (name, error / allowed)
 
 
 @given(st.data(), st.sampled_from(DTYPES))
@@ -58,7 +61,8 @@ def drawn(batch, length, channels, modes, dtype, **options):
         "skip": torch.randn(channels),
         "initial_state": torch.randn(batch, channels, modes, dtype=torch.complex64),
     }
-    return NativeScanCase(arguments, {"key_padding_mask": None, "reverse": False, **options}, None, None)
+    grads = torch.randn(batch, length, channels).to(dtype), torch.randn(batch, channels, modes, dtype=torch.complex64)
+    return NativeScanCase(arguments, {"key_padding_mask": None, "reverse": False, **options}, *grads)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -81,9 +85,9 @@ def test_the_order_of_threads_makes_no_difference(on_host, thread_order, dtype):
     results = []
     for order in (0, 1, 2, 3):
         thread_order(order)
-        results.append(call(on_host.ssm_scan, case.arguments, case.options))
+        results.append(call(on_host, case.arguments, case.options, case.grad_y, case.grad_state))
     for other in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+        assert all(torch.equal(results[0][name], other[name]) for name in other)
 
 
 def test_wrong_arguments(on_host):
@@ -96,6 +100,7 @@ def test_wrong_arguments(on_host):
         ("u", good["u"].double(), "float32, bfloat16 or float16"),
     ]:
         with pytest.raises(RuntimeError, match=message):
-            call(on_host.ssm_scan, {**good, name: wrong}, case.options)
+            call(on_host, {**good, name: wrong}, case.options, case.grad_y, case.grad_state)
     with pytest.raises(RuntimeError, match="no CUDA kernel for these sizes"):
-        call(on_host.ssm_scan, drawn(1, 20, 3, 65, torch.float32).arguments, case.options)
+        many = drawn(1, 20, 3, 33, torch.float32)
+        call(on_host, many.arguments, many.options, many.grad_y, many.grad_state)
