@@ -70,13 +70,16 @@ def test_a_window_alone_is_the_model_with_a_window():
 
 
 def test_keys_stand_where_they_should():
+    ask = b"\nassert KEY == " + bytes([byte_llama.ASK])
     text = bytes(byte_llama.recall(400, 1, "val", 0, asked=1)[0].tolist())
     key = text[-1:]
-    assert len(text) == 401 and b'\nKEY = "' + key + b'"\n' in text[: 400 // 8 + 20] and key[0] in byte_llama.KEYS
-    assert text.endswith(b'\nassert KEY == "' + key) and text.count(key) == 2
+    assert len(text) == 401 and b"\nKEY = " + key + b"\n" in text[: 400 // 8 + 20] and key[0] in byte_llama.KEYS
+    assert text.endswith(ask + key) and text.count(key) == 2
     assert len({row[-1].item() for row in byte_llama.recall(300, 64, "val", 1, asked=1)}) == 16
     often = bytes(byte_llama.recall(400, 1, "val", 0, asked=3)[0].tolist())
-    assert often.count(b'\nassert KEY == "' + key + b'"\n') == 2 and often.endswith(key) and often.count(key) == 4
+    assert often.count(ask + key + b"\n") == 2 and often.endswith(ask + key) and often.count(key) == 4
+    mixed = byte_llama.mixed(400, 0)
+    assert mixed.shape == (8, 401) and (mixed == byte_llama.ASK).sum(1).tolist() == [0, 0, 0, 0, 1, 3, 6, 12]
 
 
 def test_score_counts_texts_that_are_right_throughout():

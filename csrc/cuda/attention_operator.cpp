@@ -83,6 +83,12 @@ Call::Call(
   p.near_depth = near_dim > 0 ? near_dim : q.size(3);
   p.far_first = near_dim, p.far_depth = q.size(3) - near_dim;
   p.exact = local_keys == "exact", p.causal = causal, p.laplace = activation == "laplace";
+  // Weights of laplace count keys, and may leave the range of float16.
+  STD_TORCH_CHECK(
+      !p.laplace || p.type != ElementType::kHalf, kOp, ": the CUDA kernels take laplace in float32 and bfloat16 only");
+  STD_TORCH_CHECK(
+      std::max(p.near_depth, p.far_depth) <= kMaxAttentionDepth, kOp, ": the CUDA kernels take heads of up to ",
+      kMaxAttentionDepth, " columns of q and k, got ", std::max(p.near_depth, p.far_depth));
   p.window = std::min(window, p.length);  // a wider one sees no more
   p.scale = static_cast<float>(scale);
   p.q = q.const_data_ptr(), p.k = k.const_data_ptr(), p.v = v.const_data_ptr();

@@ -11,6 +11,7 @@ namespace longvq::cuda {
 
 constexpr int kNotCovered = -1;      // there is no kernel for these sizes
 constexpr int64_t kMaxDepth = 256;   // columns of keys and codewords
+constexpr int64_t kMaxAttentionDepth = 128;
 constexpr int64_t kCodeUnit = 64;    // codes are padded to a multiple of it
 
 constexpr int64_t padded_depth(int64_t depth) {

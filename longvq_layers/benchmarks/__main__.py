@@ -2,13 +2,14 @@
 
 import argparse
 
-from longvq_layers.benchmarks import architectures, assign, attention, generation, llama, quality, ssm, step
+from longvq_layers.benchmarks import architectures, assign, attention, generation, gpu, llama, quality, ssm, step
 
 BENCHMARKS = {
     "architectures": architectures,
     "assign": assign,
     "attention": attention,
     "generation": generation,
+    "gpu": gpu,
     "llama": llama,
     "quality": quality,
     "ssm": ssm,

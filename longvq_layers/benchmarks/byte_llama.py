@@ -59,7 +59,11 @@ def window_only(model: "LlamaForCausalLM", window: int) -> "MistralForCausalLM":
 def train(
     model: nn.Module, batch: Callable[[int], Tensor], steps: int, *, lr: float, say: Callable[[str], None]
 ) -> None:
-    """AdamW with warm-up and a cosine; ``batch(step)`` gives (B, L + 1) bytes. Leaves the model in eval mode."""
+    """AdamW with warm-up and a cosine. All keys that are asked for count as much as all bytes. Leaves it in eval mode.
+
+    Args:
+        batch: gives (B, L + 1) bytes for each step.
+    """
     model.train()
     decayed = [p for p in model.parameters() if p.dim() > 1]
     others = [p for p in model.parameters() if p.dim() <= 1]
@@ -72,14 +76,18 @@ def train(
     for step in range(steps):
         tokens = batch(step)
         logits = model(tokens[:, :-1], use_cache=False).logits
-        loss = nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()) + commitment_loss(model)
+        inputs, targets = tokens[:, :-1].flatten(), tokens[:, 1:].flatten()
+        losses = nn.functional.cross_entropy(logits.flatten(0, 1), targets, reduction="none")
+        text, key = losses.mean(), losses[inputs == ASK].mean()  # which are few: else they would hardly be learned
+        loss = text + key + commitment_loss(model)
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
         if step % 100 == 99 or step == steps - 1:
-            say(f"step {step + 1} of {steps}: {bits_per_byte(loss.item()):.3f} bits per byte")
+            bits = [bits_per_byte(loss.item()) for loss in (text, key)]
+            say(f"step {step + 1} of {steps}: {bits[0]:.3f} bits per byte, {bits[1]:.3f} a key")
     model.eval()
 
 

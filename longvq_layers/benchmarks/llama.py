@@ -40,7 +40,7 @@ class Row:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", type=Path, default=Path("byte_llama"), metavar="DIR", help="default %(default)s")
-    parser.add_argument("--steps", type=int, default=1200, help="of training the model, default %(default)s")
+    parser.add_argument("--steps", type=int, default=1000, help="of training the model, default %(default)s")
     parser.add_argument("--fine-tune", type=int, default=0, metavar="N", help="steps, default none")
     lengths = [512, 2048, 4096]
     parser.add_argument("--lengths", type=int, nargs="+", default=lengths, metavar="L", help="default %(default)s")

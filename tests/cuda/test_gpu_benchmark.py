@@ -1,0 +1,64 @@
+"""The benchmark of the GPU, of which a CPU can run all but what it is about."""
+
+import argparse
+
+import pytest
+import torch
+
+from longvq_layers.benchmarks import gpu, gpu_checks
+
+
+def arguments(tmp_path, *words):
+    parser = argparse.ArgumentParser()
+    gpu.add_arguments(parser)
+    return parser.parse_args(["--out", str(tmp_path), *words])
+
+
+def test_all_parts_run(tmp_path, capsys):
+    gpu.run(arguments(tmp_path, "--device", "cpu", "--quick"))
+    written = (tmp_path / "gpu.md").read_text()
+    assert "FAILED" not in written and "failed" not in written
+    for part in ("ssm_scan", "vq_attention", "a training step of LongVQ", "decoding", "| ours, torch | forward |"):
+        assert part in written
+
+
+def test_parts_that_fail_are_reported_and_the_others_go_on(tmp_path, monkeypatch):
+    def broken(device, quick):
+        yield "a line"
+        raise ValueError("what went wrong")
+
+    monkeypatch.setattr(gpu.gpu_times, "PARTS", {"broken": broken, "good": lambda device, quick: iter(["all is well"])})
+    with pytest.raises(SystemExit, match="failed: broken"):
+        gpu.run(arguments(tmp_path, "--device", "cpu", "--quick"))
+    written = (tmp_path / "gpu.md").read_text()
+    assert "a line" in written and "ValueError: what went wrong" in written and "all is well" in written
+
+
+def test_the_budget_leaves_parts_out(tmp_path):
+    with pytest.raises(SystemExit, match="failed: machine"):
+        gpu.run(arguments(tmp_path, "--device", "cpu", "--quick", "--budget", "-1"))
+    assert (tmp_path / "gpu.md").read_text().count("left out") >= 5
+
+
+def test_the_kernels_pass_its_checks(on_host):
+    assert "vq_attention dk " in gpu_checks.run("cpu", count=5, namespace=on_host)
+
+
+def test_its_checks_find_what_is_wrong(on_host):
+    class Wrong:
+        def __getattr__(self, name):
+            return getattr(on_host, name)
+
+        def ssm_scan(self, *args):
+            y, state = on_host.ssm_scan(*args)
+            return y.clone().index_fill_(1, torch.tensor(0), 3.0), state
+
+    with pytest.raises(AssertionError, match=r"ssm_scan y \w+: .* in call"):
+        gpu_checks.run("cpu", count=4, namespace=Wrong())
+
+
+def test_without_a_gpu_it_says_so(tmp_path):
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    with pytest.raises(SystemExit, match="there is no GPU"):
+        gpu.run(arguments(tmp_path))
