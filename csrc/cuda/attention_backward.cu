@@ -12,7 +12,9 @@ namespace {
 
 constexpr int kThreads = 128, kWarps = kThreads / 32;
 
-LONGVQ_DEVICE bool is_ignored(const uint8_t* ignored, int64_t place) { return ignored != nullptr && ignored[place] != 0; }
+LONGVQ_DEVICE bool is_ignored(const uint8_t* ignored, int64_t place) {
+  return ignored != nullptr && ignored[place] != 0;
+}
 
 // A warp for a row.
 template <typename Element>
@@ -22,7 +24,8 @@ __global__ void __launch_bounds__(kThreads) make_deltas(Deltas p) {
   if (batch >= p.batch) {
     return;  // the whole warp
   }
-  const auto* grad = static_cast<const Element*>(p.grad) + batch * p.grad_batch + head * p.grad_head + at * p.grad_length;
+  const int64_t place = batch * p.grad_batch + head * p.grad_head + at * p.grad_length;
+  const auto* grad = static_cast<const Element*>(p.grad) + place;
   const auto* out = static_cast<const Element*>(p.out) + row * p.values;
   float sum = 0;
   for (int64_t e = threadIdx.x % 32; e < p.values; e += 32) {

@@ -84,9 +84,8 @@ struct Head {
   // Means of the far field of a query.
   template <typename Element>
   LONGVQ_DEVICE Rows<Element> means(int64_t query, int64_t first, int columns) const {
-    const int64_t pitch = value_pitch(p.values);
-    const auto* means = static_cast<const Element*>(p.means) + far_field(query) * padded_codes(p.codebook.codes) * pitch;
-    return {means + first, pitch, columns, true};
+    const int64_t pitch = value_pitch(p.values), row = far_field(query) * padded_codes(p.codebook.codes);
+    return {static_cast<const Element*>(p.means) + row * pitch + first, pitch, columns, true};
   }
   template <int PARTS, int DEPTH>
   LONGVQ_DEVICE const uint16_t* codewords() const {

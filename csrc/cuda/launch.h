@@ -43,8 +43,8 @@ struct Assign {
   int64_t* codes;     // (batch, heads, length)
 };
 
-// Far fields: for every kFarBlock queries the number and the mean value, for each code, of the keys that are outside the
-// window of all of them. Keys before them and, bidirectional, behind them; without a window and bidirectional all keys,
+// Far fields: for every kFarBlock queries the number and the mean value, for each code, of the keys that are outside
+// the window of all of them. Keys before them and, bidirectional, behind them; without a window and bidirectional all keys,
 // and one far field serves everybody.
 constexpr int64_t kFarBlock = 128;
 constexpr int64_t kFarSegment = 16;  // far fields that one block of threads makes, the next one out of each

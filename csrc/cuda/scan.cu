@@ -1,8 +1,8 @@
 // The state space scan by chunks, see scan_tables.cu for the tables and docs/kernels.md for the design.
 //
-// A warp has one channel, whose 32 chunks of 32 steps are the rows of three products on tensor cores. States are carried
-// from chunk to chunk in registers in float32: a lane has four chunks that follow each other, and the lanes of a mode
-// pass on what they have by shuffles.
+// A warp has one channel, whose 32 chunks of 32 steps are the rows of three products on tensor cores. States are
+// carried from chunk to chunk in registers in float32: a lane has four chunks that follow each other, and the lanes of
+// a mode pass on what they have by shuffles.
 //
 // Its adjoint maps gradients of y to those of u. It is the same scan the other way with other tables; its state is what
 // has been decayed already, so that it begins with the gradient of the last state and ends with that of the first.

@@ -96,7 +96,7 @@ struct ScanBlock {
     return value;
   }
 
-  // Row r of the products is chunk 4 g + 2 m + half, for r = 16 m + 8 half + g: so the rows of a lane follow each other.
+  // Row r = 16 m + 8 half + g of the products is chunk 4 g + 2 m + half: so the rows of a lane follow each other.
   LONGVQ_DEVICE static int chunk_of(int row) { return row % 8 * 4 + row / 8; }
 
   LONGVQ_DEVICE void load_chunks(uint32_t (&out)[kParts][2][4], const Chunks& chunks, int step) const {

@@ -53,7 +53,7 @@ struct ScanLayout {
   LONGVQ_DEVICE static Table out(uint16_t* tables, int group) {
     return {tables + (Inside::kBytes + (2 * group + 1) * Table::kBytes) / sizeof(uint16_t)};
   }
-  // Of gradients: 0, 1 for inputs, the plain powers and those weighed by their exponents; 2, 3 for gradients of outputs.
+  // Of gradients: 0 and 1 for inputs, the plain powers and those times their exponents; 2 and 3 for what comes back.
   LONGVQ_DEVICE static Table of_gradients(uint16_t* tables, int group, int which) {
     return {tables + (4 * group + which) * (Table::kBytes / sizeof(uint16_t))};
   }

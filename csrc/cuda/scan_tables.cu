@@ -2,7 +2,8 @@
 //
 // A chunk of T steps gives its state S = Σ_t λ^(T−1−t) u_t, takes Re Σ_n w_n λ_n^(t+1) x_n out of the state before it,
 // and adds Σ_{s≤t} K[t−s] u_s from inside. Its adjoint has the weight on the other side, w_n λ_n^(T−t) and λ_n^t. The
-// gradients of the parameters need powers λ^(T−1−t) and λ^(t+1), and those times their exponents. Complex numbers are two columns (or rows) of the tables.
+// gradients of the parameters need powers λ^(T−1−t) and λ^(t+1), and those times their exponents. Complex numbers are
+// two columns (or rows) of the tables.
 #include "cover.h"
 #include "scan_layout.h"
 

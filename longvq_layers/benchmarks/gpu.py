@@ -135,7 +135,7 @@ def _tests() -> str:
     missing = [name for name in ("pytest", "hypothesis") if importlib.util.find_spec(name) is None]
     if missing:
         return f"left out: no {' and '.join(missing)} here"
-    return _process([sys.executable, "-m", "pytest", "-q", "-k", "cuda", str(_ROOT / "tests" / "cuda")])
+    return _process([sys.executable, "-m", "pytest", "-q", "-k", "on_gpu", str(_ROOT / "tests" / "cuda")])
 
 
 def _sanitize(tool: str, out: Path) -> str:

@@ -72,7 +72,11 @@ def _assign(draw: random.Random, dtype: torch.dtype, device: str, namespace: obj
 
 
 def _attention(draw: random.Random, dtype: torch.dtype, device: str, namespace: object) -> tuple[str, dict]:
-    kv_heads, group, length = draw.choice([1, 2]), draw.choice([1, 2]), draw.choice([1, 64, 129, 300, 2200])
+    kv_heads, group, length = (
+        draw.choice([1, 2]),
+        draw.choice([1, 2]),
+        draw.choice([1, 64, 129, 300, 2200 if device == "cuda" else 200]),
+    )
     depth, values, codes = draw.choice([16, 64, 128]), draw.choice([24, 64, 128, 200]), draw.choice([1, 60, 300])
     causal, window = draw.random() < 0.5, draw.choice([0, 3, 64, 150])
     laplace = draw.random() < 0.2 and dtype != torch.float16
@@ -106,7 +110,11 @@ def _attention(draw: random.Random, dtype: torch.dtype, device: str, namespace: 
 
 
 def _scan(draw: random.Random, dtype: torch.dtype, device: str, namespace: object) -> tuple[str, dict]:
-    channels, modes, length = draw.choice([1, 9, 64]), draw.choice([1, 16, 32]), draw.choice([1, 33, 1024, 1100, 9000])
+    channels, modes, length = (
+        draw.choice([1, 9, 64]),
+        draw.choice([1, 16, 32]),
+        draw.choice([1, 33, 1024, 1100, 9000 if device == "cuda" else 2000]),
+    )
     size = -torch.rand(channels, modes, device=device) * draw.choice([1e-3, 1.0])
     log_decay = torch.complex(size, torch.randn(channels, modes, device=device))
     weight = torch.randn(channels, modes, dtype=torch.complex64, device=device) / modes

@@ -20,7 +20,7 @@ NATIVE_KERNELS: dict[str, dict[str, tuple[torch.dtype, ...]]] = {
     "vq_assign": {"cpu": _HALVES_TOO, "cuda": _HALVES_TOO},
     "vq_attention": {"cpu": _HALVES_TOO, "cuda": _HALVES_TOO},
     "vq_attention_step": {"cpu": _HALVES_TOO},
-    "ssm_scan": {"cpu": _HALVES_TOO},
+    "ssm_scan": {"cpu": _HALVES_TOO, "cuda": _HALVES_TOO},
     "ssm_step": {"cpu": _HALVES_TOO},
     "ssm_kernel": {},
     "long_conv": {},

@@ -1,4 +1,4 @@
-"""The CUDA kernels on the CPU: built once, registered behind operators of their own.
+"""The CUDA kernels on the CPU: built once, registered behind operators of their own; and on a GPU that has them.
 
 The same source, thread by thread, with barriers, shuffles, tensor core instructions and asynchronous copies as CUDA
 defines them (csrc/cuda/on_host). It says nothing of speed, and does not replace a run on a GPU.
@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 import torch
+
+from longvq_layers import _extension
 
 ROOT = Path(__file__).resolve().parents[2]
 OPERATORS = ("vq_assign", "vq_attention", "vq_attention_backward", "ssm_scan", "ssm_scan_backward")
@@ -28,13 +30,43 @@ def library_on_host():
 
 @pytest.fixture(scope="session")
 def on_host(library_on_host):
-    """The operators, `torch.ops.longvq_on_host`."""
+    """The operators on the host, `torch.ops.longvq_on_host`."""
     torch.ops.load_library(library_on_host)
     library = torch.library.Library("longvq_on_host", "DEF")
     for name in OPERATORS:
         library.define(str(getattr(torch.ops.longvq, name).default._schema).partition("::")[2])
     yield torch.ops.longvq_on_host
     library._destroy()
+
+
+class OnGpu:
+    """The compiled operators with tensors sent to the GPU and back."""
+
+    def __getattr__(self, name):
+        return lambda *args: self._back(getattr(torch.ops.longvq, name)(*map(self._there, args)))
+
+    @staticmethod
+    def _there(x):
+        if not isinstance(x, torch.Tensor):
+            return x
+        there = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="cuda")
+        return there.copy_(x) if x.numel() else there
+
+    @staticmethod
+    def _back(x):
+        return x.cpu() if isinstance(x, torch.Tensor) else tuple(y.cpu() for y in x)
+
+
+def pytest_generate_tests(metafunc):
+    """Tests of `kernels` run on the host, and on the GPU too where it has the kernels."""
+    if "kernels" in metafunc.fixturenames:
+        where = ["on_host"] + (["on_gpu"] if _extension.cuda_is_loaded() else [])
+        metafunc.parametrize("kernels", where, indirect=True, scope="session")
+
+
+@pytest.fixture(scope="session")
+def kernels(request):
+    return request.getfixturevalue("on_host") if request.param == "on_host" else OnGpu()
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""`csrc/cuda/attention.cu` and `far_field.cu`, run on the host, against the definition."""
+"""The kernels of `csrc/cuda/attention*`, run on the host (and a GPU where there is one), against the definition."""
 
 import pytest
 import torch
@@ -36,12 +36,12 @@ def largest(x):
     return float(x.abs().max()) if x.numel() else 0.0
 
 
-def assert_as_good_as_plain(on_host, case, codes, dtype, near_dim=0):
+def assert_as_good_as_plain(kernels, case, codes, dtype, near_dim=0):
     """At most twice the error of the PyTorch backend in `dtype`, codewords included, plus roundings to `dtype`."""
     args = arguments(case, codes, dtype, near_dim)
     torch.manual_seed(1)
     grad = torch.randn(*case.q.shape[:3], case.v.shape[-1], dtype=torch.float64).to(dtype).double()
-    actual, normalizers = results(on_host, args, grad)
+    actual, normalizers = results(kernels, args, grad)
     exact, exact_normalizers = results(torch.ops.longvq_torch, in_double(args), grad)
     plain, _ = results(torch.ops.longvq_torch, (*args[:3], args[3].to(dtype).float(), *args[4:]), grad)
     terms = {"out": case.v, "dv": case.v, "dk": case.q, "dq": case.k, "dbias": case.v}
@@ -80,11 +80,11 @@ def rounded(case, dtype):
 
 
 @given(attention_cases(max_length=200), st.sampled_from(DTYPES))
-@settings(max_examples=100)
-def test_equals_the_definition(on_host, case, dtype):
+@settings(max_examples=60)
+def test_equals_the_definition(kernels, case, dtype):
     if dtype == torch.float16 and case.options["activation"] == "laplace":
         dtype = torch.float32
-    assert_as_good_as_plain(on_host, *rounded(case, dtype), dtype)
+    assert_as_good_as_plain(kernels, *rounded(case, dtype), dtype)
 
 
 def drawn(length, depth, values, codes, causal, window, exact, heads=(2, 1), activation="softmax"):
@@ -102,39 +102,48 @@ def drawn(length, depth, values, codes, causal, window, exact, heads=(2, 1), act
     return AttentionCase(q, k, torch.randn(1, heads[1], length, values), torch.randn(heads[1], codes, depth), options)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("exact", [False, True])
-@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize(
+    ("dtype", "exact", "causal"),
+    [
+        (torch.bfloat16, False, False),
+        (torch.bfloat16, False, True),
+        (torch.bfloat16, True, False),
+        (torch.bfloat16, True, True),
+        (torch.float16, True, True),
+        (torch.float32, True, False),
+        (torch.float32, False, True),
+    ],
+)
 @pytest.mark.parametrize(
     ("length", "depth", "values", "codes", "window"),
-    [(300, 64, 64, 70, 40), (260, 128, 130, 33, 0), (130, 65, 20, 64, 128), (257, 16, 128, 600, 5)],
+    [(300, 64, 64, 70, 40), (260, 128, 130, 33, 0), (130, 65, 20, 64, 128), (200, 16, 128, 530, 5)],
 )
-def test_sizes_around_the_tiles(on_host, dtype, exact, causal, length, depth, values, codes, window):
+def test_sizes_around_the_tiles(kernels, dtype, exact, causal, length, depth, values, codes, window):
     case, z = rounded(drawn(length, depth, values, codes, causal, window, exact), dtype)
-    assert_as_good_as_plain(on_host, case, z, dtype)
+    assert_as_good_as_plain(kernels, case, z, dtype)
 
 
 @pytest.mark.parametrize("causal", [False, True])
-def test_segments_of_far_fields(on_host, causal):
+def test_segments_of_far_fields(kernels, causal):
     """A sequence of more than one segment: the sums of those before (and behind) it are added."""
     case, z = rounded(drawn(2 * 16 * 128 + 70, 16, 8, 9, causal, 30, True, heads=(1, 1)), torch.bfloat16)
-    assert_as_good_as_plain(on_host, case, z, torch.bfloat16)
+    assert_as_good_as_plain(kernels, case, z, torch.bfloat16)
 
 
-def test_all_far_in_segments(on_host):
+def test_all_far_in_segments(kernels):
     case, z = rounded(drawn(16 * 128 + 70, 16, 8, 9, False, 0, False, heads=(1, 1)), torch.bfloat16)
-    assert_as_good_as_plain(on_host, case, z, torch.bfloat16)
+    assert_as_good_as_plain(kernels, case, z, torch.bfloat16)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("depths", [(32, 32), (40, 8), (8, 40)])
-def test_keys_of_their_own_outside_the_window(on_host, dtype, depths):
+def test_keys_of_their_own_outside_the_window(kernels, dtype, depths):
     near, far = depths
     case = drawn(200, near + far, 24, 20, True, 30, True)
     case.codebook[..., :near] = 0
     case, _ = rounded(case, dtype)
     z = ops.vq_assign(case.k[..., near:], case.codebook[..., near:])
-    assert_as_good_as_plain(on_host, case, z, dtype, near_dim=near)
+    assert_as_good_as_plain(kernels, case, z, dtype, near_dim=near)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -152,7 +161,7 @@ def test_the_order_of_threads_makes_no_difference(on_host, thread_order, dtype, 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("special", ["huge scores", "one code", "equal keys", "no key", "largest masked"])
 @pytest.mark.parametrize("causal", [False, True])
-def test_extremes(on_host, dtype, special, causal):
+def test_extremes(kernels, dtype, special, causal):
     case = drawn(200, 16, 16, 24, causal, 40, True, heads=(2, 2))
     mask = torch.zeros(1, 200, dtype=torch.bool)
     if special == "huge scores":
@@ -171,14 +180,14 @@ def test_extremes(on_host, dtype, special, causal):
     case.options["key_padding_mask"] = mask
     case, z = rounded(case, dtype)
     if special == "huge scores":  # which key is the largest may depend on the rounding of codewords
-        out, _ = on_host.vq_attention(*arguments(case, z, dtype))
+        out, _ = kernels.vq_attention(*arguments(case, z, dtype))
         assert out.isfinite().all()
         if dtype != torch.float32:
             return
-    assert_as_good_as_plain(on_host, case, z, dtype)
+    assert_as_good_as_plain(kernels, case, z, dtype)
 
 
-def test_wrong_arguments(on_host):
+def test_wrong_arguments(kernels):
     case, z = rounded(drawn(20, 16, 16, 5, True, 4, True), torch.float32)
     good = arguments(case, z, torch.float32)
     for position, wrong, message in [
@@ -190,4 +199,4 @@ def test_wrong_arguments(on_host):
         (10, -1, "out of range"),
     ]:
         with pytest.raises(RuntimeError, match=message):
-            on_host.vq_attention(*good[:position], wrong, *good[position + 1 :])
+            kernels.vq_attention(*good[:position], wrong, *good[position + 1 :])

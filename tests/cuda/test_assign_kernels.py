@@ -1,4 +1,4 @@
-"""`csrc/cuda/assign.cu`, run on the host, against the definition."""
+"""`csrc/cuda/assign.cu`, run on the host (and a GPU where there is one), against the definition."""
 
 import pytest
 import torch
@@ -24,7 +24,7 @@ def assert_nearest(codes, keys, codebook):
 
 @given(st.data())
 @settings(max_examples=60)
-def test_nearest(on_host, data):
+def test_nearest(kernels, data):
     torch.manual_seed(data.draw(st.integers(0, 2**16)))
     batch, heads = data.draw(st.integers(0, 2)), data.draw(st.integers(1, 2))
     length, depth = data.draw(st.sampled_from([0, 1, 63, 64, 65, 130])), data.draw(st.sampled_from([1, 3, 64, 65, 130]))
@@ -34,28 +34,28 @@ def test_nearest(on_host, data):
     codebook = torch.randn(heads, codes, depth) * scale
     if data.draw(st.booleans()):
         codebook = codebook.to(dtype)
-    assert_nearest(on_host.vq_assign(keys, codebook), keys, codebook)
+    assert_nearest(kernels.vq_assign(keys, codebook), keys, codebook)
 
 
-def test_equal_codewords_give_the_lowest(on_host):
+def test_equal_codewords_give_the_lowest(kernels):
     keys = torch.randn(1, 1, 100, 16)
     codebook = torch.randn(1, 3, 16).repeat_interleave(40, 1)
-    assert (on_host.vq_assign(keys, codebook) % 40 == 0).all()
+    assert (kernels.vq_assign(keys, codebook) % 40 == 0).all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_keys_that_are_not_finite_get_code_0(on_host, dtype):
+def test_keys_that_are_not_finite_get_code_0(kernels, dtype):
     keys = torch.randn(1, 1, 70, 8).to(dtype)
     keys[0, 0, 3, 2], keys[0, 0, 5, 0], keys[0, 0, 69, 7] = torch.nan, torch.inf, -torch.inf
-    codes = on_host.vq_assign(keys, torch.randn(1, 20, 8))
+    codes = kernels.vq_assign(keys, torch.randn(1, 20, 8))
     assert codes[0, 0, [3, 5, 69]].tolist() == [0, 0, 0]
 
 
-def test_largest_numbers(on_host):
+def test_largest_numbers(kernels):
     """Cut into three parts without overflow: where a distance is a float32, so is what the kernel makes of it."""
     keys = torch.tensor([[[[3.4e38, 0.0], [0.0, -3.4e38], [1e-38, 1e-38]]]])
     codebook = torch.tensor([[[1e-3, 0.0], [0.0, -1e-3]]])
-    assert on_host.vq_assign(keys, codebook)[0, 0, :2].tolist() == [0, 1]
+    assert kernels.vq_assign(keys, codebook)[0, 0, :2].tolist() == [0, 1]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -68,10 +68,10 @@ def test_the_order_of_threads_makes_no_difference(on_host, thread_order, dtype):
     assert all(torch.equal(results[0], other) for other in results[1:])
 
 
-def test_wrong_arguments(on_host):
+def test_wrong_arguments(kernels):
     with pytest.raises(RuntimeError, match="vq_assign: expected k"):
-        on_host.vq_assign(torch.randn(1, 2, 5, 8), torch.randn(1, 3, 8))
+        kernels.vq_assign(torch.randn(1, 2, 5, 8), torch.randn(1, 3, 8))
     with pytest.raises(RuntimeError, match="float32, bfloat16 or float16"):
-        on_host.vq_assign(torch.randn(1, 1, 5, 8).double(), torch.randn(1, 3, 8))
+        kernels.vq_assign(torch.randn(1, 1, 5, 8).double(), torch.randn(1, 3, 8))
     with pytest.raises(RuntimeError, match="no CUDA kernel for these sizes"):
-        on_host.vq_assign(torch.randn(1, 1, 5, 300), torch.randn(1, 3, 300))
+        kernels.vq_assign(torch.randn(1, 1, 5, 300), torch.randn(1, 3, 300))

@@ -1,4 +1,4 @@
-"""`csrc/cuda/scan.cu` and `scan_tables.cu`, run on the host, against the definition."""
+"""`csrc/cuda/scan.cu` and `scan_tables.cu`, run on the host (and a GPU where there is one), against the definition."""
 
 import pytest
 import torch
@@ -24,13 +24,13 @@ def call(namespace, arguments, options, grad_y, grad_state):
     return {"y": y, "state": state, **found}
 
 
-def assert_right(on_host, case: NativeScanCase):
+def assert_right(kernels, case: NativeScanCase):
     dtype = case.arguments["u"].dtype
     precise = {name: in_precision(x, torch.float64) for name, x in case.arguments.items()}
     grads = [in_precision(x, torch.float64) for x in (case.grad_y, case.grad_state)]
     sizes = {name: x.real if name == "log_decay" else x.abs() for name, x in precise.items()}
     definition = torch.ops.longvq_torch
-    results = call(on_host, case.arguments, case.options, case.grad_y, case.grad_state)
+    results = call(kernels, case.arguments, case.options, case.grad_y, case.grad_state)
     exact = call(definition, precise, case.options, *grads)
     size = call(definition, sizes, case.options, grads[0].abs(), grads[1].abs())
     for name, value in results.items():
@@ -48,8 +48,8 @@ def assert_right(on_host, case: NativeScanCase):
 
 @given(st.data(), st.sampled_from(DTYPES))
 @settings(max_examples=100)
-def test_equals_the_definition(on_host, data, dtype):
-    assert_right(on_host, data.draw(native_scan_cases(dtype)))
+def test_equals_the_definition(kernels, data, dtype):
+    assert_right(kernels, data.draw(native_scan_cases(dtype)))
 
 
 def drawn(batch, length, channels, modes, dtype, **options):
@@ -67,16 +67,16 @@ def drawn(batch, length, channels, modes, dtype, **options):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("length", [1023, 1024, 1025, 2048, 3 * 1024 + 33])
-def test_lengths_around_the_tiles(on_host, dtype, length):
-    assert_right(on_host, drawn(1, length, 9, 17, dtype))
+def test_lengths_around_the_tiles(kernels, dtype, length):
+    assert_right(kernels, drawn(1, length, 9, 17, dtype))
 
 
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_segments(on_host, dtype, reverse):
+def test_segments(kernels, dtype, reverse):
     """Few channels of a long sequence: its pieces run at the same time, from states that are made first."""
     mask = torch.rand(1, 13_000) < 0.1
-    assert_right(on_host, drawn(1, 13_000, 2, 5, dtype, reverse=reverse, key_padding_mask=mask))
+    assert_right(kernels, drawn(1, 13_000, 2, 5, dtype, reverse=reverse, key_padding_mask=mask))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -90,7 +90,7 @@ def test_the_order_of_threads_makes_no_difference(on_host, thread_order, dtype):
         assert all(torch.equal(results[0][name], other[name]) for name in other)
 
 
-def test_wrong_arguments(on_host):
+def test_wrong_arguments(kernels):
     case = drawn(1, 20, 3, 2, torch.float32)
     good = case.arguments
     for name, wrong, message in [
@@ -100,7 +100,7 @@ def test_wrong_arguments(on_host):
         ("u", good["u"].double(), "float32, bfloat16 or float16"),
     ]:
         with pytest.raises(RuntimeError, match=message):
-            call(on_host, {**good, name: wrong}, case.options, case.grad_y, case.grad_state)
+            call(kernels, {**good, name: wrong}, case.options, case.grad_y, case.grad_state)
     with pytest.raises(RuntimeError, match="no CUDA kernel for these sizes"):
         many = drawn(1, 20, 3, 33, torch.float32)
-        call(on_host, many.arguments, many.options, many.grad_y, many.grad_state)
+        call(kernels, many.arguments, many.options, many.grad_y, many.grad_state)

@@ -1,0 +1,46 @@
+"""Kernels that no GPU has proven are not chosen, and say so to who asks for them."""
+
+import warnings
+
+import pytest
+import torch
+
+from longvq_layers import _extension
+from longvq_layers.ops import _dispatch
+
+CUDA = torch.device("cuda")
+
+
+@pytest.mark.parametrize("op", ["vq_assign", "vq_attention", "ssm_scan"])
+def test_auto_takes_torch(monkeypatch, op):
+    monkeypatch.setattr(_extension, "_cuda_library", object())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert _dispatch.choose(op, "auto", CUDA, (torch.float32,)) == "torch"
+
+
+def test_native_by_name_warns(monkeypatch):
+    monkeypatch.setattr(_extension, "_cuda_library", object())
+    with pytest.warns(RuntimeWarning, match="never on a GPU"):
+        assert _dispatch.choose("ssm_scan", "native", CUDA, (torch.bfloat16,)) == "native"
+
+
+def test_native_declines_with_the_reason(monkeypatch):
+    monkeypatch.setattr(_extension, "_cuda_library", None)
+    monkeypatch.setattr(_extension, "_cuda_error", "there is no GPU that this torch can use")
+    with pytest.raises(NotImplementedError, match="CUDA kernels is not loaded: there is no GPU"):
+        _dispatch.choose("ssm_scan", "native", CUDA, (torch.float32,))
+    with pytest.raises(NotImplementedError, match="ssm_step has compiled kernels for cpu, not for cuda"):
+        _dispatch.choose("ssm_step", "native", CUDA, (torch.float32,))
+
+
+def test_no_library_of_cuda_kernels_is_normal():
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    assert not _extension.load_cuda() and _extension.cuda_load_error()
+
+
+def test_info_says_why_they_are_not_there():
+    from longvq_layers import info
+
+    assert "CUDA kernels" in info.report()
