@@ -6,7 +6,7 @@ unset           compile if possible, otherwise say why and install as pure Pytho
 
 The CUDA kernels are compiled as well where torch has CUDA and nvcc is found (CUDA_HOME, CUDACXX or PATH).
 FORCE_CUDA=1           compile them for a torch without CUDA too; a failure is an error
-TORCH_CUDA_ARCH_LIST   for these GPUs, for example "8.0;9.0a;9.0+PTX", the default
+TORCH_CUDA_ARCH_LIST   for these GPUs, for example "8.0+PTX;9.0a", the default
 """
 
 from __future__ import annotations

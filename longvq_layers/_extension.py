@@ -56,7 +56,7 @@ def load() -> bool:
 
 
 def load_cuda() -> bool:
-    """Load the library of the CUDA kernels, if there is a GPU and it was built. Returns whether it is loaded now."""
+    """Load the library of the CUDA kernels, if it was built and torch has CUDA. Returns whether it is loaded now."""
     import torch
 
     global _cuda_library, _cuda_error
@@ -67,8 +67,8 @@ def load_cuda() -> bool:
         _cuda_error = _error
     elif not CUDA_LIBRARY.exists():
         _cuda_error = f"not built: {built.get('reason') or 'the file is missing; reinstall longvq-layers'}"
-    elif not torch.cuda.is_available():
-        _cuda_error = "there is no GPU that this torch can use"
+    elif not torch.backends.cuda.is_built():  # without looking for a GPU, which would spoil later forks
+        _cuda_error = "this torch was built without CUDA"
     else:
         try:
             _cuda_library = _open(CUDA_LIBRARY, "cuda")

@@ -27,7 +27,7 @@ from find_torch import Torch, find_torch
 from native_library import CACHE, CUDA, ROOT, BuildError, Compiler
 
 LIBRARY = "lib/liblongvq_cuda.so"  # inside the package
-ARCHITECTURES = "8.0;9.0a;9.0+PTX"  # of TORCH_CUDA_ARCH_LIST, if it isn't set: Ampere, Hopper, what comes after
+ARCHITECTURES = "8.0+PTX;9.0a"  # of TORCH_CUDA_ARCH_LIST, if it isn't set: Ampere, Hopper, what comes after
 NVCC_FLAGS = ["-std=c++17", "-O3", "--expt-relaxed-constexpr", "-Xcompiler=-fPIC,-fvisibility=hidden"]
 LINK_FLAGS = ["-shared", "-cudart=static", "-Xlinker=--no-undefined", "-ltorch_cpu"]
 CHECKS = ["-Werror=all-warnings", "-Xptxas=-v"]
@@ -48,9 +48,16 @@ def why_not(torch: Torch) -> str | None:
     """Why the CUDA kernels are not built here; None if they are. `FORCE_CUDA=1`: for a torch without CUDA too."""
     if os.environ.get("FORCE_CUDA", "0") not in ("", "0"):
         return None if find_nvcc() else "FORCE_CUDA=1, but there is no nvcc: set CUDA_HOME or CUDACXX"
-    if "cuda = None" in (torch.root / "version.py").read_text().replace("cuda: Optional[str]", "cuda"):
+    cuda = re.search(r"^cuda\b[^=]*=\s*'(\d+)", (torch.root / "version.py").read_text(), re.MULTILINE)
+    if cuda is None:
         return "this torch was built without CUDA (FORCE_CUDA=1 builds them anyway)"
-    return None if find_nvcc() else "no nvcc: set CUDA_HOME or CUDACXX, or put it on PATH"
+    nvcc = find_nvcc()
+    if nvcc is None:
+        return "no nvcc: set CUDA_HOME or CUDACXX, or put it on PATH"
+    version = _nvcc_version(nvcc)
+    if version.split(".")[0] != cuda[1]:
+        return f"nvcc is of CUDA {version}, this torch of CUDA {cuda[1]} (FORCE_CUDA=1 builds them anyway)"
+    return None
 
 
 def find_nvcc() -> str | None:
@@ -69,8 +76,9 @@ def architectures() -> list[str]:
         if not match:
             raise BuildError(f"TORCH_CUDA_ARCH_LIST: got {entry!r}, expected numbers like 8.0, 9.0a or 9.0+PTX")
         number = "".join(match.group(1, 2, 3))
-        # With +PTX: only the PTX, from which the driver makes code for newer GPUs too.
-        options.append(f"-gencode=arch=compute_{number},code={'compute' if match[4] else 'sm'}_{number}")
+        options.append(f"-gencode=arch=compute_{number},code=sm_{number}")
+        if match[4]:  # from which the driver makes code for newer GPUs
+            options.append(f"-gencode=arch=compute_{number},code=compute_{number}")
     return options
 
 

@@ -141,6 +141,9 @@ int longvq_cuda_assign(const Assign* problem, void* stream) {
   if (p.batch == 0 || p.length == 0 || p.codebook.heads == 0) {
     return 0;
   }
+  if (p.batch > kMaxGrid || p.codebook.heads > kMaxGrid) {
+    return kNotCovered;
+  }
   const dim3 grid(
       static_cast<unsigned>(divide_up(p.length, kKeys)), static_cast<unsigned>(p.codebook.heads),
       static_cast<unsigned>(p.batch));

@@ -47,7 +47,7 @@ __global__ void __launch_bounds__(kThreads) finish_keys(FinishKeys p) {
     return;
   }
   const bool ignored = is_ignored(p.ignored, batch * p.ignored_batch + at * p.ignored_length);
-  const int64_t code = p.code_of_key[row], columns = p.far_first + p.far_depth;
+  const int64_t code = min(max(p.code_of_key[row], int64_t{0}), p.codes - 1), columns = p.far_first + p.far_depth;
   Element* dk = static_cast<Element*>(p.dk) + row * columns;
   for (int64_t c = threadIdx.x % 32; c < columns; c += 32) {
     float value = c < p.near_depth ? p.dk_inside[row * p.near_depth + c] : 0.0f;
@@ -87,6 +87,9 @@ int longvq_cuda_finish_keys(const FinishKeys* problem, void* stream) {
 }
 
 int longvq_cuda_attention_gradients(const AttentionGradients* problem, void* stream) {
+  if (problem->forward.batch > kMaxGrid) {
+    return kNotCovered;
+  }
   switch (problem->forward.type) {
     case ElementType::kFloat:
       return attention_gradients_float(*problem, stream);

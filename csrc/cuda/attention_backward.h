@@ -37,16 +37,15 @@ int differentiate(const AttentionGradients& g, Alignment alignment, void* stream
   if (const int error = launch(queries, grid, kThreads, Queries::kBytes, stream, g, alignment)) {
     return error;
   }
-  if (p.values <= VALUES) {
+  // Both at once keep more than the registers hold where values are wide.
+  if constexpr (VALUES < 128) {
     return differentiate_keys<Element, DEPTH, VALUES, kKeysAndValues>(g, alignment, stream);
-  }
-  if constexpr (VALUES == 128) {
+  } else {
     if (const int error = differentiate_keys<Element, DEPTH, VALUES, kKeysOnly>(g, alignment, stream)) {
       return error;
     }
     return differentiate_keys<Element, DEPTH, VALUES, kValuesOnly>(g, alignment, stream);
   }
-  return kNotCovered;
 }
 
 template <typename Element>

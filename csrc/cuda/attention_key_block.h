@@ -20,9 +20,10 @@ struct KeyBlock {
   using Values = Tile<kRows, VALUES, Operand::kParts>;
   using Queries = Tile<kTile, DEPTH, Operand::kParts>;
   using Grads = Tile<kTile, VALUES, Operand::kParts>;
-  static constexpr size_t kStage = sizeof(float) * kRows * kValuePitch;  // sums of values on their way to the keys
-  static constexpr size_t kBytes =
-      Keys::kBytes + Values::kBytes + kStage + kBuffers * (Queries::kBytes + Grads::kBytes);
+  // Sums of values on their way to the keys take the place of queries, of which none is awaited then.
+  static constexpr size_t kStage = sizeof(float) * kRows * kValuePitch;
+  static constexpr size_t kStream = kBuffers * (Queries::kBytes + Grads::kBytes);
+  static constexpr size_t kBytes = Keys::kBytes + Values::kBytes + (kStage > kStream ? kStage : kStream);
   using Pairs = float[1][kFragments][4];
 
   const AttentionGradients& g;
@@ -52,7 +53,7 @@ struct KeyBlock {
     return reinterpret_cast<float*>(place(Keys::kBytes + Values::kBytes)) + row * kValuePitch;
   }
   LONGVQ_DEVICE char* buffer(int number) const {
-    return place(Keys::kBytes + Values::kBytes + kStage) + number % kBuffers * (Queries::kBytes + Grads::kBytes);
+    return place(Keys::kBytes + Values::kBytes) + number % kBuffers * (Queries::kBytes + Grads::kBytes);
   }
   LONGVQ_DEVICE Queries queries(int number) const { return {reinterpret_cast<uint16_t*>(buffer(number))}; }
   LONGVQ_DEVICE Grads grads(int number) const {
@@ -129,7 +130,7 @@ struct KeyBlock {
       const Score& score_of, const FillValues& fill_values) const {
     multiply_rows<Operand>(weights, keys(), warp * 16, queries(tile));
     for (int64_t slice = 0; MAKES != kValuesOnly && slice < p.values; slice += VALUES) {
-      if (MAKES == kKeysOnly) {
+      if (p.values > VALUES) {
         __syncthreads();
         fill_grads(of, begin, end, tile, slice);
         fill_values(slice);

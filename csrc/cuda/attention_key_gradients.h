@@ -66,6 +66,7 @@ struct CodeGradient : KeyBlock<Element, DEPTH, VALUES, MAKES> {
         }
       }
     }
+    __syncthreads();
   }
 
   LONGVQ_DEVICE void run() {

@@ -192,7 +192,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> vq_attention_backward(
         grad.stride(1), grad.stride(2), p.ignored, p.ignored_batch, p.ignored_length, data_of<float>(deltas)};
     check_launch(kOp, longvq_cuda_deltas(&before, stream));
 
-    p.normalizers = data_of<float>(normalizers);
+    p.normalizers = const_cast<float*>(const_data_of<float>(normalizers));  // read only
     AttentionGradients g{};
     g.forward = p;
     g.grad = before.grad, g.grad_batch = before.grad_batch, g.grad_head = before.grad_head;

@@ -29,8 +29,10 @@ struct Head {
   const Attention& p;
   int64_t batch, head, kv_head;
 
+  // Codes that a caller made up must not become addresses.
   LONGVQ_DEVICE int64_t code_of(int64_t key) const {
-    return p.code_of_key[(batch * p.kv_heads + kv_head) * p.length + key];
+    const int64_t code = p.code_of_key[(batch * p.kv_heads + kv_head) * p.length + key];
+    return min(max(code, int64_t{0}), p.codebook.codes - 1);
   }
   LONGVQ_DEVICE bool ignored(int64_t key) const {
     return p.ignored != nullptr && p.ignored[batch * p.ignored_batch + key * p.ignored_length] != 0;

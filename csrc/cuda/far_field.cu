@@ -234,6 +234,9 @@ int longvq_cuda_far_field(const FarField* problem, void* stream) {
   if (p.batch == 0 || p.heads == 0 || p.length == 0 || p.values == 0) {
     return 0;
   }
+  if (p.heads > kMaxGrid || p.batch * p.segments() > kMaxGrid) {
+    return kNotCovered;
+  }
   return for_element(p.type, [&](auto element) { return make<decltype(element)>(p, stream); });
 }
 

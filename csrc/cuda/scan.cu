@@ -17,7 +17,7 @@ namespace {
 enum class Pass { kStates, kOutputs };
 
 template <typename Element>
-using ScanningBlock = ScanBlock<Element, ScanOperand<Element>::kParts == 1 ? 8 : 4>;
+using ScanningBlock = ScanBlock<Element, ScanOperand<Element>::kParts == 1 ? 8 : 2>;
 
 template <typename Element>
 struct Scanning : ScanningBlock<Element> {
@@ -290,7 +290,7 @@ int run(const Scan& p, void* stream) {
 
 int longvq_cuda_scan(const Scan* problem, void* stream) {
   const Scan& p = *problem;
-  if (p.modes.modes > kScanMaxModes || p.batch > 65535) {
+  if (p.modes.modes > kScanMaxModes || p.batch > kMaxGrid) {
     return kNotCovered;
   }
   if (p.batch == 0 || p.modes.channels == 0 || p.length == 0) {

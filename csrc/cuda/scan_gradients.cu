@@ -296,7 +296,7 @@ __global__ void __launch_bounds__(DifferentiatingBlock<Element>::kThreads) diffe
 
 int longvq_cuda_scan_gradients(const ScanGradients* problem, void* stream) {
   const Scan& p = problem->scan;
-  if (p.modes.modes > kScanMaxModes || p.segments != 1) {
+  if (p.modes.modes > kScanMaxModes || p.segments != 1 || p.batch > kMaxGrid) {
     return kNotCovered;
   }
   return for_element(p.type, [&](auto element) {

@@ -57,15 +57,15 @@ struct ScanCall {
     check_sizes(u, log_decay, weight, skip_given, initial_given, mask);
     STD_TORCH_CHECK(!cu_seqlens.has_value(), kOp, ": the CUDA kernels don't take packed documents yet");
     p.type = type_of(kOp, u);
-    p.modes = {u.size(2),          log_decay.size(1), is_complex(log_decay), data_of<float>(log_decay),
-               data_of<float>(weight), nullptr};
+    p.modes = {u.size(2),          log_decay.size(1), is_complex(log_decay), const_data_of<float>(log_decay),
+               const_data_of<float>(weight), nullptr};
     if (skip_given.has_value()) {
       skip = torch::stable::contiguous(*skip_given);
-      p.modes.skip = data_of<float>(*skip);
+      p.modes.skip = const_data_of<float>(*skip);
     }
     if (initial_given.has_value()) {
       initial = torch::stable::contiguous(*initial_given);
-      p.initial_state = data_of<float>(*initial);
+      p.initial_state = const_data_of<float>(*initial);
     }
     p.batch = u.size(0), p.length = u.size(1), p.reverse = reverse;
     read(u);
@@ -178,7 +178,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> ssm_scan_backward(
     const Tensor dskips = torch::stable::new_empty(u, {p.batch, channels}, ScalarType::Double);
     const ScanGradients g{
         p, grad_y.const_data_ptr(), grad_y.stride(0), grad_y.stride(1), grad_y.stride(2),
-        data_of<float>(first_state), data_of<double>(dmodes), data_of<double>(dskips)};
+        const_data_of<float>(first_state), data_of<double>(dmodes), data_of<double>(dskips)};
     check_launch(kOp, longvq_cuda_scan_gradients(&g, device.stream()));
     const SumScanGradients sum{
         p.modes, p.batch, g.dmodes, g.dskip, data_of<float>(dweight), data_of<float>(dlog_decay),
@@ -192,7 +192,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> ssm_scan_backward(
       copy_or_clear(last_state, first_state);
     } else {
       p.adjoint = true, p.reverse = !reverse;
-      p.initial_state = data_of<float>(first_state);
+      p.initial_state = const_data_of<float>(first_state);
       call.read(grad_y);
       call.make_tables(u, ScanUse::kAdjoint, device.stream());
       call.scan(u, du, last_state, device.stream());

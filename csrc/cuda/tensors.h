@@ -55,6 +55,11 @@ T* data_of(const Tensor& x) {
   return static_cast<T*>(x.mutable_data_ptr());
 }
 
+template <typename T>
+const T* const_data_of(const Tensor& x) {
+  return static_cast<const T*>(x.const_data_ptr());
+}
+
 // A codebook (H, S, D) packed as tensor cores take it, from column `first` on, padded to `columns`.
 struct PackedCodebook {
   Tensor parts, half_norms;

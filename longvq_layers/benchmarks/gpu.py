@@ -11,6 +11,7 @@ import argparse
 import contextlib
 import importlib.util
 import io
+import os
 import shutil
 import subprocess
 import sys
@@ -112,17 +113,21 @@ def _build() -> str:
         import cuda_library
         import native_library
 
-        for build, target in (
-            (native_library.build, _extension.LIBRARY),
-            (cuda_library.build, _extension.CUDA_LIBRARY),
-        ):
-            log = io.StringIO()
-            with contextlib.redirect_stdout(log):
-                built = build()
-            if not target.exists() or target.read_bytes() != built[0].read_bytes():
-                target.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copy(built[0], target)
-            lines.append(f"{target.name}: {built[1]}")
+        builds = {
+            _extension.LIBRARY: (_extension.is_loaded, native_library.build),
+            _extension.CUDA_LIBRARY: (_extension.cuda_is_loaded, cuda_library.build),
+        }
+        for target, (is_loaded, build) in builds.items():
+            if is_loaded():
+                lines.append(f"{target.name}: loaded already, as it was installed")
+                continue
+            with contextlib.redirect_stdout(io.StringIO()):
+                library, info, *_ = build()
+            target.parent.mkdir(parents=True, exist_ok=True)
+            unfinished = target.with_suffix(".tmp")
+            shutil.copy(library, unfinished)
+            os.replace(unfinished, target)
+            lines.append(f"{target.name}: built, {info}")
     _extension.load()
     if not _extension.load_cuda():
         raise RuntimeError(f"the CUDA kernels don't load: {_extension.cuda_load_error()}")

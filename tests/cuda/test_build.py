@@ -29,7 +29,7 @@ def nvcc(tmp_path, monkeypatch):
     monkeypatch.delenv("FORCE_CUDA", raising=False)
     compiler = tmp_path / "cuda" / "bin" / "nvcc"
     compiler.parent.mkdir(parents=True)
-    compiler.write_text("#!/bin/sh\n")
+    compiler.write_text("#!/bin/sh\necho Cuda compilation tools, release 13.0, V13.0.88\n")
     compiler.chmod(0o755)
     monkeypatch.setenv("CUDA_HOME", str(tmp_path / "cuda"))
     return compiler
@@ -41,6 +41,7 @@ WITHOUT, WITH = "cuda: Optional[str] = None\n", "cuda: Optional[str] = '13.0'\n"
 def test_built_where_torch_has_cuda_and_there_is_nvcc(torch_of, nvcc):
     assert cuda_library.why_not(torch_of(WITH)) is None
     assert "without CUDA" in cuda_library.why_not(torch_of(WITHOUT))
+    assert "nvcc is of CUDA 13.0.88, this torch of CUDA 12" in cuda_library.why_not(torch_of(WITH.replace("13", "12")))
     nvcc.unlink()
     assert "no nvcc" in cuda_library.why_not(torch_of(WITH))
 
@@ -62,12 +63,13 @@ def test_architectures(monkeypatch):
     monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
     assert cuda_library.architectures() == [
         "-gencode=arch=compute_80,code=sm_80",
+        "-gencode=arch=compute_80,code=compute_80",
         "-gencode=arch=compute_90a,code=sm_90a",
-        "-gencode=arch=compute_90,code=compute_90",
     ]
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.6 12.0+PTX")
     assert cuda_library.architectures() == [
         "-gencode=arch=compute_86,code=sm_86",
+        "-gencode=arch=compute_120,code=sm_120",
         "-gencode=arch=compute_120,code=compute_120",
     ]
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "Hopper")
