@@ -68,10 +68,23 @@ struct Scanning : ScanningBlock<Element> {
   }
 
   LONGVQ_DEVICE void write_outputs(int64_t first) const {
+    Element* outputs = static_cast<Element*>(p.y) + batch * p.length * p.modes.channels + first_channel;
+    const bool together = this->are_together(outputs, p.modes.channels, 1);
     for (int i = threadIdx.x; i < kScanTile && first + i < end; i += kThreads) {
       const int64_t at = this->position(first + i);
       const bool out = this->ignored(at);
-      Element* y = static_cast<Element*>(p.y) + (batch * p.length + at) * p.modes.channels + first_channel;
+      Element* y = outputs + at * p.modes.channels;
+      if constexpr (Base::kTogether) {
+        if (together) {
+          EightNumbers numbers{};
+#pragma unroll
+          for (int c = 0; c < kChannels; ++c) {
+            numbers.of_channel[c] = out ? uint16_t{0} : *output(c, i / kScanSteps, i % kScanSteps);
+          }
+          *reinterpret_cast<EightNumbers*>(y) = numbers;
+          continue;
+        }
+      }
 #pragma unroll
       for (int c = 0; c < kChannels; ++c) {
         if (c < count) {

@@ -16,6 +16,11 @@ struct Sequence {
   int64_t batch, length, channel;
 };
 
+// What one access takes of the 16-bit numbers of a step.
+struct alignas(16) EightNumbers {
+  uint16_t of_channel[8];
+};
+
 template <typename Element, int CHANNELS>
 struct ScanBlock {
   using Operand = ScanOperand<Element>;
@@ -68,9 +73,23 @@ struct ScanBlock {
   // Steps first .. first + kScanTile of all channels of the block, zero where there are none.
   LONGVQ_DEVICE void read(const Sequence& x, int64_t first, const Chunks& of_first_channel) const {
     const auto* from = static_cast<const Element*>(x.data) + batch * x.batch + first_channel * x.channel;
+    const bool together = are_together(from, x.length, x.channel);
     for (int i = threadIdx.x; i < kScanTile; i += kThreads) {
       const int64_t at = position(first + i);
       const bool there = first + i < end && !ignored(at);
+      if constexpr (kTogether) {
+        if (together) {
+          EightNumbers numbers{};
+          if (there) {
+            numbers = *reinterpret_cast<const EightNumbers*>(from + at * x.length);
+          }
+#pragma unroll
+          for (int c = 0; c < kChannels; ++c) {
+            *next(of_first_channel, c).at(0, i / kScanSteps, i % kScanSteps) = numbers.of_channel[c];
+          }
+          continue;
+        }
+      }
 #pragma unroll
       for (int c = 0; c < kChannels; ++c) {
         uint16_t parts[kParts];
@@ -81,6 +100,12 @@ struct ScanBlock {
         }
       }
     }
+  }
+  // Whether the channels of a step lie side by side at a multiple of 16 bytes.
+  static constexpr bool kTogether = kParts == 1 && kChannels == 8 && sizeof(Element) == sizeof(uint16_t);
+  LONGVQ_DEVICE bool are_together(const Element* first, int64_t length_stride, int64_t channel_stride) const {
+    return kTogether && count == 8 && channel_stride == 1 && length_stride % 8 == 0 &&
+           reinterpret_cast<uintptr_t>(first) % sizeof(EightNumbers) == 0;
   }
   LONGVQ_DEVICE static Chunks next(const Chunks& chunks, int by) {
     return {chunks.data + by * (Chunks::kBytes / sizeof(uint16_t))};

@@ -146,31 +146,40 @@ struct ScanDifferentiating : DifferentiatingBlock<Element> {
   // Adds Σ_chunks Q X and Σ_chunks (Q Z + Q' X) of a group of modes.
   LONGVQ_DEVICE void add_products(
       const float (&x)[2][kTiles][4], const float (&z)[2][kTiles][4], int group) const {
-    float q[2][kTiles][4], more[2][kTiles][4];
+    Number weight[kTiles], decay[kTiles];
+    float q[2][kTiles][4];
     this->multiply_chunks(q, grads(warp), Layout::of_gradients(tables(warp), group, 2));
-    this->multiply_chunks(more, grads(warp), Layout::of_gradients(tables(warp), group, 3));
 #pragma unroll
     for (int n = 0; n < kTiles; ++n) {
-      Number weight{0, 0}, decay{0, 0};
+      weight[n] = decay[n] = {0, 0};
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const Number state = Base::number_at(x, n, i), product = Base::number_at(q, n, i);
-        weight = multiply_add(product, state, weight);
-        decay = multiply_add(product, Base::number_at(z, n, i), decay);
-        decay = multiply_add(Base::number_at(more, n, i), state, decay);
+        weight[n] = multiply_add(Base::number_at(q, n, i), Base::number_at(x, n, i), weight[n]);
+        decay[n] = multiply_add(Base::number_at(q, n, i), Base::number_at(z, n, i), decay[n]);
       }
-      float values[kSums] = {weight.re, weight.im, decay.re, decay.im};
-      double* to = sums(warp) + (group * kScanGroup + n * 4 + lane % 4) * kSums;
+    }
+    this->multiply_chunks(q, grads(warp), Layout::of_gradients(tables(warp), group, 3));  // Q', in its place
 #pragma unroll
-      for (int i = 0; i < kSums; ++i) {
+    for (int n = 0; n < kTiles; ++n) {
 #pragma unroll
-        for (int mask = 4; mask < 32; mask *= 2) {
-          values[i] += shuffle_xor(values[i], mask);
-        }
-        if (lane / 4 == i) {  // one lane of the mode
-          to[i] += values[i];
-        }
+      for (int i = 0; i < 4; ++i) {
+        decay[n] = multiply_add(Base::number_at(q, n, i), Base::number_at(x, n, i), decay[n]);
       }
+      add_sum(group, n, 0, weight[n].re);
+      add_sum(group, n, 1, weight[n].im);
+      add_sum(group, n, 2, decay[n].re);
+      add_sum(group, n, 3, decay[n].im);
+    }
+  }
+
+  // Adds what the lanes of a mode have to one of its sums.
+  LONGVQ_DEVICE void add_sum(int group, int n, int which, float value) const {
+#pragma unroll
+    for (int mask = 4; mask < 32; mask *= 2) {
+      value += shuffle_xor(value, mask);
+    }
+    if (lane / 4 == which) {  // one lane of the mode, for each sum another
+      sums(warp)[(group * kScanGroup + n * 4 + lane % 4) * kSums + which] += value;
     }
   }
 

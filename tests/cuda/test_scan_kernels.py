@@ -71,6 +71,16 @@ def test_lengths_around_the_tiles(kernels, dtype, length):
     assert_right(kernels, drawn(1, length, 9, 17, dtype))
 
 
+@pytest.mark.parametrize("channels", [8, 16, 24, 20])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_channels_that_are_read_together(kernels, dtype, channels):
+    """Eight of 16 bits at a time where they lie so, one by one where they don't."""
+    case = drawn(2, 100, channels, 3, dtype, key_padding_mask=torch.rand(2, 100) < 0.2)
+    assert_right(kernels, case)
+    case.arguments["u"] = torch.randn(2, 100, channels + 1).to(dtype)[:, :, 1:]
+    assert_right(kernels, case)
+
+
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_segments(kernels, dtype, reverse):
