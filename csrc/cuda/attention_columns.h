@@ -9,52 +9,62 @@ struct Columns {
   enum Kind { kCodes, kOutside, kInside, kBoth };  // kBoth: keys inside and outside, all known by their codewords
 
   Kind kind;
-  int64_t first, last;  // of codes or of keys
+  int first, last;  // of codes or of keys
 };
 
-// For queries first .. last, `last` not included.
+// For queries first .. last, `last` not included. Small, since it lives as long as the products: 32-bit numbers, and
+// the kinds of ranges are known by their places.
 struct ColumnTiles {
-  Columns ranges[4];
-  int counts[4];  // of tiles
+  static constexpr int kRanges = 4;
 
-  LONGVQ_DEVICE ColumnTiles(const Attention& p, int64_t first, int64_t last, int tile) {
-    const int64_t block = first / kFarBlock * kFarBlock, reach = max(p.window, int64_t{1});
-    const bool all_far = p.window == 0 && !p.causal;
-    const int64_t before = max(block - reach + 1, int64_t{0});  // keys from here are not in the far field
-    const int64_t behind = p.causal ? last : min(block + kFarBlock - 1 + reach, p.length);  // from here they are again
-    ranges[0] = {Columns::kCodes, 0, p.codebook.codes};
-    if (p.exact) {
+  int begin[kRanges], end[kRanges];
+  bool exact;
+
+  LONGVQ_DEVICE ColumnTiles(const Attention& p, int64_t first_query, int64_t last_query) {
+    const int first = static_cast<int>(first_query), last = static_cast<int>(last_query);
+    const int length = static_cast<int>(p.length), window = static_cast<int>(p.window), reach = max(window, 1);
+    const int block = first / static_cast<int>(kFarBlock) * static_cast<int>(kFarBlock);
+    const int before = max(block - reach + 1, 0);  // keys from here are not in the far field
+    const int behind = p.causal ? last : min(block + static_cast<int>(kFarBlock) - 1 + reach, length);  // here again
+    const bool all_far = window == 0 && !p.causal;
+    exact = p.exact;
+    begin[0] = 0, end[0] = static_cast<int>(p.codebook.codes);
+    if (exact) {
       // Outside on either side; of a window narrower than the block the two sides meet.
-      const int64_t end = last - p.window, begin = max(first + p.window, before);
-      const bool meet = !p.causal && begin < end;
-      ranges[1] = {Columns::kOutside, before, meet ? behind : end};
-      ranges[2] = {Columns::kOutside, begin, p.causal || meet ? 0 : behind};
-      ranges[3] = {
-          Columns::kInside, max(first - p.window + 1, before), min(p.causal ? last : last - 1 + p.window, behind)};
+      const int stop = last - window, start = max(first + window, before);
+      const bool meet = !p.causal && start < stop;
+      begin[1] = before, end[1] = meet ? behind : stop;
+      begin[2] = start, end[2] = p.causal || meet ? 0 : behind;
+      begin[3] = max(first - window + 1, before), end[3] = min(p.causal ? last : last - 1 + window, behind);
     } else {
-      ranges[1] = ranges[2] = {Columns::kBoth, 0, 0};
-      ranges[3] = {Columns::kBoth, before, behind};
+      begin[1] = end[1] = begin[2] = end[2] = 0;
+      begin[3] = before, end[3] = behind;
     }
-    for (int i = 0; i < 4; ++i) {
-      const bool none = i > 0 && (all_far || (ranges[i].kind == Columns::kInside && p.window == 0));
-      const int64_t count = none ? 0 : ranges[i].last - ranges[i].first;
-      counts[i] = count > 0 ? static_cast<int>(divide_up(count, tile)) : 0;
+    for (int i = 1; i < kRanges; ++i) {
+      if (all_far || end[i] < begin[i] || (exact && i == 3 && window == 0)) {
+        end[i] = begin[i];
+      }
     }
   }
 
-  LONGVQ_DEVICE int count() const { return counts[0] + counts[1] + counts[2] + counts[3]; }
+  LONGVQ_DEVICE int tiles_of(int range, int tile) const { return (end[range] - begin[range] + tile - 1) / tile; }
+
+  LONGVQ_DEVICE int count(int tile) const {
+    return tiles_of(0, tile) + tiles_of(1, tile) + tiles_of(2, tile) + tiles_of(3, tile);
+  }
 
   // The tile with that number, its range cut to what it holds.
   LONGVQ_DEVICE Columns at(int number, int tile) const {
-    Columns found = ranges[0];
+    Columns found{Columns::kCodes, 0, 0};
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      if (number >= 0 && number < counts[i]) {
-        found = ranges[i];
-        found.first += static_cast<int64_t>(number) * tile;
-        found.last = min(found.last, found.first + tile);
+    for (int i = 0; i < kRanges; ++i) {
+      const int count = tiles_of(i, tile);
+      if (number >= 0 && number < count) {
+        found.kind = i == 0 ? Columns::kCodes : !exact ? Columns::kBoth : i == 3 ? Columns::kInside : Columns::kOutside;
+        found.first = begin[i] + number * tile;
+        found.last = min(end[i], found.first + tile);
       }
-      number -= counts[i];
+      number -= count;
     }
     return found;
   }

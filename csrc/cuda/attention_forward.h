@@ -40,11 +40,12 @@ struct Forward : ForwardBlock<Element, DEPTH, VALUES> {
   // Products become scores: scaled, with what is added to those of a code or a pair.
   LONGVQ_DEVICE void finish_scores(
       Scores& scores, const Columns& columns, float (&numbers)[kFragments][2]) const {
+    const int ahead = columns.first - static_cast<int>(first) + lane % 4 * 2;  // of the first query
 #pragma unroll
     for (int n = 0; n < kFragments; ++n) {
 #pragma unroll
       for (int c = 0; c < 2; ++c) {
-        const int64_t column = columns.first + n * 8 + lane % 4 * 2 + c;
+        const int column = columns.first + n * 8 + lane % 4 * 2 + c;
         const bool there = column < columns.last;
         const bool code = columns.kind == Columns::kCodes;
         numbers[n][c] = 1;
@@ -61,7 +62,7 @@ struct Forward : ForwardBlock<Element, DEPTH, VALUES> {
             float& score = scores[m][n][half * 2 + c];
             score = score * scale[m][half] + add;
             if (!code) {
-              score = head.score_of_key(columns.kind, first + row(m, half), column, score);
+              score = head.score_of_key(columns.kind, ahead + n * 8 + c - row(m, half), score);
             }
           }
         }

@@ -129,7 +129,8 @@ struct NearGradient : KeyBlock<Element, DEPTH, VALUES, MAKES> {
     const auto score_of = [&](const Head& of, int64_t query, int row, float score) {
       const int64_t key = first + row, block = query / kFarBlock * kFarBlock;
       const bool near = key > block - reach && (p.causal || key < block + kFarBlock - 1 + reach);
-      return near ? of.score_of_key(inside ? Columns::kInside : Columns::kOutside, query, key, score) : -INFINITY;
+      const Columns::Kind kind = inside ? Columns::kInside : Columns::kOutside;
+      return near ? of.score_of_key(kind, static_cast<int>(key - query), score) : -INFINITY;
     };
     const int64_t stop = min(end, p.length);
     this->past_queries(max(begin, int64_t{0}), stop, !exact, [&](const Head& of, int64_t query, int tile) {

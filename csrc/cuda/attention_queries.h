@@ -48,22 +48,23 @@ struct Head {
   LONGVQ_DEVICE float scale_of(int64_t query) const {
     return p.laplace ? p.units[batch * p.length + query] : p.scale;
   }
-  LONGVQ_DEVICE bool inside(int64_t query, int64_t key) const {
-    const int64_t offset = key - query;
-    return offset < p.window && -offset < p.window && (!p.causal || offset <= 0);
+  // Whether a pair is inside the window, by offset = key - query.
+  LONGVQ_DEVICE bool inside(int offset) const {
+    const int window = static_cast<int>(p.window);
+    return offset < window && -offset < window && (!p.causal || offset <= 0);
   }
   // The entry of the bias for a pair inside the window.
-  LONGVQ_DEVICE int64_t bias_entry(int64_t query, int64_t key) const {
-    return p.causal ? query - key : key - query + p.window - 1;
+  LONGVQ_DEVICE int bias_entry(int offset) const {
+    return p.causal ? -offset : offset + static_cast<int>(p.window) - 1;
   }
-  // The score of a pair of query and key, or -infinity where it is not allowed or not of this kind.
-  LONGVQ_DEVICE float score_of_key(Columns::Kind kind, int64_t query, int64_t key, float score) const {
-    const bool in = inside(query, key);
-    if ((p.causal && key > query) || (in ? kind == Columns::kOutside : kind == Columns::kInside)) {
+  // The score of a pair, or -infinity where it is not allowed or not of this kind.
+  LONGVQ_DEVICE float score_of_key(Columns::Kind kind, int offset, float score) const {
+    const bool in = inside(offset);
+    if ((p.causal && offset > 0) || (in ? kind == Columns::kOutside : kind == Columns::kInside)) {
       return -INFINITY;
     }
     if (in && p.bias != nullptr) {
-      score += p.bias[head * p.bias_head + bias_entry(query, key) * p.bias_offset];
+      score += p.bias[head * p.bias_head + bias_entry(offset) * p.bias_offset];
     }
     return score;
   }
@@ -161,7 +162,9 @@ struct QueryBlock {
   }
 
   LONGVQ_DEVICE void fill_columns(const Columns& columns, int number) const {
-    const auto row_of = [&](int row) { return columns.first + row < columns.last ? columns.first + row : -1; };
+    const auto row_of = [&](int row) -> int64_t {
+      return columns.first + row < columns.last ? columns.first + row : -1;
+    };
     if (columns.kind == Columns::kInside) {
       fill<Operand, kThreads>(keys(number), head.keys<Element>(aligned.k), row_of);
     } else {
@@ -188,8 +191,8 @@ struct QueryBlock {
   // and the near ones, where those are others.
   template <typename Visit, typename Turn>
   LONGVQ_DEVICE void past_all_columns(const Visit& visit, const Turn& turn) const {
-    const ColumnTiles tiles(p, first, last, kTile);
-    const int count = tiles.count();
+    const ColumnTiles tiles(p, first, last);
+    const int count = tiles.count(kTile);
     bool far = true;
     fill_queries(far);
     fill_columns(tiles.at(0, kTile), 0);

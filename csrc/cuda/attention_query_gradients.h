@@ -84,7 +84,7 @@ struct QueryGradient : QueryGradientShape<Element, DEPTH, VALUES>::Block {
           float& score = scores[0][n][half * 2 + c];
           score *= scale[half];
           if (!code && there) {
-            score = head.score_of_key(columns.kind, query, column, score);
+            score = head.score_of_key(columns.kind, static_cast<int>(column - query), score);
           }
           const float dweight = dweights[0][n][half * 2 + c];
           if (number == 0.0f || query >= last) {
@@ -110,14 +110,14 @@ struct QueryGradient : QueryGradientShape<Element, DEPTH, VALUES>::Block {
     }
     __syncthreads();
     const int diagonal = static_cast<int>(threadIdx.x) - (Base::kRows - 1);  // column - row
-    const int64_t offset = diagonal + columns.first - first;
-    if (diagonal < kTile && head.inside(0, offset)) {
+    const int offset = diagonal + columns.first - static_cast<int>(first);
+    if (diagonal < kTile && head.inside(offset)) {
       float sum = 0;
       for (int row = max(0, -diagonal); row < min(Base::kRows, kTile - diagonal); ++row) {
         sum += diagonals()[row * kDiagonalPitch + row + diagonal];
       }
       const int64_t block = (head.batch * p.heads + head.head) * gridDim.x + blockIdx.x;
-      g.dbias_of_blocks[block * g.bias_columns + g.bias_skipped + head.bias_entry(0, offset)] += sum;
+      g.dbias_of_blocks[block * g.bias_columns + g.bias_skipped + head.bias_entry(offset)] += sum;
     }
   }
 

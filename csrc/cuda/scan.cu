@@ -253,7 +253,7 @@ struct Scanning : ScanningBlock<Element> {
 };
 
 template <typename Element>
-__global__ void __launch_bounds__(ScanningBlock<Element>::kThreads) scan(Scan p, Pass pass) {
+__global__ void __launch_bounds__(ScanningBlock<Element>::kThreads, 1) scan(Scan p, Pass pass) {
   Scanning<Element>(p).run(pass);
 }
 

@@ -48,7 +48,7 @@ LONGVQ_DEVICE void multiply_rows(
     float (&out)[MTILES][Right::kRows / 8][4], const Left& left, int row, const Right& right) {
   static_assert(Left::kColumns == Right::kColumns, "both have the depth as columns");
   constexpr int kLast = Left::kParts > Right::kParts ? Left::kParts : Right::kParts;
-#pragma unroll
+#pragma unroll 2  // all of it, and loads are moved up until registers spill
   for (int k = 0; k < Left::kColumns; k += 16) {
 #pragma unroll
     for (int i = 0; i < Left::kParts; ++i) {
