@@ -37,8 +37,8 @@ int differentiate(const AttentionGradients& g, Alignment alignment, void* stream
   if (const int error = launch(queries, grid, kThreads, Queries::kBytes, stream, g, alignment)) {
     return error;
   }
-  // Both at once keep more than the registers hold where values are wide.
-  if constexpr (VALUES < 128) {
+  // Both at once keep more than the registers hold where either is wide.
+  if constexpr (DEPTH == 64 && VALUES == 64) {
     return differentiate_keys<Element, DEPTH, VALUES, kKeysAndValues>(g, alignment, stream);
   } else {
     if (const int error = differentiate_keys<Element, DEPTH, VALUES, kKeysOnly>(g, alignment, stream)) {
