@@ -93,7 +93,14 @@ def replace_attention(
     num_codes, window = choosing.as_int("num_codes", num_codes, least=1), choosing.as_int("window", window, least=0)
     if trained_length is not None:
         trained_length = choosing.as_int("trained_length", trained_length, least=1)
+        if trained_length <= window:
+            raise ValueError(
+                f"replace_attention: trained_length: got {trained_length} with window={window}, expected more: in "
+                "training some keys were outside the window"
+            )
     choosing.check_options(model, local_keys, far_positions, filter_fn, backend, flags)
+    if not dry_run:
+        choosing.check_has_values("replace_attention", model)
     sites = find_sites(model)
     positions.plan(model, sites, window, local_keys, far_positions, trained_length)
     chosen, skipped = choosing.choose_sites(model, sites, filter_fn, strict)

@@ -44,6 +44,16 @@ def check_options(model, local_keys, far_positions, filter_fn, backend, flags: d
         raise TypeError(f"replace_attention: filter_fn: got {type(filter_fn).__name__}, expected a callable or None")
 
 
+def check_has_values(caller: str, model: nn.Module) -> None:
+    """Raises ValueError for a model on the meta device."""
+    name = next((name for name, x in model.named_parameters() if x.is_meta), None)
+    if name is not None:
+        raise ValueError(
+            f"{caller}: model: {name} is on the meta device, expected parameters with values; call "
+            "model.to_empty(device=...) or load the weights first"
+        )
+
+
 def check_not_replaced(caller: str, sites: list[Site]) -> None:
     names = [site.name or "(the model itself)" for site in sites if site.adapter.is_replaced(site.module)]
     if names:

@@ -169,8 +169,8 @@ def _attend(
         seam.observe(query, key, value, output.transpose(1, 2), far=far, **options)
         return output, weights
     if layer is not None:
+        padding = None if padding is None else layer.new_padding(padding, q_len)
         layer.positions += q_len
-        padding = None if padding is None else padding[:, -q_len:]
         output = seam.step(query, key, value, layer.state, padding, far=far, scale=scaling)
         return output.transpose(1, 2).contiguous(), None
     if q_len < k_len:  # the queries are the last positions; the earlier rows are computed and dropped

@@ -76,6 +76,21 @@ class VQCacheLayer(CacheLayerMixin):
             self.lazy_initialization(key_states, value_states)
         return key_states, value_states
 
+    def new_padding(self, padding: Tensor, new: int) -> Tensor:
+        """Of padding (B, positions + new), True = ignore, the part of the new positions.
+
+        Raises:
+            NotImplementedError: it hides other positions of the past than were hidden when they were read.
+        """
+        if not torch.compiler.is_compiling() and self.positions:
+            seen = (~padding[:, : padding.shape[1] - new]).sum(1)
+            if not torch.equal(seen, self.state.past.lengths.to(seen.device, seen.dtype)):
+                raise NotImplementedError(
+                    f"longvq attention: attention_mask: got {seen.tolist()} tokens of the past, expected the "
+                    f"{self.state.past.lengths.tolist()} that were read: {_KEEPS}, and can't hide one later"
+                )
+        return padding[:, -new:]
+
     def get_seq_length(self) -> int:
         """Number of positions read, padding included."""
         return self.positions

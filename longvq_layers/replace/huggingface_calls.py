@@ -52,7 +52,8 @@ def _cache_layer(module: nn.Module, seam: nn.Module, given: dict) -> object | No
         return None
     if not getattr(module, "is_causal", True):
         return None
-    if torch.is_grad_enabled() and any(p.requires_grad for p in module.parameters()):
+    inputs = (x for x in given.values() if isinstance(x, Tensor))
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (*module.parameters(), *inputs)):
         return None  # no gradient goes through a state that is updated in place
     from longvq_layers.replace.huggingface_cache import take_over
 

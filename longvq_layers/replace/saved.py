@@ -38,7 +38,8 @@ def load_replaced(
 
     Raises:
         FileNotFoundError: no such file, or no weights in the folder.
-        ValueError: no replaced attention in it, or names and shapes that don't fit the model.
+        ValueError: no replaced attention in it, or names and shapes that don't fit the model, or a model on the meta
+            device.
         NotImplementedError: an attention module that can't be replaced here.
 
     Example:
@@ -54,6 +55,7 @@ def load_replaced(
     name = "load_replaced"
     if not isinstance(model, nn.Module):
         raise TypeError(f"{name}: model: got {type(model).__name__}, expected a torch.nn.Module")
+    choosing.check_has_values(name, model)
     state = path if isinstance(path, Mapping) else _read(Path(path))
     settings = {key[: -len(_EXTRA)].rstrip("."): settings_in(state[key]) for key in state if key.endswith(_EXTRA)}
     if not settings:
@@ -102,7 +104,8 @@ def _sites_of(sites: list[Site], settings: dict[str, dict]) -> list[Site]:
 def _seam(model: nn.Module, site: Site, settings: dict, backend: str) -> SwappedAttention:
     device, dtype = choosing.device_and_dtype(site)
     options = {key: value for key, value in settings.items() if key not in ("rotary", "linear_masks")}
-    if settings["rotary"] is not None:
+    # Positions that were not taken off yet when it was saved leave the length of the training.
+    if settings["rotary"] is not None or settings["trained_length"] is not None:
         found = clamped_rotary(model, site.name, site.module, settings["window"])
         if isinstance(found, str):
             raise NotImplementedError(f"load_replaced: {site.name}: saved with rectified positions, but {found}")

@@ -371,3 +371,8 @@ def test_a_model_that_never_learned_says_so():
     replace_attention(model, **COARSE)
     with pytest.raises(RuntimeError, match="the codebook has no codes yet"):
         output(model.eval(), tokens())
+
+
+def test_a_window_as_long_as_the_training_is_refused():
+    with pytest.raises(ValueError, match="trained_length: got 8 with window=8, expected more"):
+        replace_attention(llama(), num_codes=8, window=8, trained_length=8, calibration=[tokens(2, 40)])

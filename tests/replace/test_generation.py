@@ -205,3 +205,25 @@ def test_threads_that_share_a_model_do_not_share_caches():
         for worker in workers:
             worker.join()
         assert all(torch.equal(found[number], expected[number]) for number in range(4))
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "rectified"])
+def test_gradients_of_inputs_flow_where_the_model_is_frozen(kind):
+    model = replaced(kind).requires_grad_(False)
+    embeddings = model.get_input_embeddings()(tokens(2, 20)).requires_grad_()
+    model(inputs_embeds=embeddings).logits.sum().backward()
+    assert embeddings.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "rectified"])
+def test_a_mask_that_hides_the_past_later_is_refused(kind):
+    model, (ids, mask) = replaced(kind), left_padded()
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(ids, attention_mask=mask, **{NAME: cache})
+        longer = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
+        model(ids[:, :1], attention_mask=longer, **{NAME: cache})
+        longer = torch.cat([longer, torch.ones_like(mask[:, :1])], dim=1)
+        longer[0, 5:9] = 0
+        with pytest.raises(NotImplementedError, match=r"attention_mask: got \[20, .*can't hide one later"):
+            model(ids[:, :1], attention_mask=longer, **{NAME: cache})

@@ -172,3 +172,28 @@ def test_as_a_context_it_restores():
     assert torch.equal(output(model, **inputs), expected)
     with replace_attention(model, **COARSE, dry_run=True):
         pass
+
+
+def test_saved_before_any_training():
+    """Whose positions were not looked at yet."""
+    model = llama().train()
+    replace_attention(model, **COARSE, far_positions="rectified")
+    fresh = other("llama").train()
+    load_replaced(fresh, model.state_dict())
+    ids = tokens(2, 30)
+    torch.manual_seed(0)
+    expected = model(ids).logits
+    torch.manual_seed(0)
+    assert torch.equal(fresh(ids).logits, expected)
+
+
+def test_the_meta_device_is_refused():
+    model = llama()
+    replace_attention(model, **COARSE, calibration=[tokens(2, 40)])
+    with torch.device("meta"):
+        empty = llama()
+    with pytest.raises(ValueError, match=r"load_replaced: model: .* is on the meta device"):
+        load_replaced(empty, model.state_dict())
+    with pytest.raises(ValueError, match=r"replace_attention: model: .* is on the meta device"):
+        replace_attention(empty, **COARSE, calibration=[tokens(2, 40)])
+    replace_attention(empty, **COARSE, calibration=[tokens(2, 40)], dry_run=True)
