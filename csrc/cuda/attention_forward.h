@@ -11,7 +11,7 @@ namespace {
 // registers and, in three parts, shared memory.
 template <typename Element, int DEPTH, int VALUES>
 using ForwardBlock = QueryBlock<
-    Element, DEPTH, VALUES, OperandOf<Element>::type::kParts == 1 && DEPTH <= 128 ? 2 : 1,
+    Element, DEPTH, VALUES, OperandOf<Element>::type::kParts == 1 ? 2 : 1,
     OperandOf<Element>::type::kParts == 1 || DEPTH <= 64 ? 2 : 1, 0>;
 
 template <typename Element, int DEPTH, int VALUES>

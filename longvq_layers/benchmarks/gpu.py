@@ -105,7 +105,7 @@ def _machine(device: str) -> str:
 
 
 def _build() -> str:
-    """Build where the sources are, load, and say what the kernels take."""
+    """Build what isn't loaded yet where the sources are, load it, and say what it was built with."""
     lines = []
     support = _ROOT / "csrc" / "build_support"
     if support.exists():

@@ -34,10 +34,14 @@ def test_native_declines_with_the_reason(monkeypatch):
         _dispatch.choose("ssm_step", "native", CUDA, (torch.float32,))
 
 
-def test_no_library_of_cuda_kernels_is_normal():
-    if torch.cuda.is_available():
-        pytest.skip("there is a GPU")
-    assert not _extension.load_cuda() and _extension.cuda_load_error()
+def test_no_library_of_cuda_kernels_is_normal(monkeypatch, tmp_path):
+    monkeypatch.setattr(_extension, "_cuda_library", None)
+    monkeypatch.setattr(_extension, "_cuda_error", None)
+    monkeypatch.setattr(_extension, "CUDA_LIBRARY", tmp_path / "missing.so")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert not _extension.load_cuda()
+    assert _extension.cuda_load_error().startswith("not built: ")
 
 
 def test_info_says_why_they_are_not_there():

@@ -57,8 +57,7 @@ def test_its_checks_find_what_is_wrong(on_host):
         gpu_checks.run("cpu", count=1, namespace=Wrong())
 
 
-def test_without_a_gpu_it_says_so(tmp_path):
-    if torch.cuda.is_available():
-        pytest.skip("there is a GPU")
+def test_without_a_gpu_it_says_so(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit, match="there is no GPU"):
         gpu.run(arguments(tmp_path))
