@@ -222,8 +222,8 @@ def test_a_capability_that_the_build_lacks_is_refused(package):
         sys.path.pop(0)
     torch = native_library.find_torch()
     assert torch is not None
-    csrc = PACKAGE.parent / "csrc"
-    sources = [str(p) for p in csrc.rglob("*.cpp")]
+    root = PACKAGE.parent
+    sources = [str(root / p) for p in native_library.sources("*.cpp", but=native_library.CUDA)]
     target = package / "lib" / "liblongvq.so"
     target.unlink()
     command = [*(native_library.find_compiler() or []), *native_library.COMMON_FLAGS, "-O0", "-DLONGVQ_ISA=default"]
