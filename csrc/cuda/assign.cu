@@ -132,7 +132,7 @@ int longvq_cuda_pack_codebook(const PackCodebook* problem, void* stream) {
   const dim3 grid(static_cast<unsigned>(padded_codes(to.codes) / (kThreads / 32)), static_cast<unsigned>(to.heads));
   return for_element(problem->type, [&](auto element) {
     using Operand = typename OperandOf<decltype(element)>::type;
-    return launch(pack_codebook<Operand>, grid, kThreads, 0, stream, *problem);
+    return launch<pack_codebook<Operand>>(grid, kThreads, 0, stream, *problem);
   });
 }
 
@@ -151,7 +151,7 @@ int longvq_cuda_assign(const Assign* problem, void* stream) {
   return for_element(p.type, [&](auto element) {
     return for_depth(p.codebook.columns, [&](auto depth) {
       using Tiles = AssignTiles<decltype(element), depth.value>;
-      return launch(assign<decltype(element), depth.value>, grid, kThreads, Tiles::kBytes, stream, p, rows_aligned);
+      return launch<assign<decltype(element), depth.value>>(grid, kThreads, Tiles::kBytes, stream, p, rows_aligned);
     });
   });
 }

@@ -1,6 +1,7 @@
 // The attention's backward: what comes before and after the kernels that are compiled for each type in files of their
 // own.
 #include "cover.h"
+#include "sequences.h"
 
 namespace longvq::cuda {
 
@@ -39,6 +40,69 @@ __global__ void __launch_bounds__(kThreads) make_deltas(Deltas p) {
   }
 }
 
+// A thread for a column of a code.
+__global__ void __launch_bounds__(kThreads) sum_segments(SumSegments p) {
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x, columns = max(p.far_depth, p.values);
+  const int64_t column = i % columns, code = i / columns % p.codes, head = i / columns / p.codes % p.heads;
+  const int64_t number = i / columns / p.codes / p.heads;
+  if (number >= p.sequences()) {
+    return;
+  }
+  const Sequence of = sequence_of(p, number);
+  const int64_t count = max(divide_up(of.length, p.code_segment), int64_t{1});
+  const int64_t first = (of.batch * p.heads + head) * p.segments() + of.first_piece(p, p.code_segment);
+  if (column < p.far_depth) {
+    float sum = 0;
+    for (int64_t segment = 0; segment < count; ++segment) {
+      sum += p.dcodes[((first + segment) * p.codes + code) * p.far_depth + column];
+    }
+    p.dcodes_sum[((number * p.heads + head) * p.codes + code) * p.far_depth + column] = sum;
+  }
+  if (column < p.values && p.later != nullptr) {
+    const auto place = [&](int64_t segment) { return ((first + segment) * p.codes + code) * p.values + column; };
+    float sum = 0;
+    for (int64_t segment = 0; p.earlier != nullptr && segment < count; ++segment) {
+      p.earlier[place(segment)] = sum;
+      sum += p.later[place(segment)];
+    }
+    sum = 0;
+    for (int64_t segment = count - 1; segment >= 0; --segment) {
+      const float own = p.later[place(segment)];
+      p.later[place(segment)] = p.all_far ? sum + own : sum;
+      sum += own;
+    }
+  }
+}
+
+// What a key gets for its value from queries of other segments than those that gave to it themselves.
+struct OtherSegments {
+  const FinishKeys& p;
+  const float *later, *earlier;  // rows of values, or null
+
+  LONGVQ_DEVICE OtherSegments(const FinishKeys& problem, const Sequence& of, int64_t head, int64_t key, int64_t code)
+      : p(problem), later(nullptr), earlier(nullptr) {
+    if (p.later == nullptr) {
+      return;
+    }
+    const int64_t row = (of.batch * p.heads + head) * p.pieces(p.code_segment) + of.first_piece(p, p.code_segment);
+    const auto place = [&](int64_t segment) { return ((row + segment) * p.codes + code) * p.values; };
+    const int64_t reach = max(p.window, int64_t{1});
+    // The first far field that sees the key from behind it, and the last one from before it.
+    const int64_t first = p.all_far ? 0 : (key + reach - 1) / kFarBlock + 1;
+    const int64_t last = (key - reach + 1) / kFarBlock - 1;
+    if (first * kFarBlock < of.length) {
+      later = p.later + place(first * kFarBlock / p.code_segment);
+    }
+    if (p.earlier != nullptr && key - reach + 1 >= kFarBlock) {
+      earlier = p.earlier + place(last * kFarBlock / p.code_segment);
+    }
+  }
+
+  LONGVQ_DEVICE float at(int64_t column) const {
+    return (later != nullptr ? later[column] : 0.0f) + (earlier != nullptr ? earlier[column] : 0.0f);
+  }
+};
+
 template <typename Element>
 __global__ void __launch_bounds__(kThreads) finish_keys(FinishKeys p) {
   const int64_t row = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / 32;
@@ -47,22 +111,28 @@ __global__ void __launch_bounds__(kThreads) finish_keys(FinishKeys p) {
     return;
   }
   const bool ignored = is_ignored(p.ignored, batch * p.ignored_batch + at * p.ignored_length);
+  const Sequence sequence = sequence_at(p, at, batch);
+  // The place of this head of the sequence in sums by code of each sequence, and in its means of each head.
+  const int64_t sums = sequence.number * p.heads + of % p.heads;
+  const int64_t means = p.offsets == nullptr ? of : of * p.documents + sequence.number;
   const int64_t code = min(max(p.code_of_key[row], int64_t{0}), p.codes - 1), columns = p.far_first + p.far_depth;
   Element* dk = static_cast<Element*>(p.dk) + row * columns;
   for (int64_t c = threadIdx.x % 32; c < columns; c += 32) {
     float value = c < p.near_depth ? p.dk_inside[row * p.near_depth + c] : 0.0f;
     const int64_t far = c - p.far_first;
     if (far >= 0 && p.dcodes != nullptr && !ignored) {
-      const int64_t padded = padded_codes(p.codes);
-      const float number = p.numbers[of * padded + code];
-      value += p.means[(of * padded + code) * value_pitch(p.far_depth) + far];
-      value += p.dcodes[(of * p.codes + code) * p.far_depth + far] / number;
+      const int64_t place = means * padded_codes(p.codes) + code;
+      value += p.means[place * value_pitch(p.far_depth) + far];
+      value += p.dcodes[(sums * p.codes + code) * p.far_depth + far] / p.numbers[place];
     }
     store(dk + c, value);
   }
+  const OtherSegments others(p, sequence, of % p.heads, at - sequence.start, code);
   Element* dv = static_cast<Element*>(p.dv) + row * p.values;
   for (int64_t e = threadIdx.x % 32; e < p.values; e += 32) {
-    store(dv + e, p.dv_near[row * p.values + e] + p.dv_far[row * p.values + e]);
+    const int64_t place = row * p.values + e;
+    const float ahead = p.dv_ahead != nullptr ? p.dv_ahead[place] : 0.0f;
+    store(dv + e, p.dv_near[place] + p.dv_far[place] + ahead + (ignored ? 0.0f : others.at(e)));
   }
 }
 
@@ -74,23 +144,31 @@ int longvq_cuda_deltas(const Deltas* problem, void* stream) {
   const Deltas& p = *problem;
   return for_element(p.type, [&](auto element) {
     const dim3 grid = rows(p.batch * p.heads * p.length);
-    return launch(make_deltas<decltype(element)>, grid, kThreads, 0, stream, p);
+    return launch<make_deltas<decltype(element)>>(grid, kThreads, 0, stream, p);
   });
+}
+
+int longvq_cuda_sum_segments(const SumSegments* problem, void* stream) {
+  const SumSegments& p = *problem;
+  const int64_t threads = p.sequences() * p.heads * p.codes * (p.far_depth > p.values ? p.far_depth : p.values);
+  const dim3 grid(static_cast<unsigned>(divide_up(threads, kThreads)));
+  return launch<sum_segments>(grid, kThreads, 0, stream, p);
 }
 
 int longvq_cuda_finish_keys(const FinishKeys* problem, void* stream) {
   const FinishKeys& p = *problem;
   return for_element(p.type, [&](auto element) {
     const dim3 grid = rows(p.batch * p.heads * p.length);
-    return launch(finish_keys<decltype(element)>, grid, kThreads, 0, stream, p);
+    return launch<finish_keys<decltype(element)>>(grid, kThreads, 0, stream, p);
   });
 }
 
 int longvq_cuda_attention_gradients(const AttentionGradients* problem, void* stream) {
-  if (problem->forward.batch > kMaxGrid) {
+  const Attention& p = problem->forward;
+  if (p.batch > kMaxGrid || p.batch * p.pieces(problem->code_segment) > kMaxGrid) {
     return kNotCovered;
   }
-  switch (problem->forward.type) {
+  switch (p.type) {
     case ElementType::kFloat:
       return attention_gradients_float(*problem, stream);
     case ElementType::kBFloat16:

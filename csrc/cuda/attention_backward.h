@@ -12,17 +12,17 @@ int differentiate_keys(const AttentionGradients& g, Alignment alignment, void* s
   const Attention& p = g.forward;
   using Keys = KeyBlock<Element, DEPTH, VALUES, MAKES>;
   const int64_t slices = MAKES == kValuesOnly ? divide_up(p.values, VALUES) : 1;
-  const auto grid = [&](int64_t rows) {
+  const auto grid = [&](int64_t blocks, int64_t rows) {
     return dim3(
-        static_cast<unsigned>(divide_up(rows, Keys::kRows)), static_cast<unsigned>(p.kv_heads * slices),
-        static_cast<unsigned>(p.batch));
+        static_cast<unsigned>(blocks), static_cast<unsigned>(p.kv_heads * slices), static_cast<unsigned>(rows));
   };
-  const auto codes = differentiate_codes<Element, DEPTH, VALUES, MAKES>;
-  if (const int error = launch(codes, grid(p.codebook.codes), kThreads, Keys::kBytes, stream, g, alignment)) {
+  constexpr auto codes = differentiate_codes<Element, DEPTH, VALUES, MAKES>;
+  const dim3 of_codes = grid(divide_up(p.codebook.codes, Keys::kRows), p.batch * p.pieces(g.code_segment));
+  if (const int error = launch<codes>(of_codes, kThreads, Keys::kBytes, stream, g, alignment)) {
     return error;
   }
-  const auto near = differentiate_near<Element, DEPTH, VALUES, MAKES>;
-  return launch(near, grid(p.length), kThreads, Keys::kBytes, stream, g, alignment);
+  constexpr auto near = differentiate_near<Element, DEPTH, VALUES, MAKES>;
+  return launch<near>(grid(p.pieces(Keys::kRows), p.batch), kThreads, Keys::kBytes, stream, g, alignment);
 }
 
 template <typename Element, int DEPTH, int VALUES>
@@ -31,10 +31,10 @@ int differentiate(const AttentionGradients& g, Alignment alignment, void* stream
   using Queries = typename QueryGradientShape<Element, DEPTH, VALUES>::Block;
   static_assert(Queries::kRows == kGradientRows, "as the workspace of the bias has them");
   const dim3 grid(
-      static_cast<unsigned>(divide_up(p.length, Queries::kRows)), static_cast<unsigned>(p.heads),
+      static_cast<unsigned>(p.pieces(Queries::kRows)), static_cast<unsigned>(p.heads),
       static_cast<unsigned>(p.batch));
-  const auto queries = differentiate_queries<Element, DEPTH, VALUES>;
-  if (const int error = launch(queries, grid, kThreads, Queries::kBytes, stream, g, alignment)) {
+  constexpr auto queries = differentiate_queries<Element, DEPTH, VALUES>;
+  if (const int error = launch<queries>(grid, kThreads, Queries::kBytes, stream, g, alignment)) {
     return error;
   }
   // Both at once keep more than the registers hold where either is wide.

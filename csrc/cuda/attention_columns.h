@@ -20,14 +20,13 @@ struct ColumnTiles {
   int begin[kRanges], end[kRanges];
   bool exact;
 
-  LONGVQ_DEVICE ColumnTiles(const Attention& p, int64_t first_query, int64_t last_query) {
-    const int first = static_cast<int>(first_query), last = static_cast<int>(last_query);
-    const int length = static_cast<int>(p.length), window = static_cast<int>(p.window), reach = max(window, 1);
+  // Of a sequence of that length.
+  LONGVQ_DEVICE ColumnTiles(const Attention& p, int first, int last, int length) {
+    const int window = static_cast<int>(p.window), reach = max(window, 1);
     const int block = first / static_cast<int>(kFarBlock) * static_cast<int>(kFarBlock);
     const int before = max(block - reach + 1, 0);  // keys from here are not in the far field
     const int behind = p.causal ? last : min(block + static_cast<int>(kFarBlock) - 1 + reach, length);  // here again
-    const bool all_far = window == 0 && !p.causal;
-    exact = p.exact;
+        exact = p.exact;
     begin[0] = 0, end[0] = static_cast<int>(p.codebook.codes);
     if (exact) {
       // Outside on either side; of a window narrower than the block the two sides meet.
@@ -41,7 +40,7 @@ struct ColumnTiles {
       begin[3] = before, end[3] = behind;
     }
     for (int i = 1; i < kRanges; ++i) {
-      if (all_far || end[i] < begin[i] || (exact && i == 3 && window == 0)) {
+      if (p.all_far() || end[i] < begin[i] || (exact && i == 3 && window == 0)) {
         end[i] = begin[i];
       }
     }

@@ -30,7 +30,7 @@ struct Forward : ForwardBlock<Element, DEPTH, VALUES> {
     for (int m = 0; m < kMTiles; ++m) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const int64_t query = first + row(m, half);
+        const int query = first + row(m, half);
         top[m][half] = -INFINITY;
         scale[m][half] = query < last ? head.scale_of(query) : 0.0f;
       }
@@ -40,7 +40,7 @@ struct Forward : ForwardBlock<Element, DEPTH, VALUES> {
   // Products become scores: scaled, with what is added to those of a code or a pair.
   LONGVQ_DEVICE void finish_scores(
       Scores& scores, const Columns& columns, float (&numbers)[kFragments][2]) const {
-    const int ahead = columns.first - static_cast<int>(first) + lane % 4 * 2;  // of the first query
+    const int ahead = columns.first - first + lane % 4 * 2;  // of the first query
 #pragma unroll
     for (int n = 0; n < kFragments; ++n) {
 #pragma unroll
@@ -128,11 +128,11 @@ struct Forward : ForwardBlock<Element, DEPTH, VALUES> {
         float sum = total[m][half];
         sum += shuffle_xor(sum, 1);
         sum += shuffle_xor(sum, 2);
-        const int64_t query = first + row(m, half);
+        const int query = first + row(m, half);
         if (query >= last) {
           continue;
         }
-        const int64_t place = (head.batch * p.heads + head.head) * p.length + query;
+        const int64_t place = head.place(query);
         sum = sum == 0.0f ? 1.0f : sum;  // no allowed key at all
         if (first_value == 0 && lane % 4 == 0) {
           p.normalizers[place * 2] = p.laplace || top[m][half] == -INFINITY ? 0.0f : top[m][half];
@@ -173,7 +173,10 @@ struct Forward : ForwardBlock<Element, DEPTH, VALUES> {
 
 template <typename Element, int DEPTH, int VALUES>
 __global__ void __launch_bounds__(kThreads, 2) attend(Attention p, Alignment alignment) {
-  Forward<Element, DEPTH, VALUES>(p, alignment).run();
+  Forward<Element, DEPTH, VALUES> forward(p, alignment);
+  if (forward.has_queries()) {
+    forward.run();
+  }
 }
 
 template <typename Element>
@@ -185,11 +188,10 @@ int attend_as(const Attention& p, void* stream) {
       } else {
         using S = ForwardBlock<Element, depth.value, values.value>;
         const dim3 grid(
-            static_cast<unsigned>(divide_up(p.length, S::kRows)),
+            static_cast<unsigned>(p.pieces(S::kRows)),
             static_cast<unsigned>(p.heads * divide_up(p.values, values.value)), static_cast<unsigned>(p.batch));
-        return launch(
-            attend<Element, depth.value, values.value>, grid, kThreads, S::kBytes, stream, p,
-            alignment_of(p));
+        return launch<attend<Element, depth.value, values.value>>(
+            grid, kThreads, S::kBytes, stream, p, alignment_of(p));
       }
     });
   });

@@ -30,18 +30,16 @@ struct KeyBlock {
   const Attention& p;
   Alignment aligned;
   Head head;
-  int64_t first;        // code or key
-  int64_t first_value;  // of the slice of columns
+  int first;        // code or key
+  int first_value;  // of the slice of columns
   int warp, lane;
   float dkeys[1][DEPTH / 8][4] = {}, dvalues[1][VALUES / 8][4] = {};
 
   LONGVQ_DEVICE KeyBlock(const AttentionGradients& problem, Alignment alignment)
-      : g(problem), p(problem.forward), aligned(alignment), head{problem.forward, 0, 0, 0} {
-    const int64_t slices = gridDim.y / p.kv_heads;
-    head.batch = blockIdx.z;
-    head.kv_head = blockIdx.y / slices;
-    first_value = blockIdx.y % slices * VALUES;
-    first = static_cast<int64_t>(blockIdx.x) * kRows;
+      : g(problem), p(problem.forward), aligned(alignment), head(problem.forward) {
+    const int slices = static_cast<int>(gridDim.y) / static_cast<int>(p.kv_heads);
+    head.kv_head = static_cast<int>(blockIdx.y) / slices;
+    first_value = static_cast<int>(blockIdx.y) % slices * VALUES;
     warp = threadIdx.x / 32;
     lane = threadIdx.x % 32;
   }
@@ -63,7 +61,7 @@ struct KeyBlock {
   LONGVQ_DEVICE int columns_of_values(int64_t slice) const {
     return static_cast<int>(min(p.values - slice, int64_t{VALUES}));
   }
-  LONGVQ_DEVICE int64_t group() const { return p.heads / p.kv_heads; }
+  LONGVQ_DEVICE int group() const { return static_cast<int>(p.heads / p.kv_heads); }
 
   template <int NTILES>
   LONGVQ_DEVICE static void clear(float (&values)[1][NTILES][4]) {
@@ -84,7 +82,7 @@ struct KeyBlock {
   template <typename Visit>
   LONGVQ_DEVICE void past_queries(int64_t begin, int64_t end, bool far, const Visit& visit) {
     const int tiles = end > begin ? static_cast<int>(divide_up(end - begin, kTile)) : 0;
-    const int count = tiles * static_cast<int>(group());
+    const int count = tiles * group();
     const auto at = [&](int number) {
       Head of = head;
       of.head = head.kv_head * group() + number / tiles;
@@ -146,7 +144,7 @@ struct KeyBlock {
       for (int c = 0; c < 2; ++c) {
         const int64_t query = begin + n * 8 + lane % 4 * 2 + c;
         const bool there = query < end;
-        const int64_t at = (head.batch * p.heads + of.head) * p.length + query;
+        const int64_t at = of.place(query);
         const float top = there ? p.normalizers[2 * at] : 0.0f;
         const float inverse = there && !p.laplace ? 1.0f / p.normalizers[2 * at + 1] : 0.0f;
         const float delta = there ? g.deltas[at] : 0.0f, scale = there ? of.scale_of(query) : 0.0f;

@@ -6,8 +6,9 @@
 namespace longvq::cuda {
 namespace {
 
-// Codewords, past all queries from the last to the first: when a key stops being far, what has been gathered for its
-// code comes from queries that saw it from afar, and is the gradient of its value. For keys behind the other way round.
+// Codewords, past the queries of a segment from the last to the first: when a key stops being far, what has been gathered
+// for its code comes from queries that saw it from afar, and is the gradient of its value. For keys behind the other way
+// round. Keys get what comes from other segments of queries afterwards.
 template <typename Element, int DEPTH, int VALUES, Makes MAKES>
 struct CodeGradient : KeyBlock<Element, DEPTH, VALUES, MAKES> {
   using Base = KeyBlock<Element, DEPTH, VALUES, MAKES>;
@@ -17,10 +18,10 @@ struct CodeGradient : KeyBlock<Element, DEPTH, VALUES, MAKES> {
 
   LONGVQ_DEVICE int64_t reach() const { return max(p.window, int64_t{1}); }
   LONGVQ_DEVICE int64_t before(int64_t field) const {
-    return min(max(field * kFarBlock - reach() + 1, int64_t{0}), p.length);
+    return min(max(field * kFarBlock - reach() + 1, int64_t{0}), int64_t{head.length});
   }
   LONGVQ_DEVICE int64_t behind(int64_t field) const {
-    return min((field + 1) * kFarBlock - 1 + reach(), p.length);
+    return min((field + 1) * kFarBlock - 1 + reach(), int64_t{head.length});
   }
 
   LONGVQ_DEVICE void gather(int64_t begin, int64_t end, bool codes_too) {
@@ -49,7 +50,7 @@ struct CodeGradient : KeyBlock<Element, DEPTH, VALUES, MAKES> {
   }
 
   // Gives keys begin .. end what was gathered for their codes.
-  LONGVQ_DEVICE void give(int64_t begin, int64_t end, bool add) const {
+  LONGVQ_DEVICE void give(float* array, int64_t begin, int64_t end) const {
     if (begin >= end || MAKES == kKeysOnly) {
       return;  // the same for all threads
     }
@@ -60,9 +61,9 @@ struct CodeGradient : KeyBlock<Element, DEPTH, VALUES, MAKES> {
     for (int64_t key = begin + this->warp; key < end; key += kWarps) {
       const int64_t row = head.code_of(key) - first;
       if (row >= 0 && row < Base::kRows && !head.ignored(key)) {
-        float* to = g.dv_far + ((head.batch * p.kv_heads + head.kv_head) * p.length + key) * p.values + first_value;
+        float* to = array + head.place_of_key(key) * p.values + first_value;
         for (int column = this->lane; column < columns; column += 32) {
-          to[column] = (add ? to[column] : 0.0f) + this->stage(static_cast<int>(row))[column];
+          to[column] = this->stage(static_cast<int>(row))[column];
         }
       }
     }
@@ -70,33 +71,49 @@ struct CodeGradient : KeyBlock<Element, DEPTH, VALUES, MAKES> {
   }
 
   LONGVQ_DEVICE void run() {
+    const Piece piece = piece_of(p, g.code_segment, blockIdx.z / p.batch, blockIdx.z % p.batch);
+    if (!piece.there(g.code_segment)) {
+      return;
+    }
+    head.enter(piece.of);
+    first = static_cast<int>(blockIdx.x) * Base::kRows;
     fill_packed<kThreads>(
         this->keys(), head.template codewords<Operand::kParts, DEPTH>(), padded_codes(p.codebook.codes),
         [&](int row) { return first + row < p.codebook.codes ? first + row : -1; });
-    const int64_t fields = divide_up(p.length, kFarBlock);
-    if (p.far_fields == 1 && p.window == 0 && !p.causal) {
-      gather(0, p.length, true);
-      give(0, p.length, false);
+    const int64_t length = head.length, begin = piece.index * g.code_segment;
+    const int64_t end = min(begin + g.code_segment, length);
+    if (p.all_far()) {
+      gather(begin, end, true);
+      give(g.dv_far, 0, g.code_values == nullptr ? length : 0);
     } else {
-      for (int64_t field = fields - 1; field >= 0; --field) {
-        gather(field * kFarBlock, min((field + 1) * kFarBlock, p.length), true);
-        give(field > 0 ? before(field - 1) : 0, before(field), false);
-      }
-      if (!p.causal && MAKES != kKeysOnly) {
-        Base::clear(dvalues);
-        for (int64_t field = 0; field < fields; ++field) {
-          gather(field * kFarBlock, min((field + 1) * kFarBlock, p.length), false);
-          give(behind(field), field + 1 < fields ? behind(field + 1) : p.length, true);
-        }
+      const int64_t first_field = begin / kFarBlock, fields = divide_up(end, kFarBlock);
+      for (int64_t field = fields - 1; field >= first_field; --field) {
+        gather(field * kFarBlock, min((field + 1) * kFarBlock, length), true);
+        give(g.dv_far, field > 0 ? before(field - 1) : 0, before(field));
       }
     }
-    if (MAKES == kValuesOnly) {
-      return;
+    const int64_t segment = (head.batch * p.kv_heads + head.kv_head) * p.pieces(g.code_segment) +
+                            piece.of.first_piece(p, g.code_segment) + piece.index;
+    const auto place_of = [&](float* array, int row, int64_t columns) {
+      return first + row < p.codebook.codes ? array + (segment * p.codebook.codes + first + row) * columns : nullptr;
+    };
+    if (MAKES != kValuesOnly) {
+      this->write(dkeys, p.far_depth, [&](int row) { return place_of(g.dcodes, row, p.far_depth); });
     }
-    this->write(dkeys, p.far_depth, [&](int row) -> float* {
-      const int64_t code = (head.batch * p.kv_heads + head.kv_head) * p.codebook.codes + first + row;
-      return first + row < p.codebook.codes ? g.dcodes + code * p.far_depth : nullptr;
-    });
+    if (MAKES != kKeysOnly && g.code_values != nullptr) {
+      this->write(dvalues, this->columns_of_values(first_value), [&](int row) {
+        float* to = place_of(g.code_values, row, p.values);
+        return to == nullptr ? nullptr : to + first_value;
+      });
+    }
+    if (MAKES != kKeysOnly && g.dv_ahead != nullptr) {
+      Base::clear(dvalues);
+      const int64_t all = divide_up(length, kFarBlock);
+      for (int64_t field = begin / kFarBlock; field < divide_up(end, kFarBlock); ++field) {
+        gather(field * kFarBlock, min((field + 1) * kFarBlock, length), false);
+        give(g.dv_ahead, behind(field), field + 1 < all ? behind(field + 1) : length);
+      }
+    }
   }
 };
 
@@ -108,7 +125,7 @@ struct NearGradient : KeyBlock<Element, DEPTH, VALUES, MAKES> {
   using typename Base::Pairs;
   using Base::Base, Base::dkeys, Base::dvalues, Base::first, Base::first_value, Base::g, Base::head, Base::p;
 
-  LONGVQ_DEVICE int64_t last() const { return min(first + Base::kRows, p.length); }
+  LONGVQ_DEVICE int last() const { return min(first + Base::kRows, head.length); }
 
   LONGVQ_DEVICE void gather(bool inside) {
     const auto row_of = [&](int row) { return first + row < last() ? first + row : -1; };
@@ -132,7 +149,7 @@ struct NearGradient : KeyBlock<Element, DEPTH, VALUES, MAKES> {
       const Columns::Kind kind = inside ? Columns::kInside : Columns::kOutside;
       return near ? of.score_of_key(kind, static_cast<int>(key - query), score) : -INFINITY;
     };
-    const int64_t stop = min(end, p.length);
+    const int64_t stop = min(end, int64_t{head.length});
     this->past_queries(max(begin, int64_t{0}), stop, !exact, [&](const Head& of, int64_t query, int tile) {
       Pairs weights = {}, dscores = {};
       const auto number = [&](int row) { return first + row < last() && !head.ignored(first + row) ? 1.0f : 0.0f; };
@@ -156,8 +173,7 @@ struct NearGradient : KeyBlock<Element, DEPTH, VALUES, MAKES> {
   }
 
   LONGVQ_DEVICE float* place_of(float* array, int row, int64_t columns) const {
-    const int64_t key = (head.batch * p.kv_heads + head.kv_head) * p.length + first + row;
-    return first + row < last() ? array + key * columns : nullptr;
+    return first + row < last() ? array + head.place_of_key(first + row) * columns : nullptr;
   }
 
   LONGVQ_DEVICE void fill_values(int64_t slice) const {
@@ -166,14 +182,19 @@ struct NearGradient : KeyBlock<Element, DEPTH, VALUES, MAKES> {
   }
 
   LONGVQ_DEVICE void run() {
+    const Piece piece = piece_of(p, Base::kRows, blockIdx.x, blockIdx.z);
+    head.enter(piece.of);
+    first = static_cast<int>(piece.index) * Base::kRows;
+    if (first >= head.length) {
+      return;  // the whole block
+    }
     fill_values(first_value);
-    const bool all_far = p.window == 0 && !p.causal;
     if (p.window > 0) {
       gather(true);
     } else if (MAKES != kValuesOnly) {
       this->write(dkeys, p.near_depth, [&](int row) { return place_of(g.dk_inside, row, p.near_depth); });
     }
-    if (!all_far) {
+    if (!p.all_far()) {
       gather(false);
     } else if (MAKES != kValuesOnly) {
       this->write(dkeys, p.far_depth, [&](int row) { return place_of(g.dk_outside, row, p.far_depth); });

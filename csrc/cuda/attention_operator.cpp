@@ -37,12 +37,18 @@ void check_sizes(
       kOp, ": key_padding_mask must be (B, L), bool");
 }
 
+// How many queries each block of codes goes past: with few heads of keys not all, so that a large GPU has enough blocks.
+int64_t code_segment_for(const Attention& p) {
+  constexpr int64_t kBlocks = 256, kLeast = 8 * kFarBlock;
+  const int64_t blocks = p.batch * p.kv_heads * (padded_codes(p.codebook.codes) / kCodeUnit);
+  const int64_t wanted = std::max<int64_t>(1, std::min(kBlocks / blocks, p.length / kLeast));
+  return (p.length + wanted * kFarBlock - 1) / (wanted * kFarBlock) * kFarBlock;
+}
+
 // One over the number of keys that each query may attend, (B, L).
-Tensor units_of(const Tensor& q, const OptionalTensor& mask, bool causal, void* stream) {
-  const Tensor units = torch::stable::new_empty(q, {q.size(0), q.size(2)}, ScalarType::Float);
-  const CountKeys problem{
-      q.size(0), q.size(2), causal, mask.has_value() ? static_cast<const uint8_t*>(mask->const_data_ptr()) : nullptr,
-      mask.has_value() ? mask->stride(0) : 0, mask.has_value() ? mask->stride(1) : 0, data_of<float>(units)};
+Tensor units_of(const Tensor& q, const Attention& p, void* stream) {
+  const Tensor units = torch::stable::new_empty(q, {p.batch, p.length}, ScalarType::Float);
+  const CountKeys problem{p, p.causal, p.ignored, p.ignored_batch, p.ignored_length, data_of<float>(units)};
   check_launch(kOp, longvq_cuda_count_keys(&problem, stream));
   return units;
 }
@@ -50,7 +56,7 @@ Tensor units_of(const Tensor& q, const OptionalTensor& mask, bool causal, void* 
 // The tensors of a call, as the kernels take them; what points into them lives as long.
 struct Call {
   Tensor q, k, v, codes;
-  OptionalTensor bias, units;
+  OptionalTensor offsets, bias, units;
   std::optional<PackedCodebook> packed;
   std::optional<FarFieldTensors> far_tensors;
   Attention p{};
@@ -63,7 +69,7 @@ struct Call {
       const std::string& local_keys, int64_t near_dim);
 
   bool empty() const { return p.batch == 0 || p.heads == 0 || p.length == 0; }
-  void prepare(const Tensor& codebook, const OptionalTensor& mask, bool logarithms, void* stream);
+  void prepare(const Tensor& codebook, bool logarithms, void* stream);
   FarField far_field(ElementType type, bool logarithms) const;
 };
 
@@ -77,9 +83,9 @@ Call::Call(
       v(with_dense_rows(v_given)),
       codes(torch::stable::contiguous(codes_given)) {
   check_sizes(q, k, v, codebook, codes, bias_given, mask, causal, window, near_dim);
-  STD_TORCH_CHECK(!cu_seqlens.has_value(), kOp, ": the CUDA kernels don't take packed documents yet");
+  static_cast<Sequences&>(p) = sequences_of(kOp, q.size(0), q.size(2), cu_seqlens, offsets);
   p.type = type_of(kOp, q);
-  p.batch = q.size(0), p.heads = q.size(1), p.kv_heads = k.size(1), p.length = q.size(2), p.values = v.size(3);
+  p.heads = q.size(1), p.kv_heads = k.size(1), p.values = v.size(3);
   p.near_depth = near_dim > 0 ? near_dim : q.size(3);
   p.far_first = near_dim, p.far_depth = q.size(3) - near_dim;
   p.exact = local_keys == "exact", p.causal = causal, p.laplace = activation == "laplace";
@@ -110,8 +116,8 @@ Call::Call(
 
 FarField Call::far_field(ElementType type, bool logarithms) const {
   FarField far{};
-  far.type = type;
-  far.batch = p.batch, far.heads = p.kv_heads, far.length = p.length, far.codes = packed->codebook.codes;
+  static_cast<Sequences&>(far) = p;
+  far.type = type, far.heads = p.kv_heads, far.codes = packed->codebook.codes;
   far.values = p.values, far.causal = p.causal, far.logarithm = logarithms, far.window = p.window;
   far.code_of_key = p.code_of_key;
   far.v = p.v, far.v_batch = p.v_batch, far.v_head = p.v_head, far.v_length = p.v_length;
@@ -120,12 +126,12 @@ FarField Call::far_field(ElementType type, bool logarithms) const {
 }
 
 // Packed codebook, units, far fields.
-void Call::prepare(const Tensor& codebook, const OptionalTensor& mask, bool logarithms, void* stream) {
+void Call::prepare(const Tensor& codebook, bool logarithms, void* stream) {
   const int64_t columns = padded_depth(std::max(p.near_depth, p.far_depth));
   packed.emplace(kOp, codebook, p.type, p.far_first, columns, stream);
   p.codebook = packed->codebook;
   if (p.laplace) {
-    units = units_of(q, mask, p.causal, stream);
+    units = units_of(q, p, stream);
     p.units = static_cast<const float*>(units->const_data_ptr());
   }
   FarField far = far_field(p.type, logarithms && !p.laplace);
@@ -148,7 +154,7 @@ std::tuple<Tensor, Tensor> vq_attention(
   Tensor out = torch::stable::new_empty(v, {p.batch, p.heads, p.length, p.values}, v.scalar_type());
   Tensor normalizers = torch::stable::new_empty(q, {p.batch, p.heads, p.length, 2}, ScalarType::Float);
   if (!call.empty()) {
-    call.prepare(codebook, mask, true, device.stream());
+    call.prepare(codebook, true, device.stream());
     p.out = out.mutable_data_ptr(), p.normalizers = data_of<float>(normalizers);
     check_launch(kOp, longvq_cuda_attention(&p, device.stream()));
   }
@@ -182,7 +188,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> vq_attention_backward(
   Tensor dv = empty({p.batch, p.kv_heads, p.length, p.values}, v.scalar_type());
   Tensor dbias = bias.has_value() ? zeros({bias->size(0), bias->size(1)}) : empty({0}, q.scalar_type());
   if (!call.empty()) {
-    call.prepare(codebook, mask, false, stream);
+    call.prepare(codebook, false, stream);
     const Tensor grad = with_dense_rows(as_type(grad_given, v.scalar_type()));
     const Tensor out = torch::stable::contiguous(out_given);
     const Tensor normalizers = torch::stable::contiguous(normalizers_given);
@@ -197,28 +203,50 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> vq_attention_backward(
     g.forward = p;
     g.grad = before.grad, g.grad_batch = before.grad_batch, g.grad_head = before.grad_head;
     g.grad_length = before.grad_length, g.deltas = before.deltas, g.dq = dq.mutable_data_ptr();
-    const int64_t blocks = (p.length + kGradientRows - 1) / kGradientRows;
+    const int64_t blocks = p.pieces(kGradientRows);
     const bool biased = p.bias != nullptr;
     const Tensor of_blocks = zeros({p.batch, p.heads, biased ? blocks : 0, biased ? bias->size(1) : 0});
     if (biased) {
       g.dbias_of_blocks = data_of<float>(of_blocks);
       g.bias_columns = bias->size(1), g.bias_skipped = call.bias_skipped;
     }
-    const Tensor dcodes = empty({p.batch, p.kv_heads, p.codebook.codes, p.far_depth}, ScalarType::Float);
+    g.code_segment = code_segment_for(p);
+    const int64_t segments = p.pieces(g.code_segment), codes_of_all = p.codebook.codes;
+    const bool several = p.length > g.code_segment, behind = !p.causal && !p.all_far();
+    const Tensor dcodes = empty({p.batch, p.kv_heads, segments, codes_of_all, p.far_depth}, ScalarType::Float);
+    const Tensor dcodes_sum = empty({p.sequences(), p.kv_heads, codes_of_all, p.far_depth}, ScalarType::Float);
+    const auto values_of_segments = [&](bool needed) {
+      return empty({p.batch, p.kv_heads, needed ? segments : 0, codes_of_all, p.values}, ScalarType::Float);
+    };
+    const Tensor later = values_of_segments(several), earlier = values_of_segments(several && behind);
+    g.code_values = several ? data_of<float>(later) : nullptr;
     const Tensor dv_far = zeros({p.batch, p.kv_heads, p.length, p.values});
+    const Tensor dv_ahead = zeros({p.batch, p.kv_heads, behind ? p.length : 0, p.values});
     const Tensor dv_near = empty({p.batch, p.kv_heads, p.length, p.values}, ScalarType::Float);
     const Tensor dk_inside = empty({p.batch, p.kv_heads, p.length, p.near_depth}, ScalarType::Float);
     const Tensor dk_outside = empty({p.batch, p.kv_heads, p.length, p.far_depth}, ScalarType::Float);
-    g.dcodes = data_of<float>(dcodes), g.dv_far = data_of<float>(dv_far), g.dv_near = data_of<float>(dv_near);
+    g.dcodes = data_of<float>(dcodes), g.dv_far = data_of<float>(dv_far);
+    g.dv_ahead = behind ? data_of<float>(dv_ahead) : nullptr, g.dv_near = data_of<float>(dv_near);
     g.dk_inside = data_of<float>(dk_inside), g.dk_outside = data_of<float>(dk_outside);
     check_launch(kOp, longvq_cuda_attention_gradients(&g, stream));
 
+    SumSegments sum{};
+    static_cast<Sequences&>(sum) = p;
+    sum.heads = p.kv_heads, sum.codes = codes_of_all, sum.far_depth = p.far_depth, sum.values = p.values;
+    sum.code_segment = g.code_segment, sum.dcodes = g.dcodes, sum.dcodes_sum = data_of<float>(dcodes_sum);
+    sum.later = g.code_values, sum.earlier = several && behind ? data_of<float>(earlier) : nullptr;
+    sum.all_far = p.all_far();
+    check_launch(kOp, longvq_cuda_sum_segments(&sum, stream));
+
     FinishKeys finish{};
-    finish.type = p.type, finish.batch = p.batch, finish.heads = p.kv_heads, finish.length = p.length;
+    static_cast<Sequences&>(finish) = p;
+    finish.type = p.type, finish.heads = p.kv_heads;
     finish.codes = p.codebook.codes, finish.near_depth = p.near_depth, finish.far_depth = p.far_depth;
     finish.far_first = p.far_first, finish.values = p.values, finish.code_of_key = p.code_of_key;
     finish.ignored = p.ignored, finish.ignored_batch = p.ignored_batch, finish.ignored_length = p.ignored_length;
-    finish.dk_inside = g.dk_inside, finish.dv_near = g.dv_near, finish.dv_far = g.dv_far;
+    finish.dk_inside = g.dk_inside, finish.dv_near = g.dv_near, finish.dv_far = g.dv_far, finish.dv_ahead = g.dv_ahead;
+    finish.later = sum.later, finish.earlier = sum.earlier, finish.window = p.window;
+    finish.code_segment = g.code_segment, finish.all_far = sum.all_far;
     finish.dk = dk.mutable_data_ptr(), finish.dv = dv.mutable_data_ptr();
     std::optional<FarFieldTensors> shared;
     if (key_grad == "cluster") {
@@ -229,7 +257,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> vq_attention_backward(
       mean.v_length = p.far_depth, mean.v_head = p.length * p.far_depth, mean.v_batch = p.kv_heads * mean.v_head;
       shared.emplace(mean, dk_outside);
       check_launch(kOp, longvq_cuda_far_field(&mean, stream));
-      finish.dcodes = g.dcodes, finish.numbers = mean.numbers, finish.means = static_cast<const float*>(mean.means);
+      finish.dcodes = sum.dcodes_sum, finish.numbers = mean.numbers, finish.means = static_cast<const float*>(mean.means);
     }
     check_launch(kOp, longvq_cuda_finish_keys(&finish, stream));
     if (biased) {

@@ -4,6 +4,7 @@
 #include <initializer_list>
 
 #include "attention_columns.h"
+#include "sequences.h"
 #include "tile.h"
 
 namespace longvq::cuda {
@@ -24,29 +25,45 @@ inline Alignment alignment_of(const Attention& p) {
       aligned(p.v, p.type, {p.v_batch, p.v_head, p.v_length}), false};
 }
 
-// One head of one sequence.
+// One head of one sequence, in which queries and keys are counted.
 struct Head {
   const Attention& p;
-  int64_t batch, head, kv_head;
+  // Small, since it lives as long as the products: 32-bit numbers.
+  int sequence, batch, head, kv_head;
+  int start, length, first_field;  // of the sequence, in its row of the tensors
+
+  LONGVQ_DEVICE explicit Head(const Attention& problem) : p(problem) {}
+
+  LONGVQ_DEVICE void enter(const Sequence& of) {
+    sequence = static_cast<int>(of.number), batch = static_cast<int>(of.batch);
+    start = static_cast<int>(of.start), length = static_cast<int>(of.length);
+    first_field = static_cast<int>(p.offsets == nullptr ? 0 : p.all_far() ? of.number : of.first_piece(p, kFarBlock));
+  }
+
+  // The place of a query in arrays (batch, heads, length), of a key in those of its heads.
+  LONGVQ_DEVICE int64_t place(int64_t query) const { return (batch * p.heads + head) * p.length + start + query; }
+  LONGVQ_DEVICE int64_t place_of_key(int64_t key) const {
+    return (batch * p.kv_heads + kv_head) * p.length + start + key;
+  }
 
   // Codes that a caller made up must not become addresses.
   LONGVQ_DEVICE int64_t code_of(int64_t key) const {
-    const int64_t code = p.code_of_key[(batch * p.kv_heads + kv_head) * p.length + key];
+    const int64_t code = p.code_of_key[place_of_key(key)];
     return min(max(code, int64_t{0}), p.codebook.codes - 1);
   }
   LONGVQ_DEVICE bool ignored(int64_t key) const {
-    return p.ignored != nullptr && p.ignored[batch * p.ignored_batch + key * p.ignored_length] != 0;
+    return p.ignored != nullptr && p.ignored[batch * p.ignored_batch + (start + key) * p.ignored_length] != 0;
   }
   // The far field of a query, counted over everything.
   LONGVQ_DEVICE int64_t far_field(int64_t query) const {
-    const int64_t field = p.far_fields == 1 ? 0 : query / kFarBlock;
-    return (batch * p.kv_heads + kv_head) * p.far_fields + field;
+    const int64_t field = p.all_far() ? 0 : query / kFarBlock;
+    return (batch * p.kv_heads + kv_head) * p.far_fields + first_field + field;
   }
   LONGVQ_DEVICE float number(int64_t query, int64_t code) const {
     return p.numbers[far_field(query) * padded_codes(p.codebook.codes) + code];
   }
   LONGVQ_DEVICE float scale_of(int64_t query) const {
-    return p.laplace ? p.units[batch * p.length + query] : p.scale;
+    return p.laplace ? p.units[batch * p.length + start + query] : p.scale;
   }
   // Whether a pair is inside the window, by offset = key - query.
   LONGVQ_DEVICE bool inside(int offset) const {
@@ -71,18 +88,18 @@ struct Head {
 
   template <typename Element>
   LONGVQ_DEVICE Rows<Element> queries(bool far, bool rows_aligned) const {
-    const auto* q = static_cast<const Element*>(p.q) + batch * p.q_batch + head * p.q_head + (far ? p.far_first : 0);
-    return {q, p.q_length, static_cast<int>(far ? p.far_depth : p.near_depth), rows_aligned};
+    const auto* q = static_cast<const Element*>(p.q) + batch * p.q_batch + head * p.q_head + start * p.q_length;
+    return {q + (far ? p.far_first : 0), p.q_length, static_cast<int>(far ? p.far_depth : p.near_depth), rows_aligned};
   }
   template <typename Element>
   LONGVQ_DEVICE Rows<Element> keys(bool rows_aligned) const {
-    const auto* k = static_cast<const Element*>(p.k) + batch * p.k_batch + kv_head * p.k_head;
+    const auto* k = static_cast<const Element*>(p.k) + batch * p.k_batch + kv_head * p.k_head + start * p.k_length;
     return {k, p.k_length, static_cast<int>(p.near_depth), rows_aligned};
   }
   template <typename Element>
   LONGVQ_DEVICE Rows<Element> values(int64_t first, int columns, bool rows_aligned) const {
-    const auto* v = static_cast<const Element*>(p.v) + batch * p.v_batch + kv_head * p.v_head + first;
-    return {v, p.v_length, columns, rows_aligned};
+    const auto* v = static_cast<const Element*>(p.v) + batch * p.v_batch + kv_head * p.v_head + start * p.v_length;
+    return {v + first, p.v_length, columns, rows_aligned};
   }
   // Means of the far field of a query.
   template <typename Element>
@@ -101,7 +118,7 @@ template <typename Element>
 LONGVQ_DEVICE Rows<Element> grads_of(
     const AttentionGradients& g, const Head& head, int64_t first, int columns, bool rows_aligned) {
   const auto* grad = static_cast<const Element*>(g.grad) + head.batch * g.grad_batch + head.head * g.grad_head;
-  return {grad + first, g.grad_length, columns, rows_aligned};
+  return {grad + head.start * g.grad_length + first, g.grad_length, columns, rows_aligned};
 }
 
 // Mega's attention function, ½ (1 + erf((x − μ) / (σ √2))) with μ = √½, σ = √(1 / 4π), and its derivative.
@@ -125,21 +142,24 @@ struct QueryBlock {
   const Attention& p;
   Alignment aligned;
   Head head;
-  int64_t first_value, first, last;
-  int warp, lane;
+  int first_value, first, last, warp, lane;
 
   LONGVQ_DEVICE QueryBlock(const Attention& problem, Alignment alignment)
-      : p(problem), aligned(alignment), head{problem, 0, 0, 0} {
-    const int64_t slices = gridDim.y / p.heads;  // of values; a block has one, or goes through them
-    head.batch = blockIdx.z;
-    head.head = blockIdx.y / slices;
-    head.kv_head = head.head / (p.heads / p.kv_heads);
-    first_value = blockIdx.y % slices * VALUES;
-    first = static_cast<int64_t>(blockIdx.x) * kRows;
-    last = min(first + kRows, p.length);
+      : p(problem), aligned(alignment), head(problem) {
+    // Slices of values; a block has one, or goes through them.
+    const int heads = static_cast<int>(p.heads), slices = static_cast<int>(gridDim.y) / heads;
+    const Piece piece = piece_of(p, kRows, blockIdx.x, blockIdx.z);
+    head.enter(piece.of);
+    head.head = static_cast<int>(blockIdx.y) / slices;
+    head.kv_head = head.head / (heads / static_cast<int>(p.kv_heads));
+    first_value = static_cast<int>(blockIdx.y) % slices * VALUES;
+    first = static_cast<int>(piece.index) * kRows;
+    last = min(first + kRows, head.length);
     warp = threadIdx.x / 32;
     lane = threadIdx.x % 32;
   }
+
+  LONGVQ_DEVICE bool has_queries() const { return first < last; }
 
   LONGVQ_DEVICE Queries queries() const { return {reinterpret_cast<uint16_t*>(shared_memory())}; }
   LONGVQ_DEVICE char* more() const { return shared_memory() + Queries::kBytes; }
@@ -162,7 +182,7 @@ struct QueryBlock {
   }
 
   LONGVQ_DEVICE void fill_columns(const Columns& columns, int number) const {
-    const auto row_of = [&](int row) -> int64_t {
+    const auto row_of = [&](int row) {
       return columns.first + row < columns.last ? columns.first + row : -1;
     };
     if (columns.kind == Columns::kInside) {
@@ -170,7 +190,7 @@ struct QueryBlock {
     } else {
       const uint16_t* parts = head.codewords<Operand::kParts, DEPTH>();
       fill_packed<kThreads>(keys(number), parts, padded_codes(p.codebook.codes), [&](int row) {
-        const int64_t column = row_of(row);
+        const int column = row_of(row);
         return column < 0 || columns.kind == Columns::kCodes ? column : head.code_of(column);
       });
     }
@@ -190,8 +210,8 @@ struct QueryBlock {
   // Calls visit(columns, number) for every tile when it is in shared memory, and turn() once between the far queries
   // and the near ones, where those are others.
   template <typename Visit, typename Turn>
-  LONGVQ_DEVICE void past_all_columns(const Visit& visit, const Turn& turn) const {
-    const ColumnTiles tiles(p, first, last);
+  LONGVQ_DEVICE void past_all_columns(const Visit& visit, const Turn& turn) {
+    const ColumnTiles tiles(p, first, last, head.length);
     const int count = tiles.count(kTile);
     bool far = true;
     fill_queries(far);
@@ -199,6 +219,7 @@ struct QueryBlock {
     commit_copies();
     for (int number = 0; number < count; ++number) {
       const Columns columns = tiles.at(number, kTile);
+      forget(head.batch), forget(head.start), forget(head.kv_head), forget(lane);  // addresses are made again for each tile
       if (BUFFERS == 2 && number + 1 < count) {
         fill_columns(tiles.at(number + 1, kTile), number + 1);
       }

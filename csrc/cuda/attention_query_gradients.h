@@ -32,8 +32,8 @@ struct QueryGradient : QueryGradientShape<Element, DEPTH, VALUES>::Block {
       : Base(problem.forward, alignment), g(problem) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const int64_t query = first + row(0, half);
-      const int64_t place = (head.batch * p.heads + head.head) * p.length + query;
+      const int query = first + row(0, half);
+      const int64_t place = head.place(query);
       const bool there = query < last;
       top[half] = there ? p.normalizers[2 * place] : 0.0f;
       inverse[half] = there && !p.laplace ? 1.0f / p.normalizers[2 * place + 1] : 0.0f;
@@ -74,17 +74,17 @@ struct QueryGradient : QueryGradientShape<Element, DEPTH, VALUES>::Block {
     for (int n = 0; n < kFragments; ++n) {
 #pragma unroll
       for (int c = 0; c < 2; ++c) {
-        const int64_t column = columns.first + n * 8 + lane % 4 * 2 + c;
+        const int column = columns.first + n * 8 + lane % 4 * 2 + c;
         const bool code = columns.kind == Columns::kCodes;
         const bool there = column < columns.last && (code || !head.ignored(column));
         const float number = !there ? 0.0f : code ? head.number(first, column) : 1.0f;
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-          const int64_t query = first + row(0, half);
+          const int query = first + row(0, half);
           float& score = scores[0][n][half * 2 + c];
           score *= scale[half];
           if (!code && there) {
-            score = head.score_of_key(columns.kind, static_cast<int>(column - query), score);
+            score = head.score_of_key(columns.kind, column - query, score);
           }
           const float dweight = dweights[0][n][half * 2 + c];
           if (number == 0.0f || query >= last) {
@@ -110,7 +110,7 @@ struct QueryGradient : QueryGradientShape<Element, DEPTH, VALUES>::Block {
     }
     __syncthreads();
     const int diagonal = static_cast<int>(threadIdx.x) - (Base::kRows - 1);  // column - row
-    const int offset = diagonal + columns.first - static_cast<int>(first);
+    const int offset = diagonal + columns.first - first;
     if (diagonal < kTile && head.inside(offset)) {
       float sum = 0;
       for (int row = max(0, -diagonal); row < min(Base::kRows, kTile - diagonal); ++row) {
@@ -125,9 +125,9 @@ struct QueryGradient : QueryGradientShape<Element, DEPTH, VALUES>::Block {
     const int columns = static_cast<int>(far ? p.far_depth : p.near_depth);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const int64_t query = first + row(0, half);
+      const int query = first + row(0, half);
       if (query < last) {
-        const int64_t place = (head.batch * p.heads + head.head) * p.length + query;
+        const int64_t place = head.place(query);
         Element* to = static_cast<Element*>(g.dq) + place * (p.far_first + p.far_depth) + (far ? p.far_first : 0);
 #pragma unroll
         for (int n = 0; n < DEPTH / 8; ++n) {
@@ -179,7 +179,10 @@ struct QueryGradient : QueryGradientShape<Element, DEPTH, VALUES>::Block {
 
 template <typename Element, int DEPTH, int VALUES>
 __global__ void __launch_bounds__(kThreads, 2) differentiate_queries(AttentionGradients g, Alignment alignment) {
-  QueryGradient<Element, DEPTH, VALUES>(g, alignment).run();
+  QueryGradient<Element, DEPTH, VALUES> gradient(g, alignment);
+  if (gradient.has_queries()) {
+    gradient.run();
+  }
 }
 
 }  // namespace

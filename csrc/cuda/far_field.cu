@@ -7,34 +7,36 @@
 #include <initializer_list>
 
 #include "cover.h"
+#include "sequences.h"
 
 namespace longvq::cuda {
 namespace {
 
 constexpr int kThreads = 256, kWarps = kThreads / 32, kColumns = 32, kCodes = 512, kKeys = 128;
+constexpr int64_t kSegment = kFarBlock * kFarSegment;
 constexpr size_t kBytes = sizeof(float) * kCodes * kColumns + sizeof(int) * (kCodes + kKeys);
 
-// Positions and far fields in the order of the walk: from the first, or from the last.
+// Positions and far fields of a sequence in the order of the walk: from the first, or from the last.
 struct Walk {
   const FarField& p;
+  int64_t length;
   bool backward;
 
-  LONGVQ_DEVICE int64_t key(int64_t step) const { return backward ? p.length - 1 - step : step; }
-  LONGVQ_DEVICE int64_t field(int64_t index) const {
-    return backward ? divide_up(p.length, kFarBlock) - 1 - index : index;
-  }
+  LONGVQ_DEVICE int64_t key(int64_t step) const { return backward ? length - 1 - step : step; }
+  LONGVQ_DEVICE int64_t fields() const { return divide_up(length, kFarBlock); }
+  LONGVQ_DEVICE int64_t field(int64_t index) const { return backward ? fields() - 1 - index : index; }
   // How many keys, from the start of the walk, are in the far field `index`.
   LONGVQ_DEVICE int64_t limit(int64_t index) const {
     const int64_t reach = max(p.window, int64_t{1});
     const int64_t first = field(index) * kFarBlock;
-    const int64_t limit = backward ? p.length - (first + kFarBlock - 1 + reach) : first - reach + 1;
-    return min(max(limit, int64_t{0}), p.length);
+    const int64_t limit = backward ? length - (first + kFarBlock - 1 + reach) : first - reach + 1;
+    return min(max(limit, int64_t{0}), length);
   }
   // Where segments begin.
   LONGVQ_DEVICE int64_t begin(int64_t segment) const {
     const int64_t index = segment * kFarSegment;
-    if (index * kFarBlock >= p.length) {
-      return p.length;
+    if (index * kFarBlock >= length) {
+      return length;
     }
     return p.all_far() ? index * kFarBlock : limit(index);
   }
@@ -44,17 +46,17 @@ struct Walk {
 template <typename Element>
 struct Sums {
   const FarField& p;
-  int64_t batch, head, first_code, first_column;
+  Sequence of;
+  int64_t head, first_code, first_column;
   float* sums;
   int* numbers;
   int* codes_of_keys;
 
-  LONGVQ_DEVICE Sums(const FarField& problem) : p(problem) {
+  LONGVQ_DEVICE Sums(const FarField& problem, const Sequence& sequence) : p(problem), of(sequence) {
     const int64_t slices = divide_up(p.values, kColumns);
     first_column = blockIdx.x % slices * kColumns;
     first_code = blockIdx.x / slices * kCodes;
     head = blockIdx.y;
-    batch = blockIdx.z % p.batch;
     sums = reinterpret_cast<float*>(shared_memory());
     numbers = reinterpret_cast<int*>(sums + kCodes * kColumns);
     codes_of_keys = numbers + kCodes;
@@ -79,13 +81,22 @@ struct Sums {
     __syncthreads();
   }
 
+  // The places of segments and far fields of this sequence in arrays of all.
+  LONGVQ_DEVICE int64_t segment_place(int64_t segment) const {
+    return (of.batch * p.heads + head) * p.segments() + of.first_piece(p, kSegment) + segment;
+  }
+  LONGVQ_DEVICE int64_t field_place(int64_t field) const {
+    const int64_t first = !p.all_far() ? of.first_piece(p, kFarBlock) : p.offsets == nullptr ? 0 : of.number;
+    return (of.batch * p.heads + head) * p.far_fields() + first + field;
+  }
+
   // A sum of all (codes, values) from an array of such.
   LONGVQ_DEVICE int64_t place(int64_t array, int code) const {
     return (array * p.codes + first_code + code) * p.values + column();
   }
 
   LONGVQ_DEVICE void add_segment(int64_t segment) const {
-    const int64_t array = (batch * p.heads + head) * p.segments() + segment;
+    const int64_t array = segment_place(segment);
     each_code([&](int code, float* sum) {
       if (has_column()) {
         *sum += p.segment_sums[place(array, code)];
@@ -110,8 +121,7 @@ struct Sums {
 
   // Means, with what an earlier walk in the other direction found if there was one.
   LONGVQ_DEVICE void write_means(int64_t field, bool add_before) const {
-    const int64_t array = (batch * p.heads + head) * p.far_fields() + field, padded = padded_codes(p.codes);
-    const int64_t pitch = value_pitch(p.values);
+    const int64_t array = field_place(field), padded = padded_codes(p.codes), pitch = value_pitch(p.values);
     each_code([&](int code, const float* sum) {
       float total = *sum;
       int number = numbers[code];
@@ -132,15 +142,16 @@ struct Sums {
 
   // Adds the keys of steps begin .. end of the walk.
   LONGVQ_DEVICE void add_keys(const Walk& walk, int64_t begin, int64_t end) const {
-    const int64_t* codes = p.code_of_key + (batch * p.heads + head) * p.length;
-    const Element* values = static_cast<const Element*>(p.v) + batch * p.v_batch + head * p.v_head + column();
+    const int64_t* codes = p.code_of_key + (of.batch * p.heads + head) * p.length + of.start;
+    const Element* values = static_cast<const Element*>(p.v) + of.batch * p.v_batch + head * p.v_head +
+                            of.start * p.v_length + column();
     for (int64_t first = begin; first < end; first += kKeys) {
       const int count = static_cast<int>(min(end - first, int64_t{kKeys}));
       __syncthreads();
       for (int i = threadIdx.x; i < count; i += kThreads) {
         const int64_t key = walk.key(first + i), code = codes[key] - first_code;
         const bool ignored =
-            p.ignored != nullptr && p.ignored[batch * p.ignored_batch + key * p.ignored_length] != 0;
+            p.ignored != nullptr && p.ignored[of.batch * p.ignored_batch + (of.start + key) * p.ignored_length] != 0;
         codes_of_keys[i] = !ignored && code >= 0 && code < kCodes ? static_cast<int>(code) : -1;
       }
       __syncthreads();
@@ -162,13 +173,17 @@ struct Sums {
 
 template <typename Element>
 __global__ void __launch_bounds__(kThreads) sum_segments(FarField p, bool backward) {
-  const Sums<Element> sums(p);
-  const Walk walk{p, backward};
-  const int64_t segment = blockIdx.z / p.batch;
+  const Piece piece = piece_of(p, kSegment, blockIdx.z / p.batch, blockIdx.z % p.batch);
+  const int64_t segment = piece.index, next = segment + 1;
+  const bool needed = p.all_far() || next * kSegment < piece.of.length;  // otherwise that of the last segment is not
+  if (!piece.there(kSegment) || !needed) {
+    return;
+  }
+  const Sums<Element> sums(p, piece.of);
+  const Walk walk{p, piece.of.length, backward};
   sums.clear();
-  sums.add_keys(walk, walk.begin(segment), walk.begin(segment + 1));
-  sums.write(
-      p.segment_sums, p.segment_numbers, (sums.batch * p.heads + sums.head) * p.segments() + segment);
+  sums.add_keys(walk, walk.begin(segment), walk.begin(next));
+  sums.write(p.segment_sums, p.segment_numbers, sums.segment_place(segment));
 }
 
 // What a walk leaves: sums for the walk in the other direction, means, or means that add what such a walk left.
@@ -176,51 +191,63 @@ enum class Leaves { kSums, kMeans, kMeansOfBoth };
 
 template <typename Element>
 __global__ void __launch_bounds__(kThreads) make_far_fields(FarField p, bool backward, Leaves leaves) {
-  const Sums<Element> sums(p);
-  const Walk walk{p, backward};
-  const int64_t segment = p.all_far() ? p.segments() : blockIdx.z / p.batch;
+  const Piece piece = piece_of(p, kSegment, blockIdx.z / p.batch, blockIdx.z % p.batch);
+  if (!piece.there(kSegment)) {
+    return;
+  }
+  const Sums<Element> sums(p, piece.of);
+  const Walk walk{p, piece.of.length, backward};
+  const int64_t segment = piece.index;
   sums.clear();
   for (int64_t earlier = 0; earlier < segment; ++earlier) {
     sums.add_segment(earlier);
   }
-  if (p.all_far()) {
-    sums.write_means(0, false);
-    return;
-  }
-  const int64_t first = segment * kFarSegment, last = min(first + kFarSegment, p.far_fields());
+  const int64_t first = segment * kFarSegment, last = min(first + kFarSegment, walk.fields());
   for (int64_t index = first; index < last; ++index) {
     if (index > first) {
       sums.add_keys(walk, walk.limit(index - 1), walk.limit(index));
     }
     const int64_t field = walk.field(index);
     if (leaves == Leaves::kSums) {
-      sums.write(p.before_sums, p.before_numbers, (sums.batch * p.heads + sums.head) * p.far_fields() + field);
+      sums.write(p.before_sums, p.before_numbers, sums.field_place(field));
     } else {
       sums.write_means(field, leaves == Leaves::kMeansOfBoth);
     }
   }
 }
 
+// One far field for each sequence, of all its keys.
+template <typename Element>
+__global__ void __launch_bounds__(kThreads) make_only_far_field(FarField p) {
+  const Sequence of = sequence_of(p, blockIdx.z);
+  const Sums<Element> sums(p, of);
+  sums.clear();
+  for (int64_t segment = 0; segment * kSegment < of.length; ++segment) {
+    sums.add_segment(segment);
+  }
+  sums.write_means(0, false);
+}
+
 template <typename Element>
 int make(const FarField& p, void* stream) {
   const auto columns = static_cast<unsigned>(divide_up(p.values, kColumns) * divide_up(p.codes, kCodes));
-  const auto rows = static_cast<unsigned>(p.segments() * p.batch);
-  const dim3 all(columns, static_cast<unsigned>(p.heads), rows);
-  const dim3 once(columns, static_cast<unsigned>(p.heads), static_cast<unsigned>(p.batch));
-  const bool both = !p.causal && !p.all_far();
+  const dim3 grid(columns, static_cast<unsigned>(p.heads), static_cast<unsigned>(p.segments() * p.batch));
+  const bool both = !p.causal && !p.all_far(), several = p.all_far() || p.length > kSegment;
   for (const bool backward : {false, true}) {
     if (backward && !both) {
       break;
     }
-    const Leaves leaves = !both ? Leaves::kMeans : backward ? Leaves::kMeansOfBoth : Leaves::kSums;
-    if (p.all_far() || p.segments() > 1) {  // of the last segment sums are not needed otherwise
-      const dim3 grid(columns, all.y, p.all_far() ? rows : rows - static_cast<unsigned>(p.batch));
-      if (const int error = launch(sum_segments<Element>, grid, kThreads, kBytes, stream, p, backward)) {
+    if (several) {
+      if (const int error = launch<sum_segments<Element>>(grid, kThreads, kBytes, stream, p, backward)) {
         return error;
       }
     }
-    const dim3 grid = p.all_far() ? once : all;
-    if (const int error = launch(make_far_fields<Element>, grid, kThreads, kBytes, stream, p, backward, leaves)) {
+    if (p.all_far()) {
+      const dim3 sequences(columns, grid.y, static_cast<unsigned>(p.sequences()));
+      return launch<make_only_far_field<Element>>(sequences, kThreads, kBytes, stream, p);
+    }
+    const Leaves leaves = !both ? Leaves::kMeans : backward ? Leaves::kMeansOfBoth : Leaves::kSums;
+    if (const int error = launch<make_far_fields<Element>>(grid, kThreads, kBytes, stream, p, backward, leaves)) {
       return error;
     }
   }
@@ -234,7 +261,7 @@ int longvq_cuda_far_field(const FarField* problem, void* stream) {
   if (p.batch == 0 || p.heads == 0 || p.length == 0 || p.values == 0) {
     return 0;
   }
-  if (p.heads > kMaxGrid || p.batch * p.segments() > kMaxGrid) {
+  if (p.heads > kMaxGrid || p.batch * p.segments() > kMaxGrid || p.sequences() > kMaxGrid) {
     return kNotCovered;
   }
   return for_element(p.type, [&](auto element) { return make<decltype(element)>(p, stream); });

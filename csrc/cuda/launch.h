@@ -43,15 +43,30 @@ struct Assign {
   int64_t* codes;     // (batch, heads, length)
 };
 
+// Which positions belong together: the rows of a batch, or documents packed into one row, where document n has the
+// positions offsets[n] .. offsets[n + 1].
+struct Sequences {
+  int64_t batch, length;   // of the tensors; of documents the batch is 1
+  const int32_t* offsets;  // (documents + 1,) or null
+  int64_t documents;
+
+  constexpr int64_t sequences() const { return offsets == nullptr ? batch : documents; }
+  // Into how many pieces of `unit` positions a row of the tensors is cut: none belongs to two documents, see
+  // sequences.h, and there may be more than needed.
+  constexpr int64_t pieces(int64_t unit) const {
+    return offsets == nullptr ? (length + unit - 1) / unit : length / unit + documents;
+  }
+};
+
 // Far fields: for every kFarBlock queries the number and the mean value, for each code, of the keys that are outside
 // the window of all of them. Keys before them and, bidirectional, behind them; without a window and bidirectional all keys,
 // and one far field serves everybody.
 constexpr int64_t kFarBlock = 128;
 constexpr int64_t kFarSegment = 16;  // far fields that one block of threads makes, the next one out of each
 
-struct FarField {
+struct FarField : Sequences {
   ElementType type;  // of values and means
-  int64_t batch, heads, length, codes, values;  // heads of keys
+  int64_t heads, codes, values;                 // heads of keys
   bool causal, logarithm;                       // whether `numbers` are logarithms
   int64_t window;
   const int64_t* code_of_key;  // (batch, heads, length)
@@ -67,16 +82,17 @@ struct FarField {
   void* means;     // (batch, heads, far_fields, padded codes, value_pitch)
   float* numbers;  // (batch, heads, far_fields, padded codes)
 
-  constexpr int64_t far_fields() const { return all_far() ? 1 : (length + kFarBlock - 1) / kFarBlock; }
-  constexpr int64_t segments() const { return (length + kFarBlock * kFarSegment - 1) / (kFarBlock * kFarSegment); }
+  // Of a row of the tensors.
+  constexpr int64_t far_fields() const { return !all_far() ? pieces(kFarBlock) : offsets == nullptr ? 1 : documents; }
+  constexpr int64_t segments() const { return pieces(kFarBlock * kFarSegment); }
   constexpr bool all_far() const { return window == 0 && !causal; }
 };
 
 constexpr int64_t value_pitch(int64_t values) { return (values + 7) / 8 * 8; }
 
-struct Attention {
+struct Attention : Sequences {
   ElementType type;  // of q, k, v, means, out
-  int64_t batch, heads, kv_heads, length, values;
+  int64_t heads, kv_heads, values;
   int64_t near_depth, far_depth, far_first;  // pairs outside the window: columns of q from far_first
   bool exact, causal, laplace;
   int64_t window;
@@ -92,9 +108,11 @@ struct Attention {
   const float* units;  // (batch, length): laplace, one over the number of keys allowed
   const void* means;
   const float* numbers;
-  int64_t far_fields;
+  int64_t far_fields;  // of a row of the tensors
   void* out;           // (batch, heads, length, values)
   float* normalizers;  // (batch, heads, length, 2)
+
+  constexpr bool all_far() const { return window == 0 && !causal; }
 };
 
 // Gradients of attention. `forward` is as it was, but for `numbers`, which are numbers and no logarithms.
@@ -104,16 +122,33 @@ struct AttentionGradients {
   int64_t grad_batch, grad_head, grad_length;
   const float* deltas;  // (batch, heads, length)
   void* dq;             // (batch, heads, length, columns of q)
-  // For each block of kGradientRows queries; or null. A bias wider than the window is skipped by bias_skipped entries.
+  // For each piece of kGradientRows queries; or null. A bias wider than the window is skipped by bias_skipped entries.
   float* dbias_of_blocks;  // (batch, heads, blocks, bias_columns), zero before
   int64_t bias_columns, bias_skipped;
-  float* dcodes;      // (batch, kv_heads, codes, far_depth): of pairs that see the codeword from afar
-  float* dv_far;      // (batch, kv_heads, length, values), zero before
-  float* dv_near;     // the same
+  // What codes get from the queries of each segment of so many, a multiple of kFarBlock: gradients of codewords, and of
+  // the values that they stand for, if no sequence has two segments null.
+  int64_t code_segment;
+  float* dcodes;         // (batch, kv_heads, segments, codes, far_depth)
+  float* code_values;    // (batch, kv_heads, segments, codes, values)
+  float* dv_far;      // (batch, kv_heads, length, values), zero before: from queries behind their keys, or of all
+  float* dv_ahead;    // the same from queries before their keys, null if there are none
+  float* dv_near;     // the same size
   float* dk_inside;   // (batch, kv_heads, length, near_depth)
   float* dk_outside;  // (batch, kv_heads, length, far_depth): of pairs near, but outside the window
 };
 constexpr int64_t kGradientRows = 64;
+
+// What codes got from the queries of all segments, and, of values, from those of later and earlier ones alone.
+struct SumSegments : Sequences {
+  int64_t heads, codes, far_depth, values, code_segment;
+  const float* dcodes;  // as above
+  float* dcodes_sum;    // (sequences, heads, codes, far_depth)
+  float* later;         // what is in code_values, replaced; of one far field for all the sum of all
+  float* earlier;       // the same size, or null
+  bool all_far;
+
+  constexpr int64_t segments() const { return pieces(code_segment); }
+};
 
 // deltas[i] = Σ_e grad[i, e] out[i, e], 0 for ignored queries.
 struct Deltas {
@@ -127,20 +162,23 @@ struct Deltas {
 };
 
 // dk and dv from their parts. The keys of a code share what it got equally: dcodes / numbers + means of dk_outside.
-struct FinishKeys {
+struct FinishKeys : Sequences {
   ElementType type;
-  int64_t batch, heads, length, codes, near_depth, far_depth, far_first, values;
+  int64_t heads, codes, near_depth, far_depth, far_first, values;
   const int64_t* code_of_key;
   const uint8_t* ignored;
   int64_t ignored_batch, ignored_length;
-  const float *dk_inside, *dv_near, *dv_far;
+  const float *dk_inside, *dv_near, *dv_far, *dv_ahead;
   const float *dcodes, *numbers, *means;  // null: codes keep what they got
+  // With values from queries of other segments, see SumSegments; null if there is one segment.
+  const float *later, *earlier;
+  int64_t window, code_segment;
+  bool all_far;
   void *dk, *dv;                          // (batch, heads, length, columns)
 };
 
 // For attention with laplace: one over the number of keys that each query may attend.
-struct CountKeys {
-  int64_t batch, length;
+struct CountKeys : Sequences {
   bool causal;
   const uint8_t* ignored;  // (batch, length) or null
   int64_t ignored_batch, ignored_length;
@@ -184,39 +222,40 @@ constexpr int64_t scan_gradient_table_size(int64_t modes, int64_t parts) {
   return parts * (kScanSteps + 8) * (padded_modes(modes) / kScanGroup * 4 * kScanSteps);
 }
 
-struct Scan {
+struct Scan : Sequences {
   ScanModes modes;
   ElementType type;  // of u and y
-  int64_t batch, length;
   bool reverse, adjoint;
   const void* u;  // (batch, length, channels), any strides
   int64_t u_batch, u_length, u_channel;
   void* y;                 // (batch, length, channels)
   const uint8_t* ignored;  // (batch, length) or null
   int64_t ignored_batch, ignored_length;
-  const float* initial_state;  // (batch, channels, modes), complex ones as pairs, or null
+  const float* initial_state;  // (sequences, channels, modes), complex ones as pairs, or null
   float* final_state;          // the same
   const uint16_t* tables;
   const float* decays;
-  int64_t segments;       // that run at the same time, of segment_length steps, a multiple of kScanTile
+  // Segments run at the same time, each of so many steps, a multiple of kScanTile.
   int64_t segment_length;
-  float* segment_states;  // (batch, channels, segments, modes) complex numbers; null for one segment
+  float* segment_states;  // (batch, channels, segments, modes) complex numbers; null if no sequence has two
+
+  constexpr int64_t segments() const { return pieces(segment_length); }  // of a row of the tensors
 };
 
-// Gradients of the parameters, of every row of the batch by itself.
+// Gradients of the parameters, of every sequence by itself.
 struct ScanGradients {
   Scan scan;  // its inputs, states and tables; no outputs
   const void* grad;  // of y, (batch, length, channels)
   int64_t grad_batch, grad_length, grad_channel;
-  const float* grad_state;  // (batch, channels, modes)
-  double* dmodes;  // (batch, channels, modes, 4): of weight and log_decay, real and imaginary parts
-  double* dskip;   // (batch, channels)
+  const float* grad_state;  // (sequences, channels, modes)
+  double* dmodes;  // (sequences, channels, modes, 4): of weight and log_decay, real and imaginary parts
+  double* dskip;   // (sequences, channels)
 };
 
-// Sums them over the rows. Of complex parameters PyTorch keeps the conjugate.
+// Sums them over the sequences. Of complex parameters PyTorch keeps the conjugate.
 struct SumScanGradients {
   ScanModes modes;
-  int64_t batch;
+  int64_t sequences;
   const double *dmodes, *dskip;
   float *dweight, *dlog_decay, *dskip_sum;  // (channels, modes), the last (channels,) or null
 };
@@ -230,6 +269,7 @@ int longvq_cuda_count_keys(const CountKeys* problem, void* stream);
 int longvq_cuda_attention(const Attention* problem, void* stream);
 int longvq_cuda_attention_gradients(const AttentionGradients* problem, void* stream);
 int longvq_cuda_deltas(const Deltas* problem, void* stream);
+int longvq_cuda_sum_segments(const SumSegments* problem, void* stream);
 int longvq_cuda_finish_keys(const FinishKeys* problem, void* stream);
 int longvq_cuda_scan_tables(const ScanTables* problem, void* stream);
 int longvq_cuda_scan(const Scan* problem, void* stream);

@@ -23,8 +23,8 @@ template <typename Element>
 struct Scanning : ScanningBlock<Element> {
   using Base = ScanningBlock<Element>;
   using typename Base::Chunks, typename Base::Layout, typename Base::Operand;
-  using Base::batch, Base::begin, Base::channel, Base::count, Base::end, Base::first_channel, Base::has_channel,
-      Base::lane, Base::p, Base::padded, Base::segment, Base::warp;
+  using Base::begin, Base::channel, Base::count, Base::end, Base::first_channel, Base::has_channel,
+      Base::lane, Base::of, Base::p, Base::padded, Base::segment, Base::warp;
   static constexpr int kParts = Base::kParts, kChannels = Base::kChannels, kThreads = Base::kThreads;
   // y is left where u was: rows of 16 bits, or of 32 bits in the room of three parts.
   using Output = std::conditional_t<sizeof(Element) == 4, float, uint16_t>;
@@ -35,7 +35,13 @@ struct Scanning : ScanningBlock<Element> {
     return tables + kChannels * Chunks::kBytes + states;
   }
 
-  LONGVQ_DEVICE explicit Scanning(const Scan& problem) : Base(problem) {}
+  LONGVQ_DEVICE Scanning(const Scan& problem, const Piece& piece) : Base(problem, piece) {}
+
+  // The place of the segment's state in an array of those of all.
+  LONGVQ_DEVICE int64_t segment_place(int64_t mode) const {
+    const int64_t piece = of.first_piece(p, p.segment_length) + segment;
+    return ((of.batch * p.modes.channels + channel) * p.segments() + piece) * p.modes.modes + mode;
+  }
 
   LONGVQ_DEVICE uint16_t* tables(int of) const {
     return reinterpret_cast<uint16_t*>(shared_memory()) + of * scan_table_size(p.modes.modes, kParts);
@@ -51,8 +57,7 @@ struct Scanning : ScanningBlock<Element> {
       Number x{0, 0};
       if (has_channel() && mode < p.modes.modes && pass == Pass::kOutputs) {
         if (p.segment_states != nullptr) {  // entry states, made of those of the pass before
-          const int64_t place = ((batch * p.modes.channels + channel) * p.segments + segment) * p.modes.modes + mode;
-          x = reinterpret_cast<const Number*>(p.segment_states)[place];
+          x = reinterpret_cast<const Number*>(p.segment_states)[segment_place(mode)];
         } else if (p.initial_state != nullptr) {
           const float* from = p.initial_state + this->state_place(mode) * (p.modes.complex_modes ? 2 : 1);
           x = {from[0], p.modes.complex_modes ? (p.adjoint ? -from[1] : from[1]) : 0.0f};
@@ -68,7 +73,7 @@ struct Scanning : ScanningBlock<Element> {
   }
 
   LONGVQ_DEVICE void write_outputs(int64_t first) const {
-    Element* outputs = static_cast<Element*>(p.y) + batch * p.length * p.modes.channels + first_channel;
+    Element* outputs = static_cast<Element*>(p.y) + of.batch * p.length * p.modes.channels + first_channel;
     const bool together = this->are_together(outputs, p.modes.channels, 1);
     for (int i = threadIdx.x; i < kScanTile && first + i < end; i += kThreads) {
       const int64_t at = this->position(first + i);
@@ -220,9 +225,8 @@ struct Scanning : ScanningBlock<Element> {
     for (int64_t mode = lane; has_channel() && mode < p.modes.modes; mode += 32) {
       const Number x = state(warp)[mode];
       if (pass == Pass::kStates) {
-        const int64_t place = ((batch * p.modes.channels + channel) * p.segments + segment) * p.modes.modes + mode;
-        reinterpret_cast<Number*>(p.segment_states)[place] = x;
-      } else if (segment == p.segments - 1) {
+        reinterpret_cast<Number*>(p.segment_states)[segment_place(mode)] = x;
+      } else if (end == of.length) {
         float* to = p.final_state + this->state_place(mode) * (p.modes.complex_modes ? 2 : 1);
         to[0] = x.re;
         if (p.modes.complex_modes) {
@@ -254,27 +258,34 @@ struct Scanning : ScanningBlock<Element> {
 
 template <typename Element>
 __global__ void __launch_bounds__(ScanningBlock<Element>::kThreads, 1) scan(Scan p, Pass pass) {
-  Scanning<Element>(p).run(pass);
+  const Piece piece = piece_of(p, p.segment_length, blockIdx.z, blockIdx.y);
+  const bool last = (piece.index + 1) * p.segment_length >= piece.of.length;  // whose state enters no other
+  if (piece.there(p.segment_length) && !(pass == Pass::kStates && last)) {
+    Scanning<Element>(p, piece).run(pass);
+  }
 }
 
 // From the states that segments leave, starting from zero, to those that enter them.
 __global__ void __launch_bounds__(128) enter_segments(Scan p) {
   const int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x, modes = p.modes.modes;
-  if (i >= p.batch * p.modes.channels * modes) {
+  if (i >= p.sequences() * p.modes.channels * modes) {
     return;
   }
-  const int64_t mode = i % modes, row = i / modes;
-  const int width = p.modes.complex_modes ? 2 : 1;
-  const Complex<double> exact = decay_of(p.modes, row % p.modes.channels, mode, static_cast<double>(p.segment_length));
+  const int64_t mode = i % modes, row = i / modes, channel = row % p.modes.channels;
+  const Complex<double> exact = decay_of(p.modes, channel, mode, static_cast<double>(p.segment_length));
   const Number decay{static_cast<float>(exact.re), static_cast<float>(exact.im)};
+  const Sequence of = sequence_of(p, row / p.modes.channels);
+  const int width = p.modes.complex_modes ? 2 : 1;
   Number x{0, 0};
   if (p.initial_state != nullptr) {
     const float imaginary = p.modes.complex_modes ? p.initial_state[i * width + 1] : 0.0f;
     x = {p.initial_state[i * width], p.adjoint ? -imaginary : imaginary};
   }
-  Number* states = reinterpret_cast<Number*>(p.segment_states) + row * p.segments * modes + mode;
-  for (int64_t segment = 0; segment < p.segments; ++segment) {
-    const Number left = states[segment * modes];
+  const int64_t first = (of.batch * p.modes.channels + channel) * p.segments() + of.first_piece(p, p.segment_length);
+  Number* states = reinterpret_cast<Number*>(p.segment_states) + first * modes + mode;
+  for (int64_t segment = 0; segment == 0 || segment * p.segment_length < of.length; ++segment) {
+    const bool last = (segment + 1) * p.segment_length >= of.length;
+    const Number left = last ? Number{0, 0} : states[segment * modes];
     states[segment * modes] = x;
     x = multiply_add(decay, x, left);
   }
@@ -285,25 +296,25 @@ int run(const Scan& p, void* stream) {
   using S = Scanning<Element>;
   const dim3 grid(
       static_cast<unsigned>(divide_up(p.modes.channels, S::kChannels)), static_cast<unsigned>(p.batch),
-      static_cast<unsigned>(p.segments));
+      static_cast<unsigned>(p.segments()));
   const size_t bytes = S::bytes(p.modes.modes);
-  if (p.segments > 1) {
-    if (const int error = launch(scan<Element>, grid, S::kThreads, bytes, stream, p, Pass::kStates)) {
+  if (p.segment_states != nullptr) {
+    if (const int error = launch<scan<Element>>(grid, S::kThreads, bytes, stream, p, Pass::kStates)) {
       return error;
     }
-    const dim3 all(static_cast<unsigned>(divide_up(p.batch * p.modes.channels * p.modes.modes, 128)));
-    if (const int error = launch(enter_segments, all, 128, 0, stream, p)) {
+    const dim3 all(static_cast<unsigned>(divide_up(p.sequences() * p.modes.channels * p.modes.modes, 128)));
+    if (const int error = launch<enter_segments>(all, 128, 0, stream, p)) {
       return error;
     }
   }
-  return launch(scan<Element>, grid, S::kThreads, bytes, stream, p, Pass::kOutputs);
+  return launch<scan<Element>>(grid, S::kThreads, bytes, stream, p, Pass::kOutputs);
 }
 
 }  // namespace
 
 int longvq_cuda_scan(const Scan* problem, void* stream) {
   const Scan& p = *problem;
-  if (p.modes.modes > kScanMaxModes || p.batch > kMaxGrid) {
+  if (p.modes.modes > kScanMaxModes || p.batch > kMaxGrid || p.segments() > kMaxGrid) {
     return kNotCovered;
   }
   if (p.batch == 0 || p.modes.channels == 0 || p.length == 0) {

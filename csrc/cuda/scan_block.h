@@ -3,6 +3,7 @@
 
 #include "cover.h"
 #include "scan_layout.h"
+#include "sequences.h"
 
 namespace longvq::cuda {
 namespace {
@@ -10,10 +11,10 @@ namespace {
 using Number = Complex<float>;
 constexpr int kTiles = kScanSteps / 8;  // fragments (16, 8) side by side
 
-// Inputs of the scan, (batch, length, channels) with any strides.
-struct Sequence {
+// (batch, length, channels) with any strides.
+struct Inputs {
   const void* data;
-  int64_t batch, length, channel;
+  int64_t batch, length, channel;  // strides
 };
 
 // What one access takes of the 16-bit numbers of a step.
@@ -31,17 +32,16 @@ struct ScanBlock {
   static constexpr int kThreads = 32 * kChannels;
 
   const Scan& p;
-  int64_t batch, segment, first_channel, channel, begin, end, padded;  // steps begin .. end of the scan's own order
-  int count;                                                           // of channels here
+  Sequence of;
+  int64_t segment, first_channel, channel, begin, end, padded;  // steps begin .. end of the scan's own order
+  int count;                                                    // of channels here
   int warp, lane;
 
-  LONGVQ_DEVICE explicit ScanBlock(const Scan& problem) : p(problem) {
+  LONGVQ_DEVICE ScanBlock(const Scan& problem, const Piece& piece) : p(problem), of(piece.of), segment(piece.index) {
     first_channel = static_cast<int64_t>(blockIdx.x) * kChannels;
     count = static_cast<int>(min(p.modes.channels - first_channel, int64_t{kChannels}));
-    batch = blockIdx.y;
-    segment = blockIdx.z;
     begin = segment * p.segment_length;
-    end = min(begin + p.segment_length, p.length);
+    end = min(begin + p.segment_length, of.length);
     padded = padded_modes(p.modes.modes);
     warp = threadIdx.x / 32;
     lane = threadIdx.x % 32;
@@ -49,12 +49,12 @@ struct ScanBlock {
   }
 
   LONGVQ_DEVICE bool has_channel() const { return warp < count; }
-  LONGVQ_DEVICE int64_t position(int64_t step) const { return p.reverse ? p.length - 1 - step : step; }
+  LONGVQ_DEVICE int64_t position(int64_t step) const { return of.start + (p.reverse ? of.length - 1 - step : step); }
   LONGVQ_DEVICE bool ignored(int64_t at) const {
-    return p.ignored != nullptr && p.ignored[batch * p.ignored_batch + at * p.ignored_length] != 0;
+    return p.ignored != nullptr && p.ignored[of.batch * p.ignored_batch + at * p.ignored_length] != 0;
   }
   LONGVQ_DEVICE int64_t state_place(int64_t mode) const {
-    return (batch * p.modes.channels + channel) * p.modes.modes + mode;
+    return (of.number * p.modes.channels + channel) * p.modes.modes + mode;
   }
 
   // Copies the tables of these channels, `size` numbers each, and their powers of decays.
@@ -71,8 +71,8 @@ struct ScanBlock {
   }
 
   // Steps first .. first + kScanTile of all channels of the block, zero where there are none.
-  LONGVQ_DEVICE void read(const Sequence& x, int64_t first, const Chunks& of_first_channel) const {
-    const auto* from = static_cast<const Element*>(x.data) + batch * x.batch + first_channel * x.channel;
+  LONGVQ_DEVICE void read(const Inputs& x, int64_t first, const Chunks& of_first_channel) const {
+    const auto* from = static_cast<const Element*>(x.data) + of.batch * x.batch + first_channel * x.channel;
     const bool together = are_together(from, x.length, x.channel);
     for (int i = threadIdx.x; i < kScanTile; i += kThreads) {
       const int64_t at = position(first + i);

@@ -1,4 +1,4 @@
-// Gradients of the scan's parameters summed over the rows of a batch, in their order.
+// Gradients of the scan's parameters summed over the sequences, in their order.
 #include "cover.h"
 
 namespace longvq::cuda {
@@ -9,7 +9,7 @@ __global__ void __launch_bounds__(128) sum_gradients(SumScanGradients p) {
   const int64_t count = p.modes.channels * p.modes.modes;
   if (i < count) {
     double sums[4] = {};
-    for (int64_t row = 0; row < p.batch; ++row) {
+    for (int64_t row = 0; row < p.sequences; ++row) {
 #pragma unroll
       for (int k = 0; k < 4; ++k) {
         sums[k] += p.dmodes[(row * count + i) * 4 + k];
@@ -25,7 +25,7 @@ __global__ void __launch_bounds__(128) sum_gradients(SumScanGradients p) {
   }
   if (p.dskip_sum != nullptr && i < p.modes.channels) {
     double sum = 0;
-    for (int64_t row = 0; row < p.batch; ++row) {
+    for (int64_t row = 0; row < p.sequences; ++row) {
       sum += p.dskip[row * p.modes.channels + i];
     }
     p.dskip_sum[i] = static_cast<float>(sum);
@@ -36,7 +36,7 @@ __global__ void __launch_bounds__(128) sum_gradients(SumScanGradients p) {
 
 int longvq_cuda_sum_scan_gradients(const SumScanGradients* problem, void* stream) {
   const dim3 grid(static_cast<unsigned>(divide_up(problem->modes.channels * problem->modes.modes, 128)));
-  return launch(sum_gradients, grid, 128, 0, stream, *problem);
+  return launch<sum_gradients>(grid, 128, 0, stream, *problem);
 }
 
 }  // namespace longvq::cuda

@@ -23,7 +23,7 @@ template <typename Element>
 struct ScanDifferentiating : DifferentiatingBlock<Element> {
   using Base = DifferentiatingBlock<Element>;
   using typename Base::Chunks, typename Base::Layout, typename Base::Operand;
-  using Base::batch, Base::begin, Base::channel, Base::end, Base::has_channel, Base::lane, Base::p, Base::padded,
+  using Base::begin, Base::channel, Base::end, Base::has_channel, Base::lane, Base::of, Base::p, Base::padded,
       Base::warp;
   static constexpr int kParts = Base::kParts, kChannels = Base::kChannels, kThreads = Base::kThreads;
   static constexpr int kSteps = kScanSteps, kSums = 4;  // of a mode: of weight and log_decay, real and imaginary
@@ -31,7 +31,8 @@ struct ScanDifferentiating : DifferentiatingBlock<Element> {
   const ScanGradients& g;
   float lags[2][kTiles][4] = {};  // (gradients, inputs) of steps of a chunk, over all chunks so far
 
-  LONGVQ_DEVICE explicit ScanDifferentiating(const ScanGradients& problem) : Base(problem.scan), g(problem) {}
+  LONGVQ_DEVICE ScanDifferentiating(const ScanGradients& problem, const Piece& piece)
+      : Base(problem.scan, piece), g(problem) {}
 
   static size_t bytes(int64_t modes) {
     const size_t tables = sizeof(uint16_t) * kChannels * scan_gradient_table_size(modes, kParts);
@@ -234,7 +235,7 @@ struct ScanDifferentiating : DifferentiatingBlock<Element> {
 
   // The sums of this row: those of the chunks, and of the lags with the powers of each mode.
   LONGVQ_DEVICE void write() const {
-    const int64_t row = batch * p.modes.channels + channel;
+    const int64_t row = of.number * p.modes.channels + channel;
     for (int64_t mode = lane; mode < p.modes.modes; mode += 32) {
       const Complex<double> decay = decay_of(p.modes, channel, mode, 1);
       Complex<double> power{1, 0};
@@ -298,22 +299,22 @@ struct ScanDifferentiating : DifferentiatingBlock<Element> {
 
 template <typename Element>
 __global__ void __launch_bounds__(DifferentiatingBlock<Element>::kThreads) differentiate_scan(ScanGradients g) {
-  ScanDifferentiating<Element>(g).run();
+  ScanDifferentiating<Element>(g, {sequence_of(g.scan, blockIdx.y), 0}).run();
 }
 
 }  // namespace
 
 int longvq_cuda_scan_gradients(const ScanGradients* problem, void* stream) {
   const Scan& p = problem->scan;
-  if (p.modes.modes > kScanMaxModes || p.segments != 1 || p.batch > kMaxGrid) {
+  if (p.modes.modes > kScanMaxModes || p.sequences() > kMaxGrid) {
     return kNotCovered;
   }
   return for_element(p.type, [&](auto element) {
     using S = ScanDifferentiating<decltype(element)>;
     const dim3 grid(
-        static_cast<unsigned>(divide_up(p.modes.channels, S::kChannels)), static_cast<unsigned>(p.batch));
-    return launch(
-        differentiate_scan<decltype(element)>, grid, S::kThreads, S::bytes(p.modes.modes), stream, *problem);
+        static_cast<unsigned>(divide_up(p.modes.channels, S::kChannels)), static_cast<unsigned>(p.sequences()));
+    return launch<differentiate_scan<decltype(element)>>(
+        grid, S::kThreads, S::bytes(p.modes.modes), stream, *problem);
   });
 }
 

@@ -11,8 +11,8 @@ bool is_complex(const Tensor& x) { return x.scalar_type() == ScalarType::Complex
 
 void check_sizes(
     const Tensor& u, const Tensor& log_decay, const Tensor& weight, const OptionalTensor& skip,
-    const OptionalTensor& initial_state, const OptionalTensor& mask) {
-  STD_TORCH_CHECK(u.dim() == 3 && log_decay.dim() == 2, kOp, ": expected u (B, L, H) and log_decay (H, N)");
+    const OptionalTensor& initial_state, const OptionalTensor& mask, int64_t sequences) {
+  STD_TORCH_CHECK(log_decay.dim() == 2, kOp, ": expected log_decay (H, N)");
   const int64_t batch = u.size(0), length = u.size(1), channels = u.size(2), modes = log_decay.size(1);
   STD_TORCH_CHECK(
       log_decay.scalar_type() == ScalarType::Float || is_complex(log_decay), kOp,
@@ -27,9 +27,9 @@ void check_sizes(
       kOp, ": skip must be (H,), float32");
   STD_TORCH_CHECK(
       !initial_state.has_value() ||
-          (initial_state->dim() == 3 && initial_state->size(0) == batch && initial_state->size(1) == channels &&
+          (initial_state->dim() == 3 && initial_state->size(0) == sequences && initial_state->size(1) == channels &&
            initial_state->size(2) == modes && initial_state->scalar_type() == log_decay.scalar_type()),
-      kOp, ": initial_state must be (B, H, N), of the type of log_decay");
+      kOp, ": initial_state must be (B, H, N), with cu_seqlens one per document, of the type of log_decay");
   STD_TORCH_CHECK(
       !mask.has_value() || (mask->dim() == 2 && mask->size(0) == batch && mask->size(1) == length &&
                             mask->scalar_type() == ScalarType::Bool),
@@ -46,7 +46,7 @@ int64_t segments_for(int64_t blocks, int64_t length) {
 // The tensors of a call, as the kernels take them; what points into them lives as long.
 struct ScanCall {
   Tensor log_decay, weight, tables, decays;
-  OptionalTensor skip, initial;
+  OptionalTensor offsets, skip, initial;
   Scan p{};
 
   ScanCall(
@@ -54,8 +54,9 @@ struct ScanCall {
       const OptionalTensor& initial_given, const OptionalTensor& mask, const OptionalTensor& cu_seqlens, bool reverse)
       // Parameters are small.
       : log_decay(torch::stable::contiguous(log_decay_given)), weight(torch::stable::contiguous(weight_given)) {
-    check_sizes(u, log_decay, weight, skip_given, initial_given, mask);
-    STD_TORCH_CHECK(!cu_seqlens.has_value(), kOp, ": the CUDA kernels don't take packed documents yet");
+    STD_TORCH_CHECK(u.dim() == 3, kOp, ": expected u (B, L, H)");
+    static_cast<Sequences&>(p) = sequences_of(kOp, u.size(0), u.size(1), cu_seqlens, offsets);
+    check_sizes(u, log_decay, weight, skip_given, initial_given, mask, p.sequences());
     p.type = type_of(kOp, u);
     p.modes = {u.size(2),          log_decay.size(1), is_complex(log_decay), const_data_of<float>(log_decay),
                const_data_of<float>(weight), nullptr};
@@ -67,14 +68,16 @@ struct ScanCall {
       initial = torch::stable::contiguous(*initial_given);
       p.initial_state = const_data_of<float>(*initial);
     }
-    p.batch = u.size(0), p.length = u.size(1), p.reverse = reverse;
+    p.reverse = reverse;
     read(u);
     if (mask.has_value()) {
       p.ignored = static_cast<const uint8_t*>(mask->const_data_ptr());
       p.ignored_batch = mask->stride(0), p.ignored_length = mask->stride(1);
     }
-    p.segments = 1, p.segment_length = p.length;
+    p.segment_length = whole_tiles(p.length);
   }
+
+  static int64_t whole_tiles(int64_t length) { return (length + kScanTile - 1) / kScanTile * kScanTile; }
 
   // What is scanned.
   void read(const Tensor& u) {
@@ -95,13 +98,11 @@ struct ScanCall {
 
   // Scans what `u` is into y and state.
   void scan(const Tensor& u, const Tensor& y, const Tensor& state, void* stream) {
-    const int64_t blocks = p.batch * ((p.modes.channels + 7) / 8);
-    p.segments = segments_for(blocks, p.length);
-    p.segment_length = (p.length + p.segments * kScanTile - 1) / (p.segments * kScanTile) * kScanTile;
-    p.segments = (p.length + p.segment_length - 1) / p.segment_length;
-    const bool several = p.segments > 1;
+    const int64_t segments = segments_for(p.batch * ((p.modes.channels + 7) / 8), p.length);
+    p.segment_length = whole_tiles((p.length + segments - 1) / segments);
+    const bool several = p.length > p.segment_length;
     const Tensor segment_states = torch::stable::new_empty(
-        u, {several ? p.batch : 0, p.modes.channels, p.segments, p.modes.modes, 2}, ScalarType::Float);
+        u, {several ? p.batch : 0, p.modes.channels, p.segments(), p.modes.modes, 2}, ScalarType::Float);
     p.segment_states = several ? data_of<float>(segment_states) : nullptr;
     p.y = y.mutable_data_ptr(), p.final_state = data_of<float>(state);
     check_launch(kOp, longvq_cuda_scan(&p, stream));
@@ -127,7 +128,7 @@ std::tuple<Tensor, Tensor> ssm_scan(
   const Scan& p = call.p;
   Tensor y = torch::stable::new_empty(u, {p.batch, p.length, p.modes.channels}, u.scalar_type());
   Tensor state =
-      torch::stable::new_empty(u, {p.batch, p.modes.channels, p.modes.modes}, call.log_decay.scalar_type());
+      torch::stable::new_empty(u, {p.sequences(), p.modes.channels, p.modes.modes}, call.log_decay.scalar_type());
   if (p.batch == 0 || p.modes.channels == 0) {
     return {y, state};
   }
@@ -152,7 +153,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> ssm_scan_backward(
   const ScalarType family = call.log_decay.scalar_type();
   STD_TORCH_CHECK(
       grad_y.dim() == 3 && grad_y.size(0) == p.batch && grad_y.size(1) == p.length && grad_y.size(2) == channels &&
-          grad_state.dim() == 3 && grad_state.size(0) == p.batch && grad_state.size(1) == channels &&
+          grad_state.dim() == 3 && grad_state.size(0) == p.sequences() && grad_state.size(1) == channels &&
           grad_state.size(2) == modes && grad_state.scalar_type() == family,
       kOp, ": gradients must have the shapes and types of y and the state");
   const auto empty = [&](bool needed, std::initializer_list<int64_t> sizes, ScalarType type) {
@@ -161,7 +162,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> ssm_scan_backward(
         type);
   };
   Tensor du = empty(need_inputs, {p.batch, p.length, channels}, u.scalar_type());
-  Tensor dinitial = empty(need_inputs && initial_state.has_value(), {p.batch, channels, modes}, family);
+  Tensor dinitial = empty(need_inputs && initial_state.has_value(), {p.sequences(), channels, modes}, family);
   Tensor dlog_decay = empty(need_parameters, {channels, modes}, family);
   Tensor dweight = empty(need_parameters, {channels, modes}, family);
   Tensor dskip = empty(need_parameters && skip.has_value(), {channels}, ScalarType::Float);
@@ -174,20 +175,20 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> ssm_scan_backward(
   }
   if (need_parameters && !nothing) {
     call.make_tables(u, ScanUse::kGradients, device.stream());
-    const Tensor dmodes = torch::stable::new_empty(u, {p.batch, channels, modes, 4}, ScalarType::Double);
-    const Tensor dskips = torch::stable::new_empty(u, {p.batch, channels}, ScalarType::Double);
+    const Tensor dmodes = torch::stable::new_empty(u, {p.sequences(), channels, modes, 4}, ScalarType::Double);
+    const Tensor dskips = torch::stable::new_empty(u, {p.sequences(), channels}, ScalarType::Double);
     const ScanGradients g{
         p, grad_y.const_data_ptr(), grad_y.stride(0), grad_y.stride(1), grad_y.stride(2),
         const_data_of<float>(first_state), data_of<double>(dmodes), data_of<double>(dskips)};
     check_launch(kOp, longvq_cuda_scan_gradients(&g, device.stream()));
     const SumScanGradients sum{
-        p.modes, p.batch, g.dmodes, g.dskip, data_of<float>(dweight), data_of<float>(dlog_decay),
+        p.modes, p.sequences(), g.dmodes, g.dskip, data_of<float>(dweight), data_of<float>(dlog_decay),
         skip.has_value() ? data_of<float>(dskip) : nullptr};
     check_launch(kOp, longvq_cuda_sum_scan_gradients(&sum, device.stream()));
   }
   if (need_inputs) {
     // The adjoint: from the last gradient to the first, starting with that of the last state.
-    const Tensor last_state = torch::stable::new_empty(u, {p.batch, channels, modes}, family);
+    const Tensor last_state = torch::stable::new_empty(u, {p.sequences(), channels, modes}, family);
     if (nothing) {
       copy_or_clear(last_state, first_state);
     } else {

@@ -123,7 +123,7 @@ int longvq_cuda_scan_tables(const ScanTables* problem, void* stream) {
   const dim3 grid(static_cast<unsigned>(problem->modes.channels));
   return for_element(problem->type, [&](auto element) {
     using Operand = ScanOperand<decltype(element)>;
-    return launch(make_tables<Operand>, grid, kThreads, sizeof(double) * kThreads * kSteps, stream, *problem);
+    return launch<make_tables<Operand>>(grid, kThreads, sizeof(double) * kThreads * kSteps, stream, *problem);
   });
 }
 

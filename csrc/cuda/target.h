@@ -34,6 +34,9 @@ LONGVQ_DEVICE int shuffle_xor(int x, int mask) { return __shfl_xor_sync(0xffffff
 
 LONGVQ_DEVICE void synchronize_warp() { __syncwarp(); }
 
+// The compiler must take x for another number than before: what is computed from it isn't kept in registers meanwhile.
+LONGVQ_DEVICE void forget(int& x) { asm volatile("" : "+r"(x)); }
+
 LONGVQ_DEVICE float fast_exponential(float x) { return __expf(x); }  // to about 2^-22 (2 + |x|)
 
 LONGVQ_DEVICE double cosine_of_pi(double x) { return cospi(x); }
@@ -99,9 +102,8 @@ LONGVQ_DEVICE float half_to_float(uint16_t bits) {
 inline const char* error_text(int error) { return cudaGetErrorString(static_cast<cudaError_t>(error)); }
 
 // Runs the kernel; 0, or the error of the CUDA runtime.
-template <typename... Parameters, typename... Arguments>
-int launch(
-    void (*kernel)(Parameters...), dim3 grid, int threads, size_t shared_bytes, void* stream, Arguments... arguments) {
+template <auto KERNEL, typename... Arguments>
+int launch(dim3 grid, int threads, size_t shared_bytes, void* stream, const Arguments&... arguments) {
   constexpr size_t kWithoutAsking = 48 << 10;
   if (shared_bytes > kWithoutAsking) {
     int device = 0, most = 0;
@@ -111,13 +113,13 @@ int launch(
       return kNotCovered;
     }
     const auto attribute = cudaFuncAttributeMaxDynamicSharedMemorySize;
-    const cudaError_t error = cudaFuncSetAttribute(kernel, attribute, static_cast<int>(shared_bytes));
+    const cudaError_t error = cudaFuncSetAttribute(KERNEL, attribute, static_cast<int>(shared_bytes));
     if (error != cudaSuccess) {
       cudaGetLastError();  // not to be found by the next launch
       return error;
     }
   }
-  kernel<<<grid, threads, shared_bytes, static_cast<cudaStream_t>(stream)>>>(arguments...);
+  KERNEL<<<grid, threads, shared_bytes, static_cast<cudaStream_t>(stream)>>>(arguments...);
   return cudaGetLastError();
 }
 

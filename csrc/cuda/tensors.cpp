@@ -45,6 +45,21 @@ void check_launch(const char* op, int error) {
   STD_TORCH_CHECK(error == 0, op, ": ", longvq_cuda_error_text(error));
 }
 
+Sequences sequences_of(
+    const char* op, int64_t batch, int64_t length, const OptionalTensor& cu_seqlens, OptionalTensor& offsets) {
+  if (!cu_seqlens.has_value()) {
+    return {batch, length, nullptr, 0};
+  }
+  STD_TORCH_CHECK(
+      cu_seqlens->dim() == 1 && cu_seqlens->size(0) >= 1 && cu_seqlens->scalar_type() == ScalarType::Int, op,
+      ": cu_seqlens must be (N + 1,), int32");
+  STD_TORCH_CHECK(batch == 1, op, ": with cu_seqlens all documents lie in one row, got a batch of ", batch);
+  const int64_t documents = cu_seqlens->size(0) - 1;
+  STD_TORCH_CHECK(documents > 0 || length == 0, op, ": cu_seqlens has no document for the ", length, " positions");
+  offsets = torch::stable::contiguous(*cu_seqlens);
+  return {batch, length, const_data_of<int32_t>(*offsets), documents};
+}
+
 PackedCodebook::PackedCodebook(
     const char* op, const Tensor& from, ElementType type, int64_t first, int64_t columns, void* stream) {
   const Tensor values = as_type(from, ScalarType::Float);

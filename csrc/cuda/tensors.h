@@ -60,6 +60,11 @@ const T* const_data_of(const Tensor& x) {
   return static_cast<const T*>(x.const_data_ptr());
 }
 
+// Rows, or the documents of cu_seqlens (N + 1,), whose values are not looked at: that would wait for the device.
+// `offsets` keeps what the result points to.
+Sequences sequences_of(
+    const char* op, int64_t batch, int64_t length, const OptionalTensor& cu_seqlens, OptionalTensor& offsets);
+
 // A codebook (H, S, D) packed as tensor cores take it, from column `first` on, padded to `columns`.
 struct PackedCodebook {
   Tensor parts, half_norms;

@@ -145,6 +145,7 @@ struct Rows {
 template <typename Operand, int THREADS, typename Element, typename T, typename RowOf>
 LONGVQ_DEVICE void fill(const T& tile, const Rows<Element>& rows, const RowOf& row_of) {
   constexpr int kUnits = T::kColumns / 8;
+#pragma unroll 1  // otherwise the addresses of all rounds are kept in registers
   for (int i = threadIdx.x; i < T::kRows * kUnits; i += THREADS) {
     const int row = i / kUnits, column = i % kUnits * 8;
     const int64_t from = row_of(row);
@@ -173,6 +174,7 @@ LONGVQ_DEVICE void fill(const T& tile, const Rows<Element>& rows, const RowOf& r
 template <int THREADS, typename T, typename RowOf>
 LONGVQ_DEVICE void fill_packed(const T& tile, const uint16_t* parts, int64_t codes, const RowOf& row_of) {
   constexpr int kUnits = T::kColumns / 8;
+#pragma unroll 1
   for (int i = threadIdx.x; i < T::kParts * T::kRows * kUnits; i += THREADS) {
     const int part = i / (T::kRows * kUnits), row = i / kUnits % T::kRows, column = i % kUnits * 8;
     const int64_t from = row_of(row);

@@ -1,5 +1,7 @@
 """The kernels of `csrc/cuda/attention*`, run on the host (and a GPU where there is one), against the definition."""
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -18,7 +20,7 @@ def arguments(case: AttentionCase, codes, dtype, near_dim=0):
     scale = o["scale"] if o["scale"] is not None else (near_dim or case.q.shape[-1]) ** -0.5
     tensors = [torch.empty_strided(x.shape, x.stride(), dtype=dtype).copy_(x) for x in (case.q, case.k, case.v)]
     flags = (scale, o["causal"], o["window"], o["activation"], o["local_keys"], o["key_grad"], near_dim)
-    return (*tensors, case.codebook.float(), codes, bias, o["key_padding_mask"], None, *flags)
+    return (*tensors, case.codebook.float(), codes, bias, o["key_padding_mask"], o.get("cu_seqlens"), *flags)
 
 
 def in_double(args):
@@ -79,9 +81,11 @@ def rounded(case, dtype):
     return case, ops.vq_assign(case.k, case.codebook, backend="reference")
 
 
-@given(attention_cases(max_length=200), st.sampled_from(DTYPES))
-@settings(max_examples=60)
-def test_equals_the_definition(kernels, case, dtype):
+@pytest.mark.parametrize("packed", [False, True])
+@given(data=st.data(), dtype=st.sampled_from(DTYPES))
+@settings(max_examples=40)
+def test_equals_the_definition(kernels, packed, data, dtype):
+    case = data.draw(attention_cases(max_length=200, packed=packed))
     if dtype == torch.float16 and case.options["activation"] == "laplace":
         dtype = torch.float32
     assert_as_good_as_plain(kernels, *rounded(case, dtype), dtype)
@@ -125,14 +129,36 @@ def test_sizes_around_the_tiles(kernels, dtype, exact, causal, length, depth, va
 
 @pytest.mark.parametrize("causal", [False, True])
 def test_segments_of_far_fields(kernels, causal):
-    """A sequence of more than one segment: the sums of those before (and behind) it are added."""
-    case, z = rounded(drawn(2 * 16 * 128 + 70, 16, 8, 9, causal, 30, True, heads=(1, 1)), torch.bfloat16)
-    assert_as_good_as_plain(kernels, case, z, torch.bfloat16)
+    """Sequences of more than one segment: the sums of those before (and behind) it are added; and of what codes get."""
+    for window in (30, 200):
+        case, z = rounded(drawn(2 * 16 * 128 + 70, 16, 8, 9, causal, window, True, heads=(1, 1)), torch.bfloat16)
+        assert_as_good_as_plain(kernels, case, z, torch.bfloat16)
 
 
 def test_all_far_in_segments(kernels):
     case, z = rounded(drawn(16 * 128 + 70, 16, 8, 9, False, 0, False, heads=(1, 1)), torch.bfloat16)
     assert_as_good_as_plain(kernels, case, z, torch.bfloat16)
+
+
+LENGTHS = (0, 60, 130, 1, 0, 16 * 128 + 130, 127, 128, 0)  # of documents: one in segments, some empty
+
+
+@pytest.mark.parametrize("activation", ["softmax", "laplace"])
+@pytest.mark.parametrize(("causal", "window"), [(False, 30), (True, 30), (False, 0), (True, 0)])
+def test_packed_documents(kernels, causal, window, activation):
+    case = drawn(sum(LENGTHS), 16, 8, 9, causal, window, window > 0, activation=activation)
+    case.options["cu_seqlens"] = torch.tensor([0, *itertools.accumulate(LENGTHS)], dtype=torch.int32)
+    case.options["key_padding_mask"] = torch.rand(1, sum(LENGTHS)) < 0.1
+    case, z = rounded(case, torch.bfloat16)
+    assert_as_good_as_plain(kernels, case, z, torch.bfloat16)
+
+
+@pytest.mark.parametrize("offsets", [[0, 50, 20, 150], [-9, 10**9, 7, 10**9], [3, 140], [0, 150, 150]])
+def test_offsets_that_are_wrong_are_no_addresses(kernels, offsets):
+    """Nobody looks at them before the kernels do: results are nobody's, but memory is left alone."""
+    case, z = rounded(drawn(150, 16, 8, 9, True, 30, True), torch.float32)
+    case.options["cu_seqlens"] = torch.tensor(offsets, dtype=torch.int32)
+    results(kernels, arguments(case, z, torch.float32), torch.randn(1, 2, 150, 8))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -196,6 +222,8 @@ def test_wrong_arguments(kernels):
         (4, z.int(), "must be int64"),
         (5, good[5][:, :-1], "bias must be"),
         (6, torch.zeros(1, 19, dtype=torch.bool), "key_padding_mask must be"),
+        (7, torch.tensor([0, 20]), r"cu_seqlens must be \(N \+ 1,\), int32"),
+        (7, torch.tensor([0], dtype=torch.int32), "no document for the 20 positions"),
         (10, -1, "out of range"),
     ]:
         with pytest.raises(RuntimeError, match=message):

@@ -1,5 +1,7 @@
 """`csrc/cuda/scan.cu` and `scan_tables.cu`, run on the host (and a GPU where there is one), against the definition."""
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -17,7 +19,8 @@ NAMES = ("u", "log_decay", "weight", "skip", "initial_state")
 
 def call(namespace, arguments, options, grad_y, grad_state):
     """y, the last state, and the gradients of what there is."""
-    inputs = [*(arguments.get(name) for name in NAMES), options["key_padding_mask"], None, options["reverse"]]
+    inputs = [*(arguments.get(name) for name in NAMES), options["key_padding_mask"]]
+    inputs += [options.get("cu_seqlens"), options["reverse"]]
     y, state = namespace.ssm_scan(*inputs)
     gradients = namespace.ssm_scan_backward(grad_y, grad_state, *inputs, True, True)
     found = {f"d{name}": x for name, x in zip(NAMES, gradients, strict=True) if name in arguments}
@@ -46,10 +49,11 @@ def assert_right(kernels, case: NativeScanCase):
         assert (error <= allowed).all(), (name, error / allowed)
 
 
-@given(st.data(), st.sampled_from(DTYPES))
-@settings(max_examples=100)
-def test_equals_the_definition(kernels, data, dtype):
-    assert_right(kernels, data.draw(native_scan_cases(dtype)))
+@pytest.mark.parametrize("packed", [False, True])
+@given(data=st.data(), dtype=st.sampled_from(DTYPES))
+@settings(max_examples=60)
+def test_equals_the_definition(kernels, packed, data, dtype):
+    assert_right(kernels, data.draw(native_scan_cases(dtype, packed=packed)))
 
 
 def drawn(batch, length, channels, modes, dtype, **options):
@@ -87,6 +91,17 @@ def test_segments(kernels, dtype, reverse):
     """Few channels of a long sequence: its pieces run at the same time, from states that are made first."""
     mask = torch.rand(1, 13_000) < 0.1
     assert_right(kernels, drawn(1, 13_000, 2, 5, dtype, reverse=reverse, key_padding_mask=mask))
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("lengths", [(0, 6_000, 1, 0, 5_000, 1_025, 974, 0), (13_000,), (0, 0, 13_000)])
+def test_packed_documents_in_segments(kernels, lengths, reverse):
+    length, documents = sum(lengths), len(lengths)
+    mask, offsets = torch.rand(1, length) < 0.1, torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
+    case = drawn(1, length, 2, 5, torch.float32, reverse=reverse, key_padding_mask=mask, cu_seqlens=offsets)
+    case.arguments["initial_state"] = torch.randn(documents, 2, 5, dtype=torch.complex64)
+    case.grad_state = torch.randn(documents, 2, 5, dtype=torch.complex64)
+    assert_right(kernels, case)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -67,6 +67,9 @@ Fiber* running = nullptr;
 jmp_buf scheduler;
 const std::function<void()>* body_of_kernel = nullptr;
 
+bool planning = false;
+std::string plan;  // a line for each launch: the mangled name of a type that names the kernel, and its bytes
+
 std::string misuse;  // by the kernel; exceptions can't leave a fiber, so the scheduler throws
 
 [[noreturn]] void refuse(const char* what) {
@@ -242,8 +245,24 @@ void run_grid(dim3 grid, dim3 size, size_t shared_bytes, const std::function<voi
   block = nullptr;
 }
 
-void set_order(uint64_t order) { order_of_threads = order; }
+bool starts(const char* mangled_name, size_t shared_bytes) {
+  if (planning) {
+    plan += std::string(mangled_name) + ' ' + std::to_string(shared_bytes) + '\n';
+  }
+  return !planning;
+}
 
 }  // namespace on_host
 
-LONGVQ_EXPORT void longvq_on_host_set_order(uint64_t order) { on_host::set_order(order); }
+// How threads are ordered from now on: 0 ascending, 1 descending, others the seed of a random order.
+LONGVQ_EXPORT void longvq_on_host_set_order(uint64_t order) { on_host::order_of_threads = order; }
+
+LONGVQ_EXPORT void longvq_on_host_begin_plan() {
+  on_host::planning = true;
+  on_host::plan.clear();
+}
+
+LONGVQ_EXPORT const char* longvq_on_host_end_plan() {
+  on_host::planning = false;
+  return on_host::plan.c_str();
+}

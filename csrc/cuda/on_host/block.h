@@ -45,7 +45,8 @@ void wait_for_copies(int newest_groups_that_may_be_missing);
 // Runs body() for every thread of every block. Throws std::runtime_error where the kernel misuses what is above.
 void run_grid(dim3 grid, dim3 block_size, size_t shared_bytes, const std::function<void()>& body);
 
-// How threads are ordered from now on: 0 ascending, 1 descending, others the seed of a random order.
-void set_order(uint64_t order);
+// Whether a kernel that is launched runs. Between longvq_on_host_begin_plan and longvq_on_host_end_plan none does: what
+// each asks for is noted instead.
+bool starts(const char* mangled_name, size_t shared_bytes);
 
 }  // namespace on_host
