@@ -242,20 +242,21 @@ struct Scan : Sequences {
   constexpr int64_t segments() const { return pieces(segment_length); }  // of a row of the tensors
 };
 
-// Gradients of the parameters, of every sequence by itself.
+// Gradients of the parameters, of every segment by itself.
 struct ScanGradients {
-  Scan scan;  // its inputs, states and tables; no outputs
+  Scan scan;  // its inputs, states, segments and tables; no outputs
   const void* grad;  // of y, (batch, length, channels)
   int64_t grad_batch, grad_length, grad_channel;
   const float* grad_state;  // (sequences, channels, modes)
-  double* dmodes;  // (sequences, channels, modes, 4): of weight and log_decay, real and imaginary parts
-  double* dskip;   // (sequences, channels)
+  float* segment_states;  // (batch, channels, segments, modes, 2) complex numbers; null if no sequence has two segments
+  double* dmodes;  // (batch, segments, channels, modes, 4), zero before: of weight and log_decay, real and imaginary
+  double* dskip;   // (batch, segments, channels), zero before
 };
 
-// Sums them over the sequences. Of complex parameters PyTorch keeps the conjugate.
+// Sums them over the segments. Of complex parameters PyTorch keeps the conjugate.
 struct SumScanGradients {
   ScanModes modes;
-  int64_t sequences;
+  int64_t segments;  // of all rows of the batch
   const double *dmodes, *dskip;
   float *dweight, *dlog_decay, *dskip_sum;  // (channels, modes), the last (channels,) or null
 };

@@ -13,9 +13,6 @@
 namespace longvq::cuda {
 namespace {
 
-// What a pass over the sequence is for: states of segments from zero, or outputs.
-enum class Pass { kStates, kOutputs };
-
 template <typename Element>
 using ScanningBlock = ScanBlock<Element, ScanOperand<Element>::kParts == 1 ? 8 : 2>;
 
@@ -24,7 +21,7 @@ struct Scanning : ScanningBlock<Element> {
   using Base = ScanningBlock<Element>;
   using typename Base::Chunks, typename Base::Layout, typename Base::Operand;
   using Base::begin, Base::channel, Base::count, Base::end, Base::first_channel, Base::has_channel,
-      Base::lane, Base::of, Base::p, Base::padded, Base::segment, Base::warp;
+      Base::lane, Base::of, Base::p, Base::padded, Base::warp;
   static constexpr int kParts = Base::kParts, kChannels = Base::kChannels, kThreads = Base::kThreads;
   // y is left where u was: rows of 16 bits, or of 32 bits in the room of three parts.
   using Output = std::conditional_t<sizeof(Element) == 4, float, uint16_t>;
@@ -39,8 +36,8 @@ struct Scanning : ScanningBlock<Element> {
 
   // The place of the segment's state in an array of those of all.
   LONGVQ_DEVICE int64_t segment_place(int64_t mode) const {
-    const int64_t piece = of.first_piece(p, p.segment_length) + segment;
-    return ((of.batch * p.modes.channels + channel) * p.segments() + piece) * p.modes.modes + mode;
+    const int64_t row = of.batch * p.modes.channels + channel;
+    return (row * p.segments() + this->segment_of_row()) * p.modes.modes + mode;
   }
 
   LONGVQ_DEVICE uint16_t* tables(int of) const {
@@ -55,7 +52,7 @@ struct Scanning : ScanningBlock<Element> {
   LONGVQ_DEVICE void start_state(Pass pass) const {
     for (int64_t mode = lane; mode < padded; mode += 32) {
       Number x{0, 0};
-      if (has_channel() && mode < p.modes.modes && pass == Pass::kOutputs) {
+      if (has_channel() && mode < p.modes.modes && pass == Pass::kResults) {
         if (p.segment_states != nullptr) {  // entry states, made of those of the pass before
           x = reinterpret_cast<const Number*>(p.segment_states)[segment_place(mode)];
         } else if (p.initial_state != nullptr) {
@@ -166,7 +163,7 @@ struct Scanning : ScanningBlock<Element> {
     const int steps = static_cast<int>(min(end - first, kScanTile));
     const int full = steps / static_cast<int>(kScanSteps);
     float y[2][kTiles][4] = {};
-    if (pass == Pass::kOutputs) {
+    if (pass == Pass::kResults) {
       const auto inside = Layout::inside(tables(warp));
       uint32_t u[kParts][2][4];
       this->load_chunks(u, chunks(warp), 0);
@@ -186,7 +183,7 @@ struct Scanning : ScanningBlock<Element> {
       float x[2][kTiles][4];
       this->multiply_chunks(x, chunks(warp), Layout::in(tables(warp), group));
       carry(x, group, full);
-      if (pass == Pass::kOutputs) {
+      if (pass == Pass::kResults) {
 #pragma unroll
         for (int k = 0; k < kTiles; k += 2) {
           uint32_t left[kParts][2][4];
@@ -199,7 +196,7 @@ struct Scanning : ScanningBlock<Element> {
     synchronize_warp();
     finish_state(full, steps % static_cast<int>(kScanSteps));
     synchronize_warp();  // inputs are read, outputs may take their place
-    if (pass == Pass::kOutputs) {
+    if (pass == Pass::kResults) {
 #pragma unroll
       for (int m = 0; m < 2; ++m) {
 #pragma unroll
@@ -226,7 +223,7 @@ struct Scanning : ScanningBlock<Element> {
       const Number x = state(warp)[mode];
       if (pass == Pass::kStates) {
         reinterpret_cast<Number*>(p.segment_states)[segment_place(mode)] = x;
-      } else if (end == of.length) {
+      } else if (this->is_last()) {
         float* to = p.final_state + this->state_place(mode) * (p.modes.complex_modes ? 2 : 1);
         to[0] = x.re;
         if (p.modes.complex_modes) {
@@ -247,7 +244,7 @@ struct Scanning : ScanningBlock<Element> {
         run_tile(first, pass);
       }
       __syncthreads();
-      if (pass == Pass::kOutputs) {
+      if (pass == Pass::kResults) {
         write_outputs(first);
       }
     }
@@ -259,9 +256,9 @@ struct Scanning : ScanningBlock<Element> {
 template <typename Element>
 __global__ void __launch_bounds__(ScanningBlock<Element>::kThreads, 1) scan(Scan p, Pass pass) {
   const Piece piece = piece_of(p, p.segment_length, blockIdx.z, blockIdx.y);
-  const bool last = (piece.index + 1) * p.segment_length >= piece.of.length;  // whose state enters no other
-  if (piece.there(p.segment_length) && !(pass == Pass::kStates && last)) {
-    Scanning<Element>(p, piece).run(pass);
+  const Scanning<Element> scanning(p, piece);
+  if (piece.there(p.segment_length) && !(pass == Pass::kStates && scanning.is_last())) {
+    scanning.run(pass);
   }
 }
 
@@ -307,7 +304,7 @@ int run(const Scan& p, void* stream) {
       return error;
     }
   }
-  return launch<scan<Element>>(grid, S::kThreads, bytes, stream, p, Pass::kOutputs);
+  return launch<scan<Element>>(grid, S::kThreads, bytes, stream, p, Pass::kResults);
 }
 
 }  // namespace

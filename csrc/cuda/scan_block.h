@@ -9,6 +9,9 @@ namespace longvq::cuda {
 namespace {
 
 using Number = Complex<float>;
+
+// What a pass over the sequence is for: the states that segments leave, starting from zero, or results.
+enum class Pass { kStates, kResults };
 constexpr int kTiles = kScanSteps / 8;  // fragments (16, 8) side by side
 
 // (batch, length, channels) with any strides.
@@ -53,6 +56,10 @@ struct ScanBlock {
   LONGVQ_DEVICE bool ignored(int64_t at) const {
     return p.ignored != nullptr && p.ignored[of.batch * p.ignored_batch + at * p.ignored_length] != 0;
   }
+  // The segment's place among those of a row of the tensors.
+  LONGVQ_DEVICE int64_t segment_of_row() const { return of.first_piece(p, p.segment_length) + segment; }
+  // Of the last segment of a sequence the state enters no other.
+  LONGVQ_DEVICE bool is_last() const { return end == of.length; }
   LONGVQ_DEVICE int64_t state_place(int64_t mode) const {
     return (of.number * p.modes.channels + channel) * p.modes.modes + mode;
   }

@@ -1,4 +1,4 @@
-// Gradients of the scan's parameters summed over the sequences, in their order.
+// Gradients of the scan's parameters summed over the segments, in their order.
 #include "cover.h"
 
 namespace longvq::cuda {
@@ -9,7 +9,7 @@ __global__ void __launch_bounds__(128) sum_gradients(SumScanGradients p) {
   const int64_t count = p.modes.channels * p.modes.modes;
   if (i < count) {
     double sums[4] = {};
-    for (int64_t row = 0; row < p.sequences; ++row) {
+    for (int64_t row = 0; row < p.segments; ++row) {
 #pragma unroll
       for (int k = 0; k < 4; ++k) {
         sums[k] += p.dmodes[(row * count + i) * 4 + k];
@@ -25,7 +25,7 @@ __global__ void __launch_bounds__(128) sum_gradients(SumScanGradients p) {
   }
   if (p.dskip_sum != nullptr && i < p.modes.channels) {
     double sum = 0;
-    for (int64_t row = 0; row < p.sequences; ++row) {
+    for (int64_t row = 0; row < p.segments; ++row) {
       sum += p.dskip[row * p.modes.channels + i];
     }
     p.dskip_sum[i] = static_cast<float>(sum);

@@ -19,6 +19,17 @@ namespace {
 template <typename Element>
 using DifferentiatingBlock = ScanBlock<Element, ScanOperand<Element>::kParts == 1 ? 4 : 2>;
 
+// The state and its derivative.
+struct Pair {
+  Number x, z;
+};
+
+// Some steps later, power = λ^steps, plus what is given.
+LONGVQ_DEVICE Pair move(Number power, float steps, Pair from, Pair given) {
+  const Number z{from.z.re + steps * from.x.re, from.z.im + steps * from.x.im};
+  return {multiply_add(power, from.x, given.x), multiply_add(power, z, given.z)};
+}
+
 template <typename Element>
 struct ScanDifferentiating : DifferentiatingBlock<Element> {
   using Base = DifferentiatingBlock<Element>;
@@ -56,29 +67,29 @@ struct ScanDifferentiating : DifferentiatingBlock<Element> {
   // The state and its derivative.
   LONGVQ_DEVICE Number* state(int of) const { return decays(kChannels) + of * padded * 2; }
 
-  LONGVQ_DEVICE void start() const {
+  LONGVQ_DEVICE Number* segment_states(int64_t mode) const {
+    const int64_t row = of.batch * p.modes.channels + channel;
+    return reinterpret_cast<Number*>(g.segment_states) + ((row * p.segments() + this->segment_of_row()) * p.modes.modes + mode) * 2;
+  }
+
+  LONGVQ_DEVICE void start(Pass pass) const {
     for (int64_t i = lane; i < padded * kSums + kSteps; i += 32) {
       sums(warp)[i] = 0;
     }
     for (int64_t mode = lane; mode < padded; mode += 32) {
-      Number x{0, 0};
-      if (has_channel() && mode < p.modes.modes && p.initial_state != nullptr) {
-        const float* from = p.initial_state + this->state_place(mode) * (p.modes.complex_modes ? 2 : 1);
-        x = {from[0], p.modes.complex_modes ? from[1] : 0.0f};
+      Pair entry{{0, 0}, {0, 0}};
+      if (has_channel() && mode < p.modes.modes && pass == Pass::kResults) {
+        if (g.segment_states != nullptr) {
+          const Number* from = segment_states(mode);
+          entry = {from[0], from[1]};
+        } else if (p.initial_state != nullptr) {
+          const float* from = p.initial_state + this->state_place(mode) * (p.modes.complex_modes ? 2 : 1);
+          entry.x = {from[0], p.modes.complex_modes ? from[1] : 0.0f};
+        }
       }
-      state(warp)[2 * mode] = x;
-      state(warp)[2 * mode + 1] = {0, 0};
+      keep(mode, entry);
     }
     synchronize_warp();
-  }
-
-  // The state and its derivative some steps later, power = λ^steps, plus what is given.
-  struct Pair {
-    Number x, z;
-  };
-  LONGVQ_DEVICE static Pair move(Number power, float steps, Pair from, Pair given) {
-    const Number z{from.z.re + steps * from.x.re, from.z.im + steps * from.x.im};
-    return {multiply_add(power, from.x, given.x), multiply_add(power, z, given.z)};
   }
 
   // From what the chunks give to the states that enter them; moves the states past the first `full` chunks.
@@ -233,9 +244,17 @@ struct ScanDifferentiating : DifferentiatingBlock<Element> {
     synchronize_warp();
   }
 
-  // The sums of this row: those of the chunks, and of the lags with the powers of each mode.
+  LONGVQ_DEVICE void write_state() const {
+    for (int64_t mode = lane; mode < p.modes.modes; mode += 32) {
+      Number* to = segment_states(mode);
+      to[0] = state(warp)[2 * mode];
+      to[1] = state(warp)[2 * mode + 1];
+    }
+  }
+
+  // The sums of this segment: those of the chunks, and of the lags with the powers of each mode.
   LONGVQ_DEVICE void write() const {
-    const int64_t row = of.number * p.modes.channels + channel;
+    const int64_t row = (of.batch * p.segments() + this->segment_of_row()) * p.modes.channels + channel;
     for (int64_t mode = lane; mode < p.modes.modes; mode += 32) {
       const Complex<double> decay = decay_of(p.modes, channel, mode, 1);
       Complex<double> power{1, 0};
@@ -252,11 +271,12 @@ struct ScanDifferentiating : DifferentiatingBlock<Element> {
       double* to = g.dmodes + (row * p.modes.modes + mode) * kSums;
       const Complex<double> weight = weight_of<double>(p.modes, channel, mode);
       Complex<double> dlog = multiply_add(weight, Complex<double>{values[2], values[3]}, {0, 0});
-      // The last state depends on log_decay too.
-      const float* of_state = g.grad_state + this->state_place(mode) * (p.modes.complex_modes ? 2 : 1);
-      const Number last = state(warp)[2 * mode + 1];
-      const Complex<double> grad{of_state[0], p.modes.complex_modes ? -of_state[1] : 0.0};
-      dlog = multiply_add(grad, {last.re, last.im}, dlog);
+      if (this->is_last()) {  // whose state depends on log_decay too
+        const float* of_state = g.grad_state + this->state_place(mode) * (p.modes.complex_modes ? 2 : 1);
+        const Number last = state(warp)[2 * mode + 1];
+        const Complex<double> grad{of_state[0], p.modes.complex_modes ? -of_state[1] : 0.0};
+        dlog = multiply_add(grad, {last.re, last.im}, dlog);
+      }
       to[0] = values[0];
       to[1] = values[1];
       to[2] = dlog.re;
@@ -267,55 +287,115 @@ struct ScanDifferentiating : DifferentiatingBlock<Element> {
     }
   }
 
-  LONGVQ_DEVICE void run() {
+  LONGVQ_DEVICE void run(Pass pass) {
+    const bool results = pass == Pass::kResults;
     const int64_t size = scan_gradient_table_size(p.modes.modes, kParts);
     this->fill_tables(tables(0), p.tables, size, decays(0));
-    start();
+    start(pass);
     for (int64_t first = begin; first < end; first += kScanTile) {
       __syncthreads();
       this->read({p.u, p.u_batch, p.u_length, p.u_channel}, first, inputs(0));
-      this->read({g.grad, g.grad_batch, g.grad_length, g.grad_channel}, first, grads(0));
+      if (results) {
+        this->read({g.grad, g.grad_batch, g.grad_length, g.grad_channel}, first, grads(0));
+      }
       __syncthreads();
       if (has_channel()) {
         const int steps = static_cast<int>(min(end - first, kScanTile)), full = steps / kSteps;
-        add_lags();
+        if (results) {
+          add_lags();
+        }
         for (int group = 0; group < padded / kScanGroup; ++group) {
           float x[2][kTiles][4], z[2][kTiles][4];
           this->multiply_chunks(x, inputs(warp), Layout::of_gradients(tables(warp), group, 0));
           this->multiply_chunks(z, inputs(warp), Layout::of_gradients(tables(warp), group, 1));
           carry(x, z, group, full);
-          add_products(x, z, group);
+          if (results) {
+            add_products(x, z, group);
+          }
         }
         finish_state(full, steps % kSteps);
       }
     }
     __syncthreads();
-    if (has_channel()) {
+    if (!has_channel()) {
+      return;
+    }
+    if (results) {
       finish_lags();
       write();
+    } else {
+      write_state();
     }
   }
 };
 
 template <typename Element>
-__global__ void __launch_bounds__(DifferentiatingBlock<Element>::kThreads) differentiate_scan(ScanGradients g) {
-  ScanDifferentiating<Element>(g, {sequence_of(g.scan, blockIdx.y), 0}).run();
+__global__ void __launch_bounds__(DifferentiatingBlock<Element>::kThreads)
+    differentiate_scan(ScanGradients g, Pass pass) {
+  const Scan& p = g.scan;
+  const Piece piece = piece_of(p, p.segment_length, blockIdx.z, blockIdx.y);
+  ScanDifferentiating<Element> differentiating(g, piece);
+  if (piece.there(p.segment_length) && !(pass == Pass::kStates && differentiating.is_last())) {
+    differentiating.run(pass);
+  }
+}
+
+// From the states that segments leave, starting from zero, to those that enter them.
+__global__ void __launch_bounds__(128) enter_segments(ScanGradients g) {
+  const Scan& p = g.scan;
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x, modes = p.modes.modes;
+  if (i >= p.sequences() * p.modes.channels * modes) {
+    return;
+  }
+  const int64_t mode = i % modes, row = i / modes, channel = row % p.modes.channels;
+  const float steps = static_cast<float>(p.segment_length);
+  const Complex<double> exact = decay_of(p.modes, channel, mode, steps);
+  const Number decay{static_cast<float>(exact.re), static_cast<float>(exact.im)};
+  const Sequence of = sequence_of(p, row / p.modes.channels);
+  const int width = p.modes.complex_modes ? 2 : 1;
+  Pair now{{0, 0}, {0, 0}};
+  if (p.initial_state != nullptr) {
+    now.x = {p.initial_state[i * width], p.modes.complex_modes ? p.initial_state[i * width + 1] : 0.0f};
+  }
+  const int64_t first = (of.batch * p.modes.channels + channel) * p.segments() + of.first_piece(p, p.segment_length);
+  Number* states = reinterpret_cast<Number*>(g.segment_states) + (first * modes + mode) * 2;
+  for (int64_t segment = 0; segment == 0 || segment * p.segment_length < of.length; ++segment) {
+    Number* state = states + segment * modes * 2;
+    const bool last = (segment + 1) * p.segment_length >= of.length;
+    const Pair left = last ? Pair{{0, 0}, {0, 0}} : Pair{state[0], state[1]};
+    state[0] = now.x, state[1] = now.z;
+    now = move(decay, steps, now, left);
+  }
+}
+
+template <typename Element>
+int run(const ScanGradients& g, void* stream) {
+  const Scan& p = g.scan;
+  using S = ScanDifferentiating<Element>;
+  const dim3 grid(
+      static_cast<unsigned>(divide_up(p.modes.channels, S::kChannels)), static_cast<unsigned>(p.batch),
+      static_cast<unsigned>(p.segments()));
+  const size_t bytes = S::bytes(p.modes.modes);
+  if (g.segment_states != nullptr) {
+    if (const int error = launch<differentiate_scan<Element>>(grid, S::kThreads, bytes, stream, g, Pass::kStates)) {
+      return error;
+    }
+    const dim3 all(static_cast<unsigned>(divide_up(p.sequences() * p.modes.channels * p.modes.modes, 128)));
+    if (const int error = launch<enter_segments>(all, 128, 0, stream, g)) {
+      return error;
+    }
+  }
+  return launch<differentiate_scan<Element>>(grid, S::kThreads, bytes, stream, g, Pass::kResults);
 }
 
 }  // namespace
 
 int longvq_cuda_scan_gradients(const ScanGradients* problem, void* stream) {
   const Scan& p = problem->scan;
-  if (p.modes.modes > kScanMaxModes || p.sequences() > kMaxGrid) {
+  if (p.modes.modes > kScanMaxModes || p.batch > kMaxGrid || p.segments() > kMaxGrid) {
     return kNotCovered;
   }
-  return for_element(p.type, [&](auto element) {
-    using S = ScanDifferentiating<decltype(element)>;
-    const dim3 grid(
-        static_cast<unsigned>(divide_up(p.modes.channels, S::kChannels)), static_cast<unsigned>(p.sequences()));
-    return launch<differentiate_scan<decltype(element)>>(
-        grid, S::kThreads, S::bytes(p.modes.modes), stream, *problem);
-  });
+  return for_element(p.type, [&](auto element) { return run<decltype(element)>(*problem, stream); });
 }
 
 }  // namespace longvq::cuda

@@ -74,7 +74,6 @@ struct ScanCall {
       p.ignored = static_cast<const uint8_t*>(mask->const_data_ptr());
       p.ignored_batch = mask->stride(0), p.ignored_length = mask->stride(1);
     }
-    p.segment_length = whole_tiles(p.length);
   }
 
   static int64_t whole_tiles(int64_t length) { return (length + kScanTile - 1) / kScanTile * kScanTile; }
@@ -96,14 +95,21 @@ struct ScanCall {
     p.tables = making.tables, p.decays = making.decays;
   }
 
+  // Cuts sequences into segments, for blocks of so many channels. Returns their states, of `numbers` floats for each
+  // mode, none if no sequence has two.
+  Tensor cut(const Tensor& like, int64_t channels_of_block, int64_t numbers) {
+    const int64_t blocks = p.batch * ((p.modes.channels + channels_of_block - 1) / channels_of_block);
+    const int64_t segments = segments_for(blocks, p.length);
+    p.segment_length = whole_tiles((p.length + segments - 1) / segments);
+    const int64_t rows = p.length > p.segment_length ? p.batch : 0;
+    return torch::stable::new_empty(
+        like, {rows, p.modes.channels, p.segments(), p.modes.modes, numbers}, ScalarType::Float);
+  }
+
   // Scans what `u` is into y and state.
   void scan(const Tensor& u, const Tensor& y, const Tensor& state, void* stream) {
-    const int64_t segments = segments_for(p.batch * ((p.modes.channels + 7) / 8), p.length);
-    p.segment_length = whole_tiles((p.length + segments - 1) / segments);
-    const bool several = p.length > p.segment_length;
-    const Tensor segment_states = torch::stable::new_empty(
-        u, {several ? p.batch : 0, p.modes.channels, p.segments(), p.modes.modes, 2}, ScalarType::Float);
-    p.segment_states = several ? data_of<float>(segment_states) : nullptr;
+    const Tensor segment_states = cut(u, 8, 2);
+    p.segment_states = segment_states.numel() > 0 ? data_of<float>(segment_states) : nullptr;
     p.y = y.mutable_data_ptr(), p.final_state = data_of<float>(state);
     check_launch(kOp, longvq_cuda_scan(&p, stream));
   }
@@ -175,14 +181,19 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> ssm_scan_backward(
   }
   if (need_parameters && !nothing) {
     call.make_tables(u, ScanUse::kGradients, device.stream());
-    const Tensor dmodes = torch::stable::new_empty(u, {p.sequences(), channels, modes, 4}, ScalarType::Double);
-    const Tensor dskips = torch::stable::new_empty(u, {p.sequences(), channels}, ScalarType::Double);
+    const Tensor segment_states = call.cut(u, 4, 4);
+    const int64_t segments = p.batch * p.segments();
+    const Tensor dmodes = torch::stable::new_empty(u, {segments, channels, modes, 4}, ScalarType::Double);
+    const Tensor dskips = torch::stable::new_empty(u, {segments, channels}, ScalarType::Double);
+    copy_or_clear(dmodes, std::nullopt);
+    copy_or_clear(dskips, std::nullopt);
     const ScanGradients g{
         p, grad_y.const_data_ptr(), grad_y.stride(0), grad_y.stride(1), grad_y.stride(2),
-        const_data_of<float>(first_state), data_of<double>(dmodes), data_of<double>(dskips)};
+        const_data_of<float>(first_state), segment_states.numel() > 0 ? data_of<float>(segment_states) : nullptr,
+        data_of<double>(dmodes), data_of<double>(dskips)};
     check_launch(kOp, longvq_cuda_scan_gradients(&g, device.stream()));
     const SumScanGradients sum{
-        p.modes, p.sequences(), g.dmodes, g.dskip, data_of<float>(dweight), data_of<float>(dlog_decay),
+        p.modes, segments, g.dmodes, g.dskip, data_of<float>(dweight), data_of<float>(dlog_decay),
         skip.has_value() ? data_of<float>(dskip) : nullptr};
     check_launch(kOp, longvq_cuda_sum_scan_gradients(&sum, device.stream()));
   }
