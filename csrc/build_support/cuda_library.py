@@ -2,9 +2,9 @@
 
     python csrc/build_support/cuda_library.py [--out FILE]
 
-compiles every kernel for every architecture and prints what each takes: registers, stack, spills (shared memory is
-asked for at each launch; docs/kernels.md has it). A kernel that spills, or that keeps an array in local memory, is an
-error, as is every warning. No GPU and no CUDA torch are needed for that.
+compiles every kernel for every architecture and prints what each takes: registers, stack, spills, and the most shared
+memory that it asks for (of the scan's kernels: for 32 modes). A kernel that spills, or that keeps an array in local
+memory, is an error, as is every warning. No GPU and no CUDA torch are needed for that.
 
 `on_host()` compiles the same sources with the C++ compiler alone, for tests that run the kernels on the CPU.
 """
@@ -19,10 +19,11 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import astuple, dataclass, fields
+from dataclasses import astuple, dataclass
 from pathlib import Path
 
 import native_library
+import shared_memory
 from find_torch import Torch, find_torch
 from native_library import CACHE, CUDA, ROOT, BuildError, Compiler
 
@@ -160,17 +161,6 @@ def _nvcc_version(nvcc: str) -> str:
     return match[1] if match else text.strip()
 
 
-def _names(kernels: Sequence[Kernel]) -> dict[str, str]:
-    """Mangled -> readable, where c++filt is there."""
-    mangled = sorted({kernel.name for kernel in kernels})
-    filt = shutil.which("c++filt")
-    if not filt or not mangled:
-        return {name: name for name in mangled}
-    text = subprocess.run([filt], input="\n".join(mangled), capture_output=True, text=True, check=True).stdout
-    readable = [re.sub(r"longvq::cuda::|\(anonymous namespace\)::|^void ", "", line) for line in text.splitlines()]
-    return dict(zip(mangled, (line.partition("(")[0] for line in readable), strict=True))
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description="Compile all CUDA kernels and print what each takes.")
     parser.add_argument("--out", type=Path, help="also write the table to this file")
@@ -180,14 +170,17 @@ def main() -> None:
     except BuildError as error:
         print(error.log, file=sys.stderr)
         raise SystemExit(f"the CUDA kernels can't be built: {error}") from error
-    names = _names(kernels)
+    names = dict(zip(kernels, shared_memory.readable([kernel.name for kernel in kernels]), strict=True))
+    asked = shared_memory.most_of_kernels(str(on_host()))
     lines = [
         f"nvcc {info['nvcc']}, architectures {', '.join(info['architectures'])}, {library.stat().st_size:,} bytes",
         "",
+        "| kernel | architecture | registers | stack | spills | shared |",
+        "|:---|:---|---:|---:|---:|---:|",
     ]
-    lines += ["| " + " | ".join(field.name for field in fields(Kernel)) + " |", "|:---|:---|---:|---:|---:|"]
-    for kernel in sorted(kernels, key=lambda k: (names[k.name], k.architecture)):
-        lines.append("| " + " | ".join(map(str, (names[kernel.name], *astuple(kernel)[1:]))) + " |")
+    for kernel in sorted(kernels, key=lambda kernel: (names[kernel], kernel.architecture)):
+        cells = (names[kernel], *astuple(kernel)[1:], asked.get(names[kernel], "never launched"))
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
     table = "\n".join(lines)
     print(table)
     if args.out:
@@ -195,6 +188,8 @@ def main() -> None:
     wrong = [kernel for kernel in kernels if kernel.stack or kernel.spills]
     if wrong or not kernels:
         raise SystemExit(f"{len(wrong)} of {len(kernels)} kernels spill or use local memory")
+    if idle := set(names.values()) - asked.keys():
+        raise SystemExit(f"no call of csrc/build_support/shared_memory.py takes {', '.join(sorted(idle))}")
 
 
 if __name__ == "__main__":

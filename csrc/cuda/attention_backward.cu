@@ -41,7 +41,7 @@ __global__ void __launch_bounds__(kThreads) make_deltas(Deltas p) {
 }
 
 // A thread for a column of a code.
-__global__ void __launch_bounds__(kThreads) sum_segments(SumSegments p) {
+__global__ void __launch_bounds__(kThreads) sum_code_segments(SumSegments p) {
   const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x, columns = max(p.far_depth, p.values);
   const int64_t column = i % columns, code = i / columns % p.codes, head = i / columns / p.codes % p.heads;
   const int64_t number = i / columns / p.codes / p.heads;
@@ -152,7 +152,7 @@ int longvq_cuda_sum_segments(const SumSegments* problem, void* stream) {
   const SumSegments& p = *problem;
   const int64_t threads = p.sequences() * p.heads * p.codes * (p.far_depth > p.values ? p.far_depth : p.values);
   const dim3 grid(static_cast<unsigned>(divide_up(threads, kThreads)));
-  return launch<sum_segments>(grid, kThreads, 0, stream, p);
+  return launch<sum_code_segments>(grid, kThreads, 0, stream, p);
 }
 
 int longvq_cuda_finish_keys(const FinishKeys* problem, void* stream) {

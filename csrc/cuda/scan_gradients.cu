@@ -341,7 +341,7 @@ __global__ void __launch_bounds__(DifferentiatingBlock<Element>::kThreads)
 }
 
 // From the states that segments leave, starting from zero, to those that enter them.
-__global__ void __launch_bounds__(128) enter_segments(ScanGradients g) {
+__global__ void __launch_bounds__(128) enter_gradient_segments(ScanGradients g) {
   const Scan& p = g.scan;
   const int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x, modes = p.modes.modes;
   if (i >= p.sequences() * p.modes.channels * modes) {
@@ -381,7 +381,7 @@ int run(const ScanGradients& g, void* stream) {
       return error;
     }
     const dim3 all(static_cast<unsigned>(divide_up(p.sequences() * p.modes.channels * p.modes.modes, 128)));
-    if (const int error = launch<enter_segments>(all, 128, 0, stream, g)) {
+    if (const int error = launch<enter_gradient_segments>(all, 128, 0, stream, g)) {
       return error;
     }
   }

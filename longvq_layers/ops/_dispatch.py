@@ -6,6 +6,7 @@ it can and torch elsewhere; a backend asked for by name is never replaced by ano
 """
 
 import warnings
+from collections.abc import Callable
 
 import torch
 
@@ -50,8 +51,17 @@ def native_declines(op: str, device: torch.device, dtypes: tuple[torch.dtype, ..
     return None
 
 
-def choose(op: str, backend: str, device: torch.device, dtypes: tuple[torch.dtype, ...]) -> str:
+def choose(
+    op: str,
+    backend: str,
+    device: torch.device,
+    dtypes: tuple[torch.dtype, ...],
+    cuda_declines: Callable[[], str | None] = lambda: None,
+) -> str:
     """Resolve ``backend`` to ``"native"``, ``"torch"`` or ``"reference"``.
+
+    ``cuda_declines`` says why the CUDA kernels don't take arguments of these sizes, if they don't; it is only asked on
+    a GPU.
 
     Raises:
         ValueError: ``backend`` is none of the four names.
@@ -65,6 +75,8 @@ def choose(op: str, backend: str, device: torch.device, dtypes: tuple[torch.dtyp
     if unproven and backend == "auto":
         return "torch"
     reason = native_declines(op, device, dtypes)
+    if reason is None and device.type == "cuda":
+        reason = cuda_declines()
     if reason is None:
         if unproven:
             warnings.warn(

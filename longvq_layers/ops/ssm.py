@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from longvq_layers.ops import _checks as check
+from longvq_layers.ops import _cuda_limits as cuda
 from longvq_layers.ops import _schema  # noqa: F401  defines the operators
 from longvq_layers.ops._derivatives import refuse_forward_mode
 from longvq_layers.ops._dispatch import choose
@@ -91,7 +92,7 @@ def ssm_scan(
         key_padding_mask=key_padding_mask,
     )
 
-    chosen = choose(op, backend, u.device, (u.dtype,))
+    chosen = choose(op, backend, u.device, (u.dtype,), lambda: cuda.scan(u, log_decay.shape[1], cu_seqlens))
     if chosen != "reference":
         refuse_forward_mode(op, u, log_decay, weight, skip, initial_state)
     call = reference.ssm_scan if chosen == "reference" else _NAMESPACE[chosen].ssm_scan

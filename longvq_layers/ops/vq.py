@@ -1,11 +1,13 @@
 """Vector-quantised attention: contract, checks, one call."""
 
+import functools
 import math
 
 import torch
 from torch import Tensor
 
 from longvq_layers.ops import _checks as check
+from longvq_layers.ops import _cuda_limits as cuda
 from longvq_layers.ops import _schema  # noqa: F401  defines the operators
 from longvq_layers.ops._derivatives import refuse_forward_mode
 from longvq_layers.ops._dispatch import choose
@@ -42,7 +44,7 @@ def vq_assign(k: Tensor, codebook: Tensor, *, backend: str = "auto") -> Tensor:
     check.tensor(op, "k", k, "B H L D")
     check.real(op, "k", k)
     _check_codebook(op, k, codebook, heads_of="k")
-    chosen = choose(op, backend, k.device, (k.dtype, codebook.dtype))
+    chosen = choose(op, backend, k.device, (k.dtype, codebook.dtype), lambda: cuda.assign(k))
     k, codebook = k.detach(), codebook.detach()
     if chosen == "reference":
         return reference.vq_assign(k, codebook)
@@ -135,7 +137,8 @@ def vq_attention(
     check.same_device(op, "q", q, k=k, v=v, bias=bias, key_padding_mask=key_padding_mask, codes=codes)
     if codes is not None:
         _check_codes(op, codes, k, codebook)
-    chosen = choose(op, backend, q.device, (q.dtype,))
+    declines = functools.partial(cuda.attention, q, v, far_q, cu_seqlens, activation)
+    chosen = choose(op, backend, q.device, (q.dtype,), declines)
 
     if codes is None:
         # The assignment has kernels of its own: "auto" takes the fastest for it, a named backend is kept to.

@@ -15,15 +15,13 @@ import torch
 
 from longvq_layers import _extension
 
-ROOT = Path(__file__).resolve().parents[2]
-OPERATORS = ("vq_assign", "vq_attention", "vq_attention_backward", "ssm_scan", "ssm_scan_backward")
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "csrc" / "build_support"))
+import cuda_library
+import shared_memory
 
 
 @pytest.fixture(scope="session")
 def library_on_host():
-    sys.path.insert(0, str(ROOT / "csrc" / "build_support"))
-    import cuda_library
-
     with contextlib.redirect_stdout(io.StringIO()):  # the commands of the compiler
         return str(cuda_library.on_host())
 
@@ -31,12 +29,9 @@ def library_on_host():
 @pytest.fixture(scope="session")
 def on_host(library_on_host):
     """The operators on the host, `torch.ops.longvq_on_host`."""
-    torch.ops.load_library(library_on_host)
-    library = torch.library.Library("longvq_on_host", "DEF")
-    for name in OPERATORS:
-        library.define(str(getattr(torch.ops.longvq, name).default._schema).partition("::")[2])
-    yield torch.ops.longvq_on_host
-    library._destroy()
+    defined = shared_memory.define_on_host(library_on_host)
+    yield defined.ops
+    defined.close()
 
 
 class OnGpu:

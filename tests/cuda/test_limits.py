@@ -1,0 +1,150 @@
+"""What the CUDA kernels don't take is said before a call, and is what the kernels themselves refuse."""
+
+import ctypes
+from collections import defaultdict
+from types import SimpleNamespace
+
+import pytest
+import shared_memory
+import torch
+
+from longvq_layers import _extension
+from longvq_layers.ops import _cuda_limits, _dispatch
+
+CUDA = torch.device("cuda")
+
+
+@pytest.fixture(autouse=True)
+def gpu(monkeypatch):
+    """A GPU with so much shared memory."""
+    properties = SimpleNamespace(shared_memory_per_block_optin=163 << 10)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    return properties
+
+
+@pytest.fixture
+def planned(on_host, library_on_host):
+    """The operators on the host, whose kernels are launched but don't run."""
+    library = ctypes.CDLL(library_on_host)
+    library.longvq_on_host_begin_plan()
+    yield on_host
+    library.longvq_on_host_end_plan()
+
+
+def test_shared_memory_is_what_the_kernels_ask_for(on_host, library_on_host):
+    most = defaultdict(dict)
+    for launch in shared_memory.launches(on_host, library_on_host):
+        of_op = most[launch.op]
+        of_op[launch.case] = max(launch.bytes, of_op.get(launch.case, 0))
+    assert most == _cuda_limits.SHARED_BYTES
+    assert max(max(of_op.values()) for of_op in most.values()) <= 163 << 10  # of sm_80
+
+
+ATTENTION = {"rows": 1, "heads": 1, "length": 1, "depth": 16, "values": 16, "dtype": torch.float32, "documents": None}
+
+
+def attention(namespace, activation="softmax", **sizes):
+    """Why the limits decline these sizes, and whether the kernels take them."""
+    s = SimpleNamespace(**{**ATTENTION, **sizes})
+    q = torch.empty(s.rows, s.heads, s.length, s.depth, dtype=s.dtype)
+    v = torch.empty(s.rows, s.heads, s.length, s.values, dtype=s.dtype)
+    offsets = None if s.documents is None else torch.zeros(s.documents + 1, dtype=torch.int32)
+    codes = torch.zeros(s.rows, s.heads, s.length, dtype=torch.int64)
+    codebook = torch.empty(s.heads, 1, s.depth)
+    args = (q, q, v, codebook, codes, None, None, offsets, 1.0, True, 2, activation, "exact", "cluster", 0)
+
+    def call():
+        namespace.vq_attention_backward(v, *namespace.vq_attention(*args), *args)
+
+    return _cuda_limits.attention(q, v, None, offsets, activation), taken(call)
+
+
+def taken(call):
+    try:
+        call()
+    except RuntimeError as error:
+        assert "CUDA kernel" in str(error)
+        return False
+    return True
+
+
+@pytest.mark.parametrize(
+    ("most", "more", "reason"),
+    [
+        ({"depth": 128}, {"depth": 129}, "q and k of up to D = 128, got 129"),
+        ({"activation": "laplace", "dtype": torch.bfloat16}, {"activation": "laplace", "dtype": torch.half}, "range"),
+        ({"rows": 65_535, "depth": 1, "values": 1}, {"rows": 65_536, "depth": 1, "values": 1}, "got 65,536"),
+        ({"documents": 65_535}, {"documents": 65_536}, "pieces of 1,024 positions, got 65,536"),
+        ({"heads": 257, "values": 255}, {"heads": 512, "values": 128}, "of all heads, H E, got 65,536"),
+    ],
+)
+def test_attention(planned, most, more, reason):
+    assert attention(planned, **most) == (None, True)
+    why, took = attention(planned, **more)
+    assert reason in why and not took
+
+
+@pytest.mark.parametrize(
+    ("most", "more", "reason"),
+    [
+        ((1, 1, 1, 256), (1, 1, 1, 257), "keys of up to D = 256, got 257"),
+        ((65_535, 1, 1, 1), (65_536, 1, 1, 1), "rows B, got 65,536"),
+        ((1, 65_535, 1, 1), (1, 65_536, 1, 1), "heads H, got 65,536"),
+    ],
+)
+def test_assign(planned, most, more, reason):
+    def both(sizes):
+        k, codebook = torch.empty(sizes), torch.empty(sizes[1], 1, sizes[3])
+        return _cuda_limits.assign(k), taken(lambda: planned.vq_assign(k, codebook))
+
+    assert both(most) == (None, True)
+    why, took = both(more)
+    assert reason in why and not took
+
+
+@pytest.mark.parametrize(
+    ("most", "more", "reason"),
+    [
+        ((1, 32, None), (1, 33, None), "N = 32 modes, got 33"),
+        ((65_535, 1, None), (65_536, 1, None), "got 65,536"),
+        ((1, 1, 65_535), (1, 1, 65_536), "got 65,536"),
+    ],
+)
+def test_scan(planned, most, more, reason):
+    def both(rows, modes, documents):
+        u, decay = torch.empty(rows, 1, 1), torch.empty(1, modes)
+        offsets = None if documents is None else torch.zeros(documents + 1, dtype=torch.int32)
+        args = (u, decay, decay, None, None, None, offsets, False)
+        grad_state = torch.empty(documents or rows, 1, modes)
+
+        def call():
+            planned.ssm_scan(*args)
+            planned.ssm_scan_backward(u, grad_state, *args, True, True)
+
+        return _cuda_limits.scan(u, modes, offsets), taken(call)
+
+    assert both(*most) == (None, True)
+    why, took = both(*more)
+    assert reason in why and not took
+
+
+def test_a_gpu_with_less_shared_memory(gpu):
+    gpu.shared_memory_per_block_optin = 99 << 10
+    wide, narrow = torch.empty(1, 1, 1, 128), torch.empty(1, 1, 1, 64)
+    message = "need 165,120 bytes of shared memory for these sizes, this GPU has 101,376"
+    assert message in _cuda_limits.attention(wide, wide, None, None, "softmax")
+    assert _cuda_limits.attention(wide.bfloat16(), wide, None, None, "softmax") is None
+    assert "165,120" not in _cuda_limits.attention(narrow, wide, None, None, "softmax")
+    assert _cuda_limits.attention(narrow, narrow, None, None, "softmax") is None
+    assert "124,928" in _cuda_limits.scan(torch.empty(1, 1, 1, dtype=torch.bfloat16), 17, None)
+    assert _cuda_limits.scan(torch.empty(1, 1, 1, dtype=torch.bfloat16), 16, None) is None
+
+
+def test_what_is_declined_is_left_to_torch(monkeypatch):
+    monkeypatch.setattr(_extension, "_cuda_library", object())
+    with pytest.raises(NotImplementedError, match="can't serve this call: it is too wide"):
+        _dispatch.choose("vq_attention", "native", CUDA, (torch.float32,), lambda: "it is too wide")
+    monkeypatch.setattr(_dispatch, "UNPROVEN", ())
+    assert _dispatch.choose("vq_attention", "auto", CUDA, (torch.float32,), lambda: "it is too wide") == "torch"
+    assert _dispatch.choose("vq_attention", "auto", CUDA, (torch.float32,), lambda: None) == "native"
+    assert _dispatch.choose("vq_attention", "auto", torch.device("cpu"), (torch.float32,), lambda: "") == "native"
