@@ -42,34 +42,80 @@ LONGVQ_DEVICE void load_right(uint32_t (&out)[4], const T& tile, int part, int r
   load_matrices_transposed(out, tile.at(part, row + lane % 16, column + lane / 16 * 8));
 }
 
+// Two fragments side by side, (16, 16) for each 16 rows: += the products of the first PARTS of `left` and one part of
+// `right`, the smallest first.
+template <typename Operand, int PARTS, int COUNT, int MTILES>
+LONGVQ_DEVICE void multiply_parts(
+    float (&out)[MTILES][2][4], const uint32_t (&left)[COUNT][MTILES][4], const uint32_t (&right)[4]) {
+#pragma unroll
+  for (int i = (PARTS < COUNT ? PARTS : COUNT) - 1; i >= 0; --i) {
+#pragma unroll
+    for (int m = 0; m < MTILES; ++m) {
+      Operand::multiply_add(out[m][0], left[i][m], right[0], right[1]);
+      Operand::multiply_add(out[m][1], left[i][m], right[2], right[3]);
+    }
+  }
+}
+
+template <int MTILES, int NTILES>
+LONGVQ_DEVICE void add_fragments(float (&out)[MTILES][NTILES][4], int n, const float (&sum)[MTILES][2][4]) {
+#pragma unroll
+  for (int m = 0; m < MTILES; ++m) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      out[m][n][i] += sum[m][0][i];
+      out[m][n + 1][i] += sum[m][1][i];
+    }
+  }
+}
+
+// out += left · right, two fragments side by side from n; load(b, j) reads part j of them. Tensor cores cut off what is
+// below the last bit of the largest term, so that products of small parts have sums of their own, into which larger ones
+// come later, and what has been summed so far is added as other numbers are.
+template <typename Operand, int RIGHT, int LEFT, int MTILES, int NTILES, typename Load>
+LONGVQ_DEVICE void multiply_pair(
+    float (&out)[MTILES][NTILES][4], int n, const uint32_t (&left)[LEFT][MTILES][4], const Load& load) {
+  constexpr int kLast = LEFT > RIGHT ? LEFT : RIGHT;  // of the pairs of parts those that are not below the last bit
+  uint32_t b[4];
+  if constexpr (kLast == 1) {
+    load(b, 0);
+#pragma unroll
+    for (int m = 0; m < MTILES; ++m) {
+      Operand::multiply_add(out[m][n], left[0][m], b[0], b[1]);
+      Operand::multiply_add(out[m][n + 1], left[0][m], b[2], b[3]);
+    }
+  } else {
+    float sum[MTILES][2][4] = {};
+    static_assert(RIGHT == 3, "written out, since the number of parts left of each is a constant");
+    load(b, 2);
+    multiply_parts<Operand, 1>(sum, left, b);
+    load(b, 1);
+    multiply_parts<Operand, 2>(sum, left, b);
+    load(b, 0);
+    multiply_parts<Operand, 3>(sum, left, b);
+    add_fragments(out, n, sum);
+  }
+}
+
 // out += left · rightᵀ for the 16 · MTILES rows of a warp from `row` and all rows of `right`, as fragments (16, 8).
 template <typename Operand, int MTILES, typename Left, typename Right>
 LONGVQ_DEVICE void multiply_rows(
     float (&out)[MTILES][Right::kRows / 8][4], const Left& left, int row, const Right& right) {
   static_assert(Left::kColumns == Right::kColumns, "both have the depth as columns");
-  constexpr int kLast = Left::kParts > Right::kParts ? Left::kParts : Right::kParts;
 #pragma unroll 2  // all of it, and loads are moved up until registers spill
   for (int k = 0; k < Left::kColumns; k += 16) {
+    uint32_t a[Left::kParts][MTILES][4];
 #pragma unroll
     for (int i = 0; i < Left::kParts; ++i) {
-      uint32_t a[MTILES][4];
 #pragma unroll
       for (int m = 0; m < MTILES; ++m) {
-        load_left(a[m], left, i, row + 16 * m, k);
+        load_left(a[i][m], left, i, row + 16 * m, k);
       }
+    }
 #pragma unroll
-      for (int j = 0; j < Right::kParts && i + j < kLast; ++j) {
-#pragma unroll
-        for (int n = 0; n < Right::kRows; n += 16) {
-          uint32_t b[4];
-          load_right_rows(b, right, j, n, k);
-#pragma unroll
-          for (int m = 0; m < MTILES; ++m) {
-            Operand::multiply_add(out[m][n / 8], a[m], b[0], b[1]);
-            Operand::multiply_add(out[m][n / 8 + 1], a[m], b[2], b[3]);
-          }
-        }
-      }
+    for (int n = 0; n < Right::kRows; n += 16) {
+      multiply_pair<Operand, Right::kParts>(
+          out, n / 8, a, [&](uint32_t (&b)[4], int part) { load_right_rows(b, right, part, n, k); });
     }
   }
 }
@@ -81,20 +127,9 @@ LONGVQ_DEVICE void multiply_fragments(
     int column) {
   static_assert(Right::kParts == Operand::kParts, "both in the same parts");
 #pragma unroll
-  for (int j = 0; j < Operand::kParts; ++j) {
-#pragma unroll
-    for (int n = 0; n < NTILES; n += 2) {
-      uint32_t b[4];
-      load_right(b, right, j, row, column + n * 8);
-#pragma unroll
-      for (int i = 0; i + j < Operand::kParts; ++i) {
-#pragma unroll
-        for (int m = 0; m < MTILES; ++m) {
-          Operand::multiply_add(out[m][n], left[i][m], b[0], b[1]);
-          Operand::multiply_add(out[m][n + 1], left[i][m], b[2], b[3]);
-        }
-      }
-    }
+  for (int n = 0; n < NTILES; n += 2) {
+    multiply_pair<Operand, Right::kParts>(
+        out, n, left, [&](uint32_t (&b)[4], int part) { load_right(b, right, part, row, column + n * 8); });
   }
 }
 
