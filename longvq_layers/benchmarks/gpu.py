@@ -107,6 +107,7 @@ def _machine(device: str) -> str:
 def _build() -> str:
     """Build what isn't loaded yet where the sources are, load it, and say what it was built with."""
     lines = []
+    os.environ.setdefault("TORCH_CUDA_ARCH_LIST", _architecture())
     support = _ROOT / "csrc" / "build_support"
     if support.exists():
         sys.path.insert(0, str(support))
@@ -132,6 +133,12 @@ def _build() -> str:
     if not _extension.load_cuda():
         raise RuntimeError(f"the CUDA kernels don't load: {_extension.cuda_load_error()}")
     return "\n".join([*lines, "loaded"])
+
+
+def _architecture() -> str:
+    """Of this GPU alone, which is faster to build for; of Hopper with what only Hopper has."""
+    major, minor = torch.cuda.get_device_capability()
+    return f"{major}.{minor}{'a' if major == 9 else ''}"
 
 
 def _tests() -> str:

@@ -59,6 +59,14 @@ def _pairs(call: Callable, arguments: tuple, names: tuple[str, ...]) -> dict[str
     return {name: pair for name, *pair in zip(names, actual, expected, strict=True)}
 
 
+def _documents(draw: random.Random, length: int, device: str) -> Tensor | None:
+    """Offsets of some documents, empty ones too, or None."""
+    if draw.random() < 0.7:
+        return None
+    inner = sorted(draw.randint(0, length) for _ in range(draw.choice([0, 1, 5, 40])))
+    return torch.tensor([0, *inner, length], dtype=torch.int32, device=device)
+
+
 def _assign(draw: random.Random, dtype: torch.dtype, device: str, namespace: object) -> tuple[str, dict]:
     depth, codes, length = draw.choice([8, 64, 100, 128]), draw.choice([1, 33, 200, 512]), draw.choice([1, 65, 300])
     k = torch.randn(2, 2, length, depth, device=device).to(dtype)
@@ -94,17 +102,18 @@ def _attention(draw: random.Random, dtype: torch.dtype, device: str, namespace: 
         bias = torch.randn(kv_heads * group, window if causal else 2 * window - 1, device=device)
     mask = torch.rand(1, length, device=device) < 0.1 if draw.random() < 0.5 else None
     options = (depth**-0.5, causal, window, "laplace" if laplace else "softmax", "exact" if exact else "quantized")
+    documents = _documents(draw, length, device)
     grad = torch.randn(*q.shape[:3], values, device=device).to(dtype)
 
     def call(precise: bool, q, k, v, codebook, z, bias, mask, grad):
         ops = torch.ops.longvq_torch if precise else namespace
-        arguments = (q, k, v, codebook, z, bias, mask, None, *options, "cluster", near_dim)
+        arguments = (q, k, v, codebook, z, bias, mask, documents, *options, "cluster", near_dim)
         out, normalizers = ops.vq_attention(*arguments)
         return out, *ops.vq_attention_backward(grad, out, normalizers, *arguments)
 
     what = (
         f"H {kv_heads * group}, Hkv {kv_heads}, L {length}, D {depth}, E {values}, S {codes}, {options}, "
-        f"near {near_dim}, bias {bias is not None}, mask {mask is not None}"
+        f"near {near_dim}, bias {bias is not None}, mask {mask is not None}, documents {documents}"
     )
     return what, _pairs(call, (q, k, v, codebook, z, bias, mask, grad), ("out", "dq", "dk", "dv", "dbias"))
 
@@ -119,17 +128,22 @@ def _scan(draw: random.Random, dtype: torch.dtype, device: str, namespace: objec
     log_decay = torch.complex(size, torch.randn(channels, modes, device=device))
     weight = torch.randn(channels, modes, dtype=torch.complex64, device=device) / modes
     skip = torch.randn(channels, device=device) if draw.random() < 0.5 else None
-    state = torch.randn(2, channels, modes, dtype=torch.complex64, device=device)
-    u = torch.randn(2, length, channels, device=device).to(dtype)
-    mask = torch.rand(2, length, device=device) < 0.1 if draw.random() < 0.5 else None
+    documents = _documents(draw, length, device)
+    rows, states = (2, 2) if documents is None else (1, len(documents) - 1)
+    state = torch.randn(states, channels, modes, dtype=torch.complex64, device=device)
+    u = torch.randn(rows, length, channels, device=device).to(dtype)
+    mask = torch.rand(rows, length, device=device) < 0.1 if draw.random() < 0.5 else None
     reverse = draw.random() < 0.5
     grads = torch.randn_like(u), torch.randn_like(state)
 
     def call(precise: bool, u, log_decay, weight, skip, state, mask, grad_y, grad_state):
         ops = torch.ops.longvq_torch if precise else namespace
-        arguments = (u, log_decay, weight, skip, state, mask, None, reverse)
+        arguments = (u, log_decay, weight, skip, state, mask, documents, reverse)
         return *ops.ssm_scan(*arguments), *ops.ssm_scan_backward(grad_y, grad_state, *arguments, True, True)
 
-    what = f"H {channels}, N {modes}, L {length}, skip {skip is not None}, mask {mask is not None}, reverse {reverse}"
+    what = (
+        f"H {channels}, N {modes}, L {length}, skip {skip is not None}, mask {mask is not None}, reverse {reverse}, "
+        f"documents {documents}"
+    )
     names = ("y", "state", "du", "dlog_decay", "dweight", "dskip", "dinitial")
     return what, _pairs(call, (u, log_decay, weight, skip, state, mask, *grads), names)

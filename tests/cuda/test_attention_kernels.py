@@ -175,13 +175,25 @@ def test_keys_of_their_own_outside_the_window(kernels, dtype, depths):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("exact", [False, True])
 @pytest.mark.parametrize("causal", [False, True])
-def test_the_order_of_threads_makes_no_difference(on_host, thread_order, dtype, exact, causal):
+def test_the_order_of_threads_and_blocks_makes_no_difference(on_host, thread_order, dtype, exact, causal):
     case, z = rounded(drawn(150, 20, 24, 70, causal, 10, exact), dtype)
-    results = []
+    case.options["cu_seqlens"] = torch.tensor([0, 20, 150], dtype=torch.int32)
+    found, grad = [], torch.randn(1, 2, 150, 24)
     for order in (0, 1, 2, 3):
         thread_order(order)
-        results.append(on_host.vq_attention(*arguments(case, z, dtype))[0])
-    assert all(torch.equal(results[0], other) for other in results[1:])
+        found.append(results(on_host, arguments(case, z, dtype), grad)[0])
+    for other in found[1:]:
+        assert all(torch.equal(found[0][name], value) for name, value in other.items())
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_the_order_of_blocks_makes_no_difference_to_segments(on_host, thread_order, causal):
+    case, z = rounded(drawn(2 * 16 * 128 + 70, 8, 8, 9, causal, 30, True, heads=(1, 1)), torch.bfloat16)
+    found, grad = [], torch.randn(1, 1, 2 * 16 * 128 + 70, 8)
+    for order in (0, 1):
+        thread_order(order)
+        found.append(results(on_host, arguments(case, z, torch.bfloat16), grad)[0])
+    assert all(torch.equal(found[0][name], value) for name, value in found[1].items())
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -206,7 +206,17 @@ void synchronize_warp(Collective operation, void* mine) {
   pause();
 }
 
-void copy_later(void* target, const void* source, int bytes) { running->open.push_back({target, source, bytes}); }
+void check_aligned(const void* address) {
+  if (reinterpret_cast<uintptr_t>(address) % 16 != 0) {
+    refuse("16 bytes at a time from an address that is no multiple of 16");
+  }
+}
+
+void copy_later(void* target, const void* source, int bytes) {
+  check_aligned(target);
+  check_aligned(source);  // also where nothing is read
+  running->open.push_back({target, source, bytes});
+}
 
 void commit_copies() {
   running->groups.push_back(std::move(running->open));
@@ -235,12 +245,9 @@ void run_grid(dim3 grid, dim3 size, size_t shared_bytes, const std::function<voi
   block = &own;
   body_of_kernel = &body;
   std::mt19937_64 random(order_of_threads);
-  for (unsigned z = 0; z < grid.z; ++z) {
-    for (unsigned y = 0; y < grid.y; ++y) {
-      for (unsigned x = 0; x < grid.x; ++x) {
-        run_block(dim3(x, y, z), size, grid, shared_bytes, random);
-      }
-    }
+  for (size_t i : ordered(size_t{grid.x} * grid.y * grid.z, random)) {
+    const dim3 index(i % grid.x, i / grid.x % grid.y, i / grid.x / grid.y);
+    run_block(index, size, grid, shared_bytes, random);
   }
   block = nullptr;
 }
@@ -254,7 +261,7 @@ bool starts(const char* mangled_name, size_t shared_bytes) {
 
 }  // namespace on_host
 
-// How threads are ordered from now on: 0 ascending, 1 descending, others the seed of a random order.
+// How threads, and blocks, are ordered from now on: 0 ascending, 1 descending, others the seed of a random order.
 LONGVQ_EXPORT void longvq_on_host_set_order(uint64_t order) { on_host::order_of_threads = order; }
 
 LONGVQ_EXPORT void longvq_on_host_begin_plan() {

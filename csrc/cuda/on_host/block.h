@@ -2,7 +2,8 @@
 //
 // The threads of a block are fibers of one host thread. A fiber runs until it waits for others: at __syncthreads() for
 // the block, in a shuffle or a tensor core instruction for its warp. In between the order of the threads is the
-// caller's choice, ascending, descending or random: results that depend on it reveal a missing barrier. Asynchronous
+// caller's choice, ascending, descending or random: results that depend on it reveal a missing barrier. So is that of
+// blocks, which run one after the other: results that depend on it reveal blocks that count on each other. Asynchronous
 // copies are made as late as the kernel's waits allow, and shared memory starts as NaN, so that a value that is used
 // before it is there is noticed. A barrier that not all threads reach is an error, not a hang.
 #pragma once
@@ -36,6 +37,9 @@ void synchronize_block();
 // All lanes of the warp arrive, each with a pointer; then `operation` is called once with the 32 of them.
 using Collective = void (*)(void* const* lanes);
 void synchronize_warp(Collective operation, void* mine);
+
+// Misuse of an instruction that takes 16 bytes at a time unless this is a multiple of 16.
+void check_aligned(const void* address);
 
 // A copy of 16 bytes, of which all but the first `bytes` become zero, that is made when it is waited for.
 void copy_later(void* target, const void* source, int bytes);

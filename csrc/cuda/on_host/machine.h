@@ -151,10 +151,12 @@ struct MatrixLoad {
 };
 
 inline void load_matrices(uint32_t (&out)[4], const void* row) {
+  on_host::check_aligned(row);
   MatrixLoad load{row, out};
   on_host::synchronize_warp(MatrixLoad::run<false>, &load);
 }
 inline void load_matrices_transposed(uint32_t (&out)[4], const void* row) {
+  on_host::check_aligned(row);
   MatrixLoad load{row, out};
   on_host::synchronize_warp(MatrixLoad::run<true>, &load);
 }
