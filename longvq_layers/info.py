@@ -41,7 +41,8 @@ def _native_library() -> Iterable[tuple[str, str]]:
     if _extension.is_loaded():
         yield "file", str(_extension.LIBRARY)
         yield "instruction set", _extension.cpu_capability() or "unknown"
-    yield "CUDA kernels", "loaded" if _extension.cuda_is_loaded() else f"no, {_extension.cuda_load_error()}"
+    unproven = ', for backend="native" only: no GPU has tested them' if "cuda" in _dispatch.UNPROVEN else ""
+    yield "CUDA kernels", f"loaded{unproven}" if _extension.cuda_is_loaded() else f"no, {_extension.cuda_load_error()}"
     yield _extension.CPU_CAPABILITY, os.environ.get(_extension.CPU_CAPABILITY) or "not set"
     yield _extension.DISABLE, os.environ.get(_extension.DISABLE) or "not set"
     yield _extension.ANOTHER_LIBRARY, os.environ.get(_extension.ANOTHER_LIBRARY) or "not set"

@@ -8,7 +8,7 @@ Tensor vq_assign(const Tensor& k, const Tensor& codebook) {
       k.dim() == 4 && codebook.dim() == 3 && codebook.size(0) == k.size(1) && codebook.size(2) == k.size(3) &&
           codebook.size(1) >= 1,
       kOp, ": expected k (B, H, L, D) and codebook (H, S, D) with S >= 1");
-  STD_TORCH_CHECK(k.get_device_index() == codebook.get_device_index(), kOp, ": k and codebook on different devices");
+  check_devices(kOp, k, {codebook});
   const ElementType type = type_of(kOp, k);
   const OnDeviceOf device(kOp, k);
   Tensor codes = torch::stable::new_empty(k, {k.size(0), k.size(1), k.size(2)}, ScalarType::Long);

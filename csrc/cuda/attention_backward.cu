@@ -52,11 +52,12 @@ __global__ void __launch_bounds__(kThreads) sum_code_segments(SumSegments p) {
   const int64_t count = max(divide_up(of.length, p.code_segment), int64_t{1});
   const int64_t first = (of.batch * p.heads + head) * p.segments() + of.first_piece(p, p.code_segment);
   if (column < p.far_depth) {
+    float* dcodes = p.dcodes + (first * p.codes + code) * p.far_depth + column;
     float sum = 0;
     for (int64_t segment = 0; segment < count; ++segment) {
-      sum += p.dcodes[((first + segment) * p.codes + code) * p.far_depth + column];
+      sum += dcodes[segment * p.codes * p.far_depth];
     }
-    p.dcodes_sum[((number * p.heads + head) * p.codes + code) * p.far_depth + column] = sum;
+    *dcodes = sum;
   }
   if (column < p.values && p.later != nullptr) {
     const auto place = [&](int64_t segment) { return ((first + segment) * p.codes + code) * p.values + column; };
@@ -112,8 +113,8 @@ __global__ void __launch_bounds__(kThreads) finish_keys(FinishKeys p) {
   }
   const bool ignored = is_ignored(p.ignored, batch * p.ignored_batch + at * p.ignored_length);
   const Sequence sequence = sequence_at(p, at, batch);
-  // The place of this head of the sequence in sums by code of each sequence, and in its means of each head.
-  const int64_t sums = sequence.number * p.heads + of % p.heads;
+  // The places of the sequence in what its segments got, and in its means, of each head.
+  const int64_t sums = of * p.pieces(p.code_segment) + sequence.first_piece(p, p.code_segment);
   const int64_t means = p.offsets == nullptr ? of : of * p.documents + sequence.number;
   const int64_t code = min(max(p.code_of_key[row], int64_t{0}), p.codes - 1), columns = p.far_first + p.far_depth;
   Element* dk = static_cast<Element*>(p.dk) + row * columns;

@@ -27,7 +27,7 @@ struct ColumnTiles {
     const int before = max(block - reach + 1, 0);  // keys from here are not in the far field
     const int behind = p.causal ? last : min(block + static_cast<int>(kFarBlock) - 1 + reach, length);  // here again
         exact = p.exact;
-    begin[0] = 0, end[0] = static_cast<int>(p.codebook.codes);
+    begin[0] = 0, end[0] = p.causal && block == 0 ? 0 : static_cast<int>(p.codebook.codes);
     if (exact) {
       // Outside on either side; of a window narrower than the block the two sides meet.
       const int stop = last - window, start = max(first + window, before);

@@ -19,7 +19,7 @@ struct Forward : ForwardBlock<Element, DEPTH, VALUES> {
   using Base = ForwardBlock<Element, DEPTH, VALUES>;
   using Operand = typename Base::Operand;
   using Base::first, Base::first_value, Base::head, Base::lane, Base::last, Base::p, Base::row, Base::warp;
-  static constexpr int kMTiles = Base::kMTiles;
+  static constexpr int kMTiles = Base::kMTiles, kFragments = Base::kFragments;
   using Scores = float[kMTiles][kFragments][4];
 
   float out[kMTiles][VALUES / 8][4] = {};

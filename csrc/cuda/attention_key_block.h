@@ -11,11 +11,12 @@ namespace {
 // one slice of the values.
 enum Makes { kKeysAndValues, kKeysOnly, kValuesOnly };
 
-// 64 codes or keys, 16 a warp, and tiles of 32 queries with the gradients of their outputs.
+// 64 codes or keys, 16 a warp, and tiles of queries with the gradients of their outputs.
 template <typename Element, int DEPTH, int VALUES, Makes MAKES>
 struct KeyBlock {
   using Operand = typename OperandOf<Element>::type;
   static constexpr int kRows = 16 * kWarps, kBuffers = Operand::kParts == 1 ? 2 : 1, kValuePitch = VALUES + 4;
+  static constexpr int kTile = kTileOf<Operand>, kFragments = kTile / 8;
   using Keys = Tile<kRows, DEPTH, Operand::kParts>;
   using Values = Tile<kRows, VALUES, Operand::kParts>;
   using Queries = Tile<kTile, DEPTH, Operand::kParts>;
@@ -25,6 +26,8 @@ struct KeyBlock {
   static constexpr size_t kStream = kBuffers * (Queries::kBytes + Grads::kBytes);
   static constexpr size_t kBytes = Keys::kBytes + Values::kBytes + (kStage > kStream ? kStage : kStream);
   using Pairs = float[1][kFragments][4];
+  // What each of many keys of a code weighs may be too small for a float16: times a power of two while it is one.
+  static constexpr float kWeightScale = std::is_same_v<Operand, OneHalf> ? 4096.0f : 1.0f;
 
   const AttentionGradients& g;
   const Attention& p;
@@ -102,6 +105,7 @@ struct KeyBlock {
     }
     commit_copies();
     for (int number = 0; number < count; ++number) {
+      forget(head.batch), forget(head.start), forget(head.kv_head), forget(lane);  // addresses are made again
       if (kBuffers == 2 && number + 1 < count) {
         fill_tile(number + 1);
       }
@@ -163,6 +167,7 @@ struct KeyBlock {
             weight = Operand::exponential(score - top) * inverse;
             dscore = scale * keys_of_row * weight * (dscore - delta);
           }
+          weight *= kWeightScale;
         }
       }
     }
@@ -170,7 +175,8 @@ struct KeyBlock {
 
   // Rows of float32 in global memory from fragments; to(row) is null where there is none.
   template <int NTILES, typename To>
-  LONGVQ_DEVICE void write(const float (&from)[1][NTILES][4], int64_t columns, const To& to) const {
+  LONGVQ_DEVICE void write(
+      const float (&from)[1][NTILES][4], int64_t columns, const To& to, float factor = 1.0f) const {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       float* out = to(row(half));
@@ -180,7 +186,7 @@ struct KeyBlock {
         for (int c = 0; c < 2; ++c) {
           const int column = n * 8 + lane % 4 * 2 + c;
           if (out != nullptr && column < columns) {
-            out[column] = from[0][n][half * 2 + c];
+            out[column] = from[0][n][half * 2 + c] * factor;
           }
         }
       }

@@ -56,7 +56,7 @@ struct CodeGradient : KeyBlock<Element, DEPTH, VALUES, MAKES> {
     }
     const int columns = this->columns_of_values(first_value);
     __syncthreads();
-    this->write(dvalues, columns, [&](int row) { return this->stage(row); });
+    this->write(dvalues, columns, [&](int row) { return this->stage(row); }, 1 / Base::kWeightScale);
     __syncthreads();
     for (int64_t key = begin + this->warp; key < end; key += kWarps) {
       const int64_t row = head.code_of(key) - first;
@@ -86,7 +86,7 @@ struct CodeGradient : KeyBlock<Element, DEPTH, VALUES, MAKES> {
       gather(begin, end, true);
       give(g.dv_far, 0, g.code_values == nullptr ? length : 0);
     } else {
-      const int64_t first_field = begin / kFarBlock, fields = divide_up(end, kFarBlock);
+      const int64_t first_field = max(begin / kFarBlock, int64_t{p.causal}), fields = divide_up(end, kFarBlock);
       for (int64_t field = fields - 1; field >= first_field; --field) {
         gather(field * kFarBlock, min((field + 1) * kFarBlock, length), true);
         give(g.dv_far, field > 0 ? before(field - 1) : 0, before(field));
@@ -101,10 +101,11 @@ struct CodeGradient : KeyBlock<Element, DEPTH, VALUES, MAKES> {
       this->write(dkeys, p.far_depth, [&](int row) { return place_of(g.dcodes, row, p.far_depth); });
     }
     if (MAKES != kKeysOnly && g.code_values != nullptr) {
-      this->write(dvalues, this->columns_of_values(first_value), [&](int row) {
-        float* to = place_of(g.code_values, row, p.values);
-        return to == nullptr ? nullptr : to + first_value;
-      });
+      const auto to = [&](int row) {
+        float* place = place_of(g.code_values, row, p.values);
+        return place == nullptr ? nullptr : place + first_value;
+      };
+      this->write(dvalues, this->columns_of_values(first_value), to, 1 / Base::kWeightScale);
     }
     if (MAKES != kKeysOnly && g.dv_ahead != nullptr) {
       Base::clear(dvalues);
@@ -200,10 +201,11 @@ struct NearGradient : KeyBlock<Element, DEPTH, VALUES, MAKES> {
       this->write(dkeys, p.far_depth, [&](int row) { return place_of(g.dk_outside, row, p.far_depth); });
     }
     if (MAKES != kKeysOnly) {
-      this->write(dvalues, this->columns_of_values(first_value), [&](int row) {
-        float* to = place_of(g.dv_near, row, p.values);
-        return to == nullptr ? nullptr : to + first_value;
-      });
+      const auto to = [&](int row) {
+        float* place = place_of(g.dv_near, row, p.values);
+        return place == nullptr ? nullptr : place + first_value;
+      };
+      this->write(dvalues, this->columns_of_values(first_value), to, 1 / Base::kWeightScale);
     }
   }
 };

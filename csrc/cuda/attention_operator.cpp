@@ -40,9 +40,9 @@ void check_sizes(
 // How many queries each block of codes goes past: with few heads of keys not all, so that a large GPU has enough blocks.
 int64_t code_segment_for(const Attention& p) {
   constexpr int64_t kBlocks = 256, kLeast = 8 * kFarBlock;
-  const int64_t blocks = p.batch * p.kv_heads * (padded_codes(p.codebook.codes) / kCodeUnit);
-  const int64_t wanted = std::max<int64_t>(1, std::min(kBlocks / blocks, p.length / kLeast));
-  return (p.length + wanted * kFarBlock - 1) / (wanted * kFarBlock) * kFarBlock;
+  const int64_t blocks = p.sequences() * p.kv_heads * (padded_codes(p.codebook.codes) / kCodeUnit);
+  const int64_t wanted = std::max<int64_t>(1, std::min(kBlocks / std::max<int64_t>(blocks, 1), p.length / kLeast));
+  return std::max(kLeast, (p.length + wanted * kFarBlock - 1) / (wanted * kFarBlock) * kFarBlock);
 }
 
 // One over the number of keys that each query may attend, (B, L).
@@ -83,6 +83,7 @@ Call::Call(
       v(with_dense_rows(v_given)),
       codes(torch::stable::contiguous(codes_given)) {
   check_sizes(q, k, v, codebook, codes, bias_given, mask, causal, window, near_dim);
+  check_devices(kOp, q, {k, v, codebook, codes, bias_given, mask, cu_seqlens});
   static_cast<Sequences&>(p) = sequences_of(kOp, q.size(0), q.size(2), cu_seqlens, offsets);
   p.type = type_of(kOp, q);
   p.heads = q.size(1), p.kv_heads = k.size(1), p.values = v.size(3);
@@ -179,15 +180,25 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> vq_attention_backward(
     torch::stable::zero_(x);
     return x;
   };
+  check_devices(kOp, q, {grad_given, out_given, normalizers_given});
+  const auto check_shape = [&](const Tensor& x, int64_t columns, const char* what) {
+    STD_TORCH_CHECK(
+        x.dim() == 4 && x.size(0) == p.batch && x.size(1) == p.heads && x.size(2) == p.length && x.size(3) == columns,
+        kOp, ": ", what);
+  };
+  check_shape(grad_given, p.values, "grad must have the shape of the output");
+  check_shape(out_given, p.values, "out must be what the forward returned");
+  check_shape(normalizers_given, 2, "normalizers must be (B, H, L, 2)");
   STD_TORCH_CHECK(
-      grad_given.dim() == 4 && grad_given.size(0) == p.batch && grad_given.size(1) == p.heads &&
-          grad_given.size(2) == p.length && grad_given.size(3) == p.values,
-      kOp, ": grad must have the shape of the output");
+      out_given.scalar_type() == v.scalar_type() && normalizers_given.scalar_type() == ScalarType::Float, kOp,
+      ": out must have the type of v, and normalizers must be float32");
   Tensor dq = empty({p.batch, p.heads, p.length, q.size(3)}, q.scalar_type());
   Tensor dk = empty({p.batch, p.kv_heads, p.length, k.size(3)}, k.scalar_type());
   Tensor dv = empty({p.batch, p.kv_heads, p.length, p.values}, v.scalar_type());
   Tensor dbias = bias.has_value() ? zeros({bias->size(0), bias->size(1)}) : empty({0}, q.scalar_type());
-  if (!call.empty()) {
+  if (call.empty()) {
+    torch::stable::zero_(dk), torch::stable::zero_(dv);  // of keys that no head of queries looks at
+  } else {
     call.prepare(codebook, false, stream);
     const Tensor grad = with_dense_rows(as_type(grad_given, v.scalar_type()));
     const Tensor out = torch::stable::contiguous(out_given);
@@ -214,7 +225,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> vq_attention_backward(
     const int64_t segments = p.pieces(g.code_segment), codes_of_all = p.codebook.codes;
     const bool several = p.length > g.code_segment, behind = !p.causal && !p.all_far();
     const Tensor dcodes = empty({p.batch, p.kv_heads, segments, codes_of_all, p.far_depth}, ScalarType::Float);
-    const Tensor dcodes_sum = empty({p.sequences(), p.kv_heads, codes_of_all, p.far_depth}, ScalarType::Float);
     const auto values_of_segments = [&](bool needed) {
       return empty({p.batch, p.kv_heads, needed ? segments : 0, codes_of_all, p.values}, ScalarType::Float);
     };
@@ -233,7 +243,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> vq_attention_backward(
     SumSegments sum{};
     static_cast<Sequences&>(sum) = p;
     sum.heads = p.kv_heads, sum.codes = codes_of_all, sum.far_depth = p.far_depth, sum.values = p.values;
-    sum.code_segment = g.code_segment, sum.dcodes = g.dcodes, sum.dcodes_sum = data_of<float>(dcodes_sum);
+    sum.code_segment = g.code_segment, sum.dcodes = g.dcodes;
     sum.later = g.code_values, sum.earlier = several && behind ? data_of<float>(earlier) : nullptr;
     sum.all_far = p.all_far();
     check_launch(kOp, longvq_cuda_sum_segments(&sum, stream));
@@ -257,7 +267,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> vq_attention_backward(
       mean.v_length = p.far_depth, mean.v_head = p.length * p.far_depth, mean.v_batch = p.kv_heads * mean.v_head;
       shared.emplace(mean, dk_outside);
       check_launch(kOp, longvq_cuda_far_field(&mean, stream));
-      finish.dcodes = sum.dcodes_sum, finish.numbers = mean.numbers, finish.means = static_cast<const float*>(mean.means);
+      finish.dcodes = g.dcodes, finish.numbers = mean.numbers, finish.means = static_cast<const float*>(mean.means);
     }
     check_launch(kOp, longvq_cuda_finish_keys(&finish, stream));
     if (biased) {

@@ -10,8 +10,11 @@
 namespace longvq::cuda {
 namespace {
 
-constexpr int kThreads = 128, kWarps = kThreads / 32, kTile = 32;  // columns at a time
-constexpr int kFragments = kTile / 8;
+constexpr int kThreads = 128, kWarps = kThreads / 32;
+
+// Columns at a time; of numbers in parts fewer, since the parts take registers too.
+template <typename Operand>
+constexpr int kTileOf = Operand::kParts == 1 ? 32 : 16;
 
 // Whether rows of q, k, v and of the gradient of the output begin at multiples of 16 bytes.
 struct Alignment {
@@ -37,7 +40,7 @@ struct Head {
   LONGVQ_DEVICE void enter(const Sequence& of) {
     sequence = static_cast<int>(of.number), batch = static_cast<int>(of.batch);
     start = static_cast<int>(of.start), length = static_cast<int>(of.length);
-    first_field = static_cast<int>(p.offsets == nullptr ? 0 : p.all_far() ? of.number : of.first_piece(p, kFarBlock));
+    first_field = static_cast<int>(first_far_field(p, of, p.causal, p.all_far()));
   }
 
   // The place of a query in arrays (batch, heads, length), of a key in those of its heads.
@@ -134,6 +137,7 @@ template <typename Element, int DEPTH, int VALUES, int MTILES, int BUFFERS, size
 struct QueryBlock {
   using Operand = typename OperandOf<Element>::type;
   static constexpr int kMTiles = MTILES, kRows = 16 * MTILES * kWarps, kBuffers = BUFFERS;
+  static constexpr int kTile = kTileOf<Operand>, kFragments = kTile / 8;
   using Queries = Tile<kRows, DEPTH, Operand::kParts>;
   using Keys = Tile<kTile, DEPTH, Operand::kParts>;
   using Values = Tile<kTile, VALUES, Operand::kParts>;

@@ -7,12 +7,11 @@
 namespace longvq::cuda {
 namespace {
 
-constexpr int kDiagonalPitch = kTile + 1;
-
 template <typename Element, int DEPTH, int VALUES>
 struct QueryGradientShape {
   using Operand = typename OperandOf<Element>::type;
   using Grads = Tile<16 * kWarps, VALUES, Operand::kParts>;
+  static constexpr int kDiagonalPitch = kTileOf<Operand> + 1;
   static constexpr size_t kMore = Grads::kBytes + sizeof(float) * 16 * kWarps * kDiagonalPitch;
   using Block = QueryBlock<Element, DEPTH, VALUES, 1, Operand::kParts == 1 ? 2 : 1, kMore>;
 };
@@ -22,6 +21,7 @@ struct QueryGradient : QueryGradientShape<Element, DEPTH, VALUES>::Block {
   using Shape = QueryGradientShape<Element, DEPTH, VALUES>;
   using Base = typename Shape::Block;
   using Operand = typename Base::Operand;
+  static constexpr int kTile = Base::kTile, kFragments = Base::kFragments, kDiagonalPitch = Shape::kDiagonalPitch;
   using Base::first, Base::head, Base::lane, Base::last, Base::p, Base::row, Base::warp;
 
   const AttentionGradients& g;

@@ -14,7 +14,13 @@ namespace {
 
 constexpr int kThreads = 256, kWarps = kThreads / 32, kColumns = 32, kCodes = 512, kKeys = 128;
 constexpr int64_t kSegment = kFarBlock * kFarSegment;
+constexpr int kBlocks = 3;  // of a multiprocessor: as many as the shared memory of Hopper holds
 constexpr size_t kBytes = sizeof(float) * kCodes * kColumns + sizeof(int) * (kCodes + kKeys);
+
+// The place of the first segment of a sequence among those of its row.
+LONGVQ_DEVICE int64_t first_segment(const FarField& p, const Sequence& of) {
+  return p.all_far() ? of.first_piece(p, kSegment) : of.start / kSegment;
+}
 
 // Positions and far fields of a sequence in the order of the walk: from the first, or from the last.
 struct Walk {
@@ -53,7 +59,7 @@ struct Sums {
   int* codes_of_keys;
 
   LONGVQ_DEVICE Sums(const FarField& problem, const Sequence& sequence) : p(problem), of(sequence) {
-    const int64_t slices = divide_up(p.values, kColumns);
+    const auto slices = static_cast<unsigned>(divide_up(p.values, kColumns));
     first_column = blockIdx.x % slices * kColumns;
     first_code = blockIdx.x / slices * kCodes;
     head = blockIdx.y;
@@ -83,11 +89,10 @@ struct Sums {
 
   // The places of segments and far fields of this sequence in arrays of all.
   LONGVQ_DEVICE int64_t segment_place(int64_t segment) const {
-    return (of.batch * p.heads + head) * p.segments() + of.first_piece(p, kSegment) + segment;
+    return (of.batch * p.heads + head) * p.segments() + first_segment(p, of) + segment;
   }
   LONGVQ_DEVICE int64_t field_place(int64_t field) const {
-    const int64_t first = !p.all_far() ? of.first_piece(p, kFarBlock) : p.offsets == nullptr ? 0 : of.number;
-    return (of.batch * p.heads + head) * p.far_fields() + first + field;
+    return (of.batch * p.heads + head) * p.far_fields() + first_far_field(p, of, p.causal, p.all_far()) + field;
   }
 
   // A sum of all (codes, values) from an array of such.
@@ -140,6 +145,35 @@ struct Sums {
     });
   }
 
+  // Of 32 keys from `begin` those with codes of this warp, in their order; some values are on their way at the same time.
+  template <typename ValueOf>
+  LONGVQ_DEVICE void add_keys_of_warp(int begin, int count, const ValueOf& value_of) const {
+    constexpr int kInFlight = 4;
+    const int mine = begin + static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
+    const int own = mine < count ? codes_of_keys[mine] : -1;
+    uint32_t left = ballot(own >= 0 && own % kWarps == warp);
+    while (left != 0) {
+      int keys[kInFlight];
+      float values[kInFlight];
+#pragma unroll
+      for (int i = 0; i < kInFlight; ++i) {
+        keys[i] = left != 0 ? begin + lowest_bit(left) : -1;
+        left &= left - 1;
+        values[i] = keys[i] >= 0 && has_column() ? value_of(keys[i]) : 0.0f;
+      }
+#pragma unroll
+      for (int i = 0; i < kInFlight; ++i) {
+        if (keys[i] >= 0) {
+          const int code = codes_of_keys[keys[i]];
+          sums[code * kColumns + threadIdx.x % 32] += values[i];
+          if (threadIdx.x % 32 == 0) {
+            ++numbers[code];
+          }
+        }
+      }
+    }
+  }
+
   // Adds the keys of steps begin .. end of the walk.
   LONGVQ_DEVICE void add_keys(const Walk& walk, int64_t begin, int64_t end) const {
     const int64_t* codes = p.code_of_key + (of.batch * p.heads + head) * p.length + of.start;
@@ -155,16 +189,8 @@ struct Sums {
         codes_of_keys[i] = !ignored && code >= 0 && code < kCodes ? static_cast<int>(code) : -1;
       }
       __syncthreads();
-      for (int i = 0; i < count; ++i) {
-        const int code = codes_of_keys[i];
-        if (code >= 0 && code % kWarps == static_cast<int>(threadIdx.x / 32)) {
-          if (has_column()) {
-            sums[code * kColumns + threadIdx.x % 32] += to_float(values[walk.key(first + i) * p.v_length]);
-          }
-          if (threadIdx.x % 32 == 0) {
-            ++numbers[code];
-          }
-        }
+      for (int i = 0; i < count; i += 32) {
+        add_keys_of_warp(i, count, [&](int key) { return to_float(values[walk.key(first + key) * p.v_length]); });
       }
     }
     __syncthreads();
@@ -172,8 +198,9 @@ struct Sums {
 };
 
 template <typename Element>
-__global__ void __launch_bounds__(kThreads) sum_segments(FarField p, bool backward) {
-  const Piece piece = piece_of(p, kSegment, blockIdx.z / p.batch, blockIdx.z % p.batch);
+__global__ void __launch_bounds__(kThreads, kBlocks) sum_segments(FarField p, bool backward) {
+  const auto rows = static_cast<unsigned>(p.batch);
+  const Piece piece = piece_of(p, kSegment, blockIdx.z / rows, blockIdx.z % rows);
   const int64_t segment = piece.index, next = segment + 1;
   const bool needed = p.all_far() || next * kSegment < piece.of.length;  // otherwise that of the last segment is not
   if (!piece.there(kSegment) || !needed) {
@@ -186,12 +213,40 @@ __global__ void __launch_bounds__(kThreads) sum_segments(FarField p, bool backwa
   sums.write(p.segment_sums, p.segment_numbers, sums.segment_place(segment));
 }
 
+template <typename T>
+LONGVQ_DEVICE void accumulate(T* sums, int64_t pitch, int64_t count) {
+  T sum = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    sum += sums[i * pitch];
+    sums[i * pitch] = sum;
+  }
+}
+
+// Sums of segments become those with all segments before, which enter the next one. A thread for a column of a code, and one for its number.
+__global__ void __launch_bounds__(kThreads) accumulate_segments(FarField p) {
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x, columns = p.values + 1;
+  const int64_t column = i % columns, code = i / columns % p.codes, head = i / columns / p.codes % p.heads;
+  const int64_t number = i / columns / p.codes / p.heads;
+  if (number >= p.sequences()) {
+    return;
+  }
+  const Sequence of = sequence_of(p, number);
+  const int64_t count = divide_up(of.length, kSegment) - 1;  // the last one enters no other, and has no place
+  const int64_t first = ((of.batch * p.heads + head) * p.segments() + first_segment(p, of)) * p.codes + code;
+  if (column < p.values) {
+    accumulate(p.segment_sums + first * p.values + column, p.codes * p.values, count);
+  } else {
+    accumulate(p.segment_numbers + first, p.codes, count);
+  }
+}
+
 // What a walk leaves: sums for the walk in the other direction, means, or means that add what such a walk left.
 enum class Leaves { kSums, kMeans, kMeansOfBoth };
 
 template <typename Element>
-__global__ void __launch_bounds__(kThreads) make_far_fields(FarField p, bool backward, Leaves leaves) {
-  const Piece piece = piece_of(p, kSegment, blockIdx.z / p.batch, blockIdx.z % p.batch);
+__global__ void __launch_bounds__(kThreads, kBlocks) make_far_fields(FarField p, bool backward, Leaves leaves) {
+  const auto rows = static_cast<unsigned>(p.batch);
+  const Piece piece = piece_of(p, kSegment, blockIdx.z / rows, blockIdx.z % rows);
   if (!piece.there(kSegment)) {
     return;
   }
@@ -199,8 +254,8 @@ __global__ void __launch_bounds__(kThreads) make_far_fields(FarField p, bool bac
   const Walk walk{p, piece.of.length, backward};
   const int64_t segment = piece.index;
   sums.clear();
-  for (int64_t earlier = 0; earlier < segment; ++earlier) {
-    sums.add_segment(earlier);
+  if (segment > 0) {
+    sums.add_segment(segment - 1);  // with all before it
   }
   const int64_t first = segment * kFarSegment, last = min(first + kFarSegment, walk.fields());
   for (int64_t index = first; index < last; ++index) {
@@ -208,6 +263,9 @@ __global__ void __launch_bounds__(kThreads) make_far_fields(FarField p, bool bac
       sums.add_keys(walk, walk.limit(index - 1), walk.limit(index));
     }
     const int64_t field = walk.field(index);
+    if (p.causal && field == 0) {
+      continue;
+    }
     if (leaves == Leaves::kSums) {
       sums.write(p.before_sums, p.before_numbers, sums.field_place(field));
     } else {
@@ -218,7 +276,7 @@ __global__ void __launch_bounds__(kThreads) make_far_fields(FarField p, bool bac
 
 // One far field for each sequence, of all its keys.
 template <typename Element>
-__global__ void __launch_bounds__(kThreads) make_only_far_field(FarField p) {
+__global__ void __launch_bounds__(kThreads, kBlocks) make_only_far_field(FarField p) {
   const Sequence of = sequence_of(p, blockIdx.z);
   const Sums<Element> sums(p, of);
   sums.clear();
@@ -231,7 +289,7 @@ __global__ void __launch_bounds__(kThreads) make_only_far_field(FarField p) {
 template <typename Element>
 int make(const FarField& p, void* stream) {
   const auto columns = static_cast<unsigned>(divide_up(p.values, kColumns) * divide_up(p.codes, kCodes));
-  const dim3 grid(columns, static_cast<unsigned>(p.heads), static_cast<unsigned>(p.segments() * p.batch));
+  const dim3 grid(columns, static_cast<unsigned>(p.heads), static_cast<unsigned>(p.pieces(kSegment) * p.batch));
   const bool both = !p.causal && !p.all_far(), several = p.all_far() || p.length > kSegment;
   for (const bool backward : {false, true}) {
     if (backward && !both) {
@@ -245,6 +303,13 @@ int make(const FarField& p, void* stream) {
     if (p.all_far()) {
       const dim3 sequences(columns, grid.y, static_cast<unsigned>(p.sequences()));
       return launch<make_only_far_field<Element>>(sequences, kThreads, kBytes, stream, p);
+    }
+    if (several) {
+      const int64_t threads = p.sequences() * p.heads * p.codes * (p.values + 1);
+      const dim3 all(static_cast<unsigned>(divide_up(threads, kThreads)));
+      if (const int error = launch<accumulate_segments>(all, kThreads, 0, stream, p)) {
+        return error;
+      }
     }
     const Leaves leaves = !both ? Leaves::kMeans : backward ? Leaves::kMeansOfBoth : Leaves::kSums;
     if (const int error = launch<make_far_fields<Element>>(grid, kThreads, kBytes, stream, p, backward, leaves)) {
@@ -261,7 +326,7 @@ int longvq_cuda_far_field(const FarField* problem, void* stream) {
   if (p.batch == 0 || p.heads == 0 || p.length == 0 || p.values == 0) {
     return 0;
   }
-  if (p.heads > kMaxGrid || p.batch * p.segments() > kMaxGrid || p.sequences() > kMaxGrid) {
+  if (p.heads > kMaxGrid || p.batch * p.pieces(kSegment) > kMaxGrid || p.sequences() > kMaxGrid) {
     return kNotCovered;
   }
   return for_element(p.type, [&](auto element) { return make<decltype(element)>(p, stream); });

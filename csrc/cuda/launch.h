@@ -75,16 +75,22 @@ struct FarField : Sequences {
   const uint8_t* ignored;  // (batch, length) or null
   int64_t ignored_batch, ignored_length;
   // Workspaces: of each segment the sums of values and the numbers of its keys; of all far fields those of keys before.
-  float* segment_sums;  // (batch, heads, segments, codes, values)
+  float* segment_sums;  // (batch, heads, segments, codes, values); then those of all segments before
   int32_t* segment_numbers;
   float* before_sums;  // (batch, heads, far_fields, codes, values); only bidirectional with a window
   int32_t* before_numbers;
   void* means;     // (batch, heads, far_fields, padded codes, value_pitch)
   float* numbers;  // (batch, heads, far_fields, padded codes)
 
-  // Of a row of the tensors.
-  constexpr int64_t far_fields() const { return !all_far() ? pieces(kFarBlock) : offsets == nullptr ? 1 : documents; }
-  constexpr int64_t segments() const { return pieces(kFarBlock * kFarSegment); }
+  // Of a row of the tensors. Causal, the first block of a sequence has no far field, so that there are no more of them
+  // for documents than for one sequence; nor does the last segment need its sums, unless all is far.
+  constexpr int64_t far_fields() const {
+    return all_far() ? (offsets == nullptr ? 1 : documents) : causal ? length / kFarBlock : pieces(kFarBlock);
+  }
+  constexpr int64_t segments() const {
+    constexpr int64_t kPositions = kFarBlock * kFarSegment;
+    return all_far() ? pieces(kPositions) : length / kPositions;
+  }
   constexpr bool all_far() const { return window == 0 && !causal; }
 };
 
@@ -128,7 +134,7 @@ struct AttentionGradients {
   // What codes get from the queries of each segment of so many, a multiple of kFarBlock: gradients of codewords, and of
   // the values that they stand for, if no sequence has two segments null.
   int64_t code_segment;
-  float* dcodes;         // (batch, kv_heads, segments, codes, far_depth)
+  float* dcodes;         // (batch, kv_heads, segments, codes, far_depth); then of a sequence's first segment the sum
   float* code_values;    // (batch, kv_heads, segments, codes, values)
   float* dv_far;      // (batch, kv_heads, length, values), zero before: from queries behind their keys, or of all
   float* dv_ahead;    // the same from queries before their keys, null if there are none
@@ -141,8 +147,7 @@ constexpr int64_t kGradientRows = 64;
 // What codes got from the queries of all segments, and, of values, from those of later and earlier ones alone.
 struct SumSegments : Sequences {
   int64_t heads, codes, far_depth, values, code_segment;
-  const float* dcodes;  // as above
-  float* dcodes_sum;    // (sequences, heads, codes, far_depth)
+  float* dcodes;        // as above, of which the sum takes the first segment's place
   float* later;         // what is in code_values, replaced; of one far field for all the sum of all
   float* earlier;       // the same size, or null
   bool all_far;

@@ -141,23 +141,44 @@ struct ScanBlock {
     }
   }
 
-  // out = chunks · table: what each chunk gives to each column.
+  // Half of the rows of a product.
+  template <int NTILES>
+  LONGVQ_DEVICE static float (&half_of(float (&x)[2][NTILES][4], int m))[1][NTILES][4] {
+    return reinterpret_cast<float(&)[1][NTILES][4]>(x[m]);
+  }
+
+  // out = chunks · table, its columns from `column`: what each chunk gives to each.
+  template <int NTILES>
   LONGVQ_DEVICE void multiply_chunks(
-      float (&out)[2][kTiles][4], const Chunks& chunks, const typename Layout::Table& table) const {
+      float (&out)[2][NTILES][4], const Chunks& chunks, const typename Layout::Table& table, int column = 0) const {
 #pragma unroll
-    for (int i = 0; i < 2 * kTiles * 4; ++i) {
-      out[i / (kTiles * 4)][i / 4 % kTiles][i % 4] = 0;
+    for (int i = 0; i < 2 * NTILES * 4; ++i) {
+      out[i / (NTILES * 4)][i / 4 % NTILES][i % 4] = 0;
     }
 #pragma unroll
     for (int step = 0; step < kScanSteps; step += 16) {
-      uint32_t left[kParts][2][4];
-      load_chunks(left, chunks, step);
-      multiply_fragments<Operand>(out, left, table, step, 0);
+      if constexpr (kParts == 1) {
+        uint32_t left[kParts][2][4];
+        load_chunks(left, chunks, step);
+        multiply_fragments<Operand>(out, left, table, step, column);
+      } else {  // one half of the rows after the other, since the parts take registers
+#pragma unroll
+        for (int m = 0; m < 2; ++m) {
+          synchronize_warp();  // over which the compiler moves no loads
+          uint32_t left[kParts][1][4];
+#pragma unroll
+          for (int part = 0; part < kParts; ++part) {
+            load_matrices(left[part][0], chunks.at(part, chunk_of(16 * m + lane % 16), step + lane / 16 * 8));
+          }
+          multiply_fragments<Operand>(half_of(out, m), left, table, step, column);
+        }
+      }
     }
   }
 
   // The number of mode n · 4 + lane % 4 that chunk 4 (lane / 4) + i gave, and where it is.
-  LONGVQ_DEVICE static Number number_at(const float (&x)[2][kTiles][4], int n, int i) {
+  template <int NTILES>
+  LONGVQ_DEVICE static Number number_at(const float (&x)[2][NTILES][4], int n, int i) {
     return {x[i / 2][n][i % 2 * 2], x[i / 2][n][i % 2 * 2 + 1]};
   }
 };

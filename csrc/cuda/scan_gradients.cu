@@ -158,29 +158,34 @@ struct ScanDifferentiating : DifferentiatingBlock<Element> {
   // Adds Σ_chunks Q X and Σ_chunks (Q Z + Q' X) of a group of modes.
   LONGVQ_DEVICE void add_products(
       const float (&x)[2][kTiles][4], const float (&z)[2][kTiles][4], int group) const {
-    Number weight[kTiles], decay[kTiles];
-    float q[2][kTiles][4];
-    this->multiply_chunks(q, grads(warp), Layout::of_gradients(tables(warp), group, 2));
+    constexpr int kPair = 2;  // tiles at a time: more take too many registers
 #pragma unroll
-    for (int n = 0; n < kTiles; ++n) {
-      weight[n] = decay[n] = {0, 0};
+    for (int first = 0; first < kTiles; first += kPair) {
+      Number weight[kPair], decay[kPair];
+      float q[2][kPair][4];
+      this->multiply_chunks(q, grads(warp), Layout::of_gradients(tables(warp), group, 2), first * 8);
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        weight[n] = multiply_add(Base::number_at(q, n, i), Base::number_at(x, n, i), weight[n]);
-        decay[n] = multiply_add(Base::number_at(q, n, i), Base::number_at(z, n, i), decay[n]);
+      for (int n = 0; n < kPair; ++n) {
+        weight[n] = decay[n] = {0, 0};
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          weight[n] = multiply_add(Base::number_at(q, n, i), Base::number_at(x, first + n, i), weight[n]);
+          decay[n] = multiply_add(Base::number_at(q, n, i), Base::number_at(z, first + n, i), decay[n]);
+        }
       }
-    }
-    this->multiply_chunks(q, grads(warp), Layout::of_gradients(tables(warp), group, 3));  // Q', in its place
+      // Q', in its place.
+      this->multiply_chunks(q, grads(warp), Layout::of_gradients(tables(warp), group, 3), first * 8);
 #pragma unroll
-    for (int n = 0; n < kTiles; ++n) {
+      for (int n = 0; n < kPair; ++n) {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        decay[n] = multiply_add(Base::number_at(q, n, i), Base::number_at(x, n, i), decay[n]);
+        for (int i = 0; i < 4; ++i) {
+          decay[n] = multiply_add(Base::number_at(q, n, i), Base::number_at(x, first + n, i), decay[n]);
+        }
+        add_sum(group, first + n, 0, weight[n].re);
+        add_sum(group, first + n, 1, weight[n].im);
+        add_sum(group, first + n, 2, decay[n].re);
+        add_sum(group, first + n, 3, decay[n].im);
       }
-      add_sum(group, n, 0, weight[n].re);
-      add_sum(group, n, 1, weight[n].im);
-      add_sum(group, n, 2, decay[n].re);
-      add_sum(group, n, 3, decay[n].im);
     }
   }
 
@@ -199,17 +204,17 @@ struct ScanDifferentiating : DifferentiatingBlock<Element> {
   LONGVQ_DEVICE void add_lags() {
 #pragma unroll
     for (int k = 0; k < kScanChunks; k += 16) {
-      uint32_t left[kParts][2][4];
 #pragma unroll
-      for (int part = 0; part < kParts; ++part) {
+      for (int m = 0; m < 2; ++m) {
+        uint32_t left[kParts][1][4];
 #pragma unroll
-        for (int m = 0; m < 2; ++m) {
+        for (int part = 0; part < kParts; ++part) {
           // Transposed: the lanes' addresses are rows of chunks, eight steps at a time.
           load_matrices_transposed(
-              left[part][m], grads(warp).at(part, k + lane % 8 + lane / 16 * 8, 16 * m + lane / 8 % 2 * 8));
+              left[part][0], grads(warp).at(part, k + lane % 8 + lane / 16 * 8, 16 * m + lane / 8 % 2 * 8));
         }
+        multiply_fragments<Operand>(Base::half_of(lags, m), left, inputs(warp), k, 0);
       }
-      multiply_fragments<Operand>(lags, left, inputs(warp), k, 0);
     }
   }
 

@@ -55,6 +55,7 @@ struct ScanCall {
       // Parameters are small.
       : log_decay(torch::stable::contiguous(log_decay_given)), weight(torch::stable::contiguous(weight_given)) {
     STD_TORCH_CHECK(u.dim() == 3, kOp, ": expected u (B, L, H)");
+    check_devices(kOp, u, {log_decay, weight, skip_given, initial_given, mask, cu_seqlens});
     static_cast<Sequences&>(p) = sequences_of(kOp, u.size(0), u.size(1), cu_seqlens, offsets);
     check_sizes(u, log_decay, weight, skip_given, initial_given, mask, p.sequences());
     p.type = type_of(kOp, u);
@@ -156,6 +157,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> ssm_scan_backward(
   ScanCall call(u, log_decay, weight, skip, initial_state, mask, cu_seqlens, reverse);
   Scan& p = call.p;
   const int64_t channels = p.modes.channels, modes = p.modes.modes;
+  check_devices(kOp, u, {grad_y, grad_state});
   const ScalarType family = call.log_decay.scalar_type();
   STD_TORCH_CHECK(
       grad_y.dim() == 3 && grad_y.size(0) == p.batch && grad_y.size(1) == p.length && grad_y.size(2) == channels &&

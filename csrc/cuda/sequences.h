@@ -19,6 +19,14 @@ struct Sequence {
   }
 };
 
+// The number of its first far field in its row, of which a causal one has none for its first block of queries.
+LONGVQ_DEVICE int64_t first_far_field(const Sequences& s, const Sequence& of, bool causal, bool all_far) {
+  if (all_far) {
+    return s.offsets == nullptr ? 0 : of.number;
+  }
+  return causal ? of.start / kFarBlock - 1 : of.first_piece(s, kFarBlock);
+}
+
 LONGVQ_DEVICE int64_t start_of(const Sequences& s, int64_t document) {
   // Offsets that a caller made up must not become addresses.
   return min(max(static_cast<int64_t>(s.offsets[document]), int64_t{0}), s.length);

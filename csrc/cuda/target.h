@@ -32,6 +32,11 @@ LONGVQ_DEVICE float shuffle_up(float x, int by) { return __shfl_up_sync(0xffffff
 LONGVQ_DEVICE float shuffle_from(float x, int lane) { return __shfl_sync(0xffffffffu, x, lane); }
 LONGVQ_DEVICE int shuffle_xor(int x, int mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
 
+// A bit for each lane of the warp.
+LONGVQ_DEVICE uint32_t ballot(bool x) { return __ballot_sync(0xffffffffu, x); }
+// The number of the lowest bit that is set, −1 if none is.
+LONGVQ_DEVICE int lowest_bit(uint32_t bits) { return __ffs(static_cast<int>(bits)) - 1; }
+
 LONGVQ_DEVICE void synchronize_warp() { __syncwarp(); }
 
 // The compiler must take x for another number than before: what is computed from it isn't kept in registers meanwhile.
@@ -107,13 +112,17 @@ int launch(dim3 grid, int threads, size_t shared_bytes, void* stream, const Argu
   constexpr size_t kWithoutAsking = 48 << 10;
   if (shared_bytes > kWithoutAsking) {
     int device = 0, most = 0;
-    cudaGetDevice(&device);
-    cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-    if (shared_bytes > static_cast<size_t>(most)) {
+    cudaError_t error = cudaGetDevice(&device);
+    if (error == cudaSuccess) {
+      error = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+    }
+    if (error == cudaSuccess && shared_bytes > static_cast<size_t>(most)) {
       return kNotCovered;
     }
-    const auto attribute = cudaFuncAttributeMaxDynamicSharedMemorySize;
-    const cudaError_t error = cudaFuncSetAttribute(KERNEL, attribute, static_cast<int>(shared_bytes));
+    if (error == cudaSuccess) {
+      // A permission, of the function: as much as there is, since other threads may launch it with other sizes.
+      error = cudaFuncSetAttribute(KERNEL, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
+    }
     if (error != cudaSuccess) {
       cudaGetLastError();  // not to be found by the next launch
       return error;

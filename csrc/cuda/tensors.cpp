@@ -40,6 +40,15 @@ OnDeviceOf::OnDeviceOf(const char* op, const Tensor& x) {
 
 #endif
 
+void check_devices(const char* op, const Tensor& x, std::initializer_list<OptionalTensor> others) {
+  for (const OptionalTensor& other : others) {
+    STD_TORCH_CHECK(
+        !other.has_value() ||
+            (other->is_cuda() == x.is_cuda() && other->get_device_index() == x.get_device_index()),
+        op, ": all tensors must be on one device");
+  }
+}
+
 void check_launch(const char* op, int error) {
   STD_TORCH_CHECK(error != kNotCovered, op, ": no CUDA kernel for these sizes");
   STD_TORCH_CHECK(error == 0, op, ": ", longvq_cuda_error_text(error));

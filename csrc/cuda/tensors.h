@@ -32,6 +32,9 @@ class OnDeviceOf {
   void* stream_ = nullptr;
 };
 
+// Raises unless all are where `x` is.
+void check_devices(const char* op, const Tensor& x, std::initializer_list<OptionalTensor> others);
+
 // Raises where a launcher returned an error.
 void check_launch(const char* op, int error);
 

@@ -102,7 +102,7 @@ template <typename Operand, int MTILES, typename Left, typename Right>
 LONGVQ_DEVICE void multiply_rows(
     float (&out)[MTILES][Right::kRows / 8][4], const Left& left, int row, const Right& right) {
   static_assert(Left::kColumns == Right::kColumns, "both have the depth as columns");
-#pragma unroll 2  // all of it, and loads are moved up until registers spill
+#pragma unroll(Left::kParts == 1 ? 2 : 1)  // all of it, and loads are moved up until registers spill
   for (int k = 0; k < Left::kColumns; k += 16) {
     uint32_t a[Left::kParts][MTILES][4];
 #pragma unroll

@@ -73,7 +73,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> vq_attention_backward_cpu(
   Tensor dk = torch::stable::new_empty(k, {p.batch, p.kv_heads, p.length, p.depth}, k.scalar_type());
   Tensor dv = torch::stable::new_empty(v, {p.batch, p.kv_heads, p.length, p.values}, v.scalar_type());
   BiasGradients d_bias(p.pairs());
-  if (!p.empty()) {
+  if (p.empty()) {
+    torch::stable::zero_(dk), torch::stable::zero_(dv);  // of keys that no head of queries looks at
+  } else {
     const GradientTensors tensors{grad, out, normalizers, dq.mutable_data_ptr(), dk.mutable_data_ptr(), dv.mutable_data_ptr()};
     run(p, tensors, d_bias);
   }

@@ -8,7 +8,8 @@ from torch import Tensor
 
 _ASSIGN_DEPTH, _ATTENTION_DEPTH, _MODES, _LENGTH = 256, 128, 32, 2**30
 _BLOCKS = 65_535  # of a grid along its second and third axis
-_SEGMENT = 1_024  # positions that a block has at least, where it has not all of a row
+# Positions that a block has at least where it has not all of a row: of documents also those of the codes' gradients.
+_SEGMENT, _SEGMENT_OF_DOCUMENTS = 2_048, 1_024
 
 # Bytes of shared memory that a block of threads asks for, forward or backward, the most of its kernels. By whether
 # numbers are in three parts of bfloat16, and by columns of keys, columns of values, groups of 16 modes.
@@ -26,10 +27,10 @@ SHARED_BYTES: dict[str, dict[tuple, int]] = {
         (False, 64, 128): 68_096,
         (False, 128, 64): 68_096,
         (False, 128, 128): 78_080,
-        (True, 64, 64): 91_392,
-        (True, 64, 128): 128_256,
-        (True, 128, 64): 128_256,
-        (True, 128, 128): 165_120,
+        (True, 64, 64): 73_472,
+        (True, 64, 128): 113_664,
+        (True, 128, 64): 104_192,
+        (True, 128, 128): 138_240,
     },
     "ssm_scan": {(False, 1): 77_824, (False, 2): 124_928, (True, 1): 95_488, (True, 2): 159_744},
 }
@@ -57,8 +58,11 @@ def attention(q: Tensor, v: Tensor, far_q: Tensor | None, cu_seqlens: Tensor | N
     if length > _LENGTH:
         return f"the CUDA kernels take up to {_LENGTH:,} positions, got {length:,}"
     case = (q.dtype == torch.float32, _padded(depth), 64 if values <= 64 else 128)
+    pieces = batch * (length // _SEGMENT + 1)
+    if cu_seqlens is not None:
+        pieces = length // _SEGMENT_OF_DOCUMENTS + cu_seqlens.shape[0] - 1
     return (
-        _too_many(f"pieces of {_SEGMENT:,} positions", _pieces(batch, length, cu_seqlens))
+        _too_many("rows or documents with their segments", pieces)
         or _too_many("columns of values of all heads, H E", heads * values)
         or _too_much(q.device, "vq_attention", case)
     )
@@ -70,17 +74,12 @@ def scan(u: Tensor, modes: int, cu_seqlens: Tensor | None) -> str | None:
     if modes > _MODES:
         return f"the CUDA kernels take up to N = {_MODES} modes, got {modes}"
     case = (u.dtype != torch.bfloat16, 1 if modes <= 16 else 2)
-    pieces = _pieces(batch, length, cu_seqlens)
-    return _too_many(f"pieces of {_SEGMENT:,} positions", pieces) or _too_much(u.device, "ssm_scan", case)
+    pieces = max(batch, length // _SEGMENT + (1 if cu_seqlens is None else cu_seqlens.shape[0] - 1))
+    return _too_many("rows, or documents with their segments", pieces) or _too_much(u.device, "ssm_scan", case)
 
 
 def _padded(depth: int) -> int:
     return 64 if depth <= 64 else 128 if depth <= 128 else 256
-
-
-def _pieces(batch: int, length: int, cu_seqlens: Tensor | None) -> int:
-    """As many as a grid may need: of every row or document one that is not full."""
-    return batch * (length // _SEGMENT + 1) if cu_seqlens is None else length // _SEGMENT + cu_seqlens.shape[0] - 1
 
 
 def _too_many(what: str, count: int) -> str | None:

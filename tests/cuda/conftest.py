@@ -44,8 +44,9 @@ class OnGpu:
     def _there(x):
         if not isinstance(x, torch.Tensor):
             return x
-        there = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="cuda")
-        return there.copy_(x) if x.numel() else there
+        x = x.resolve_conj()  # with its strides, also those of expanded tensors, and its offset
+        there = torch.empty(0, dtype=x.dtype, device="cuda")
+        return there.set_(x.untyped_storage().cuda(), x.storage_offset(), x.shape, x.stride())
 
     @staticmethod
     def _back(x):

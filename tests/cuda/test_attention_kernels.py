@@ -91,7 +91,7 @@ def test_equals_the_definition(kernels, packed, data, dtype):
     assert_as_good_as_plain(kernels, *rounded(case, dtype), dtype)
 
 
-def drawn(length, depth, values, codes, causal, window, exact, heads=(2, 1), activation="softmax"):
+def drawn(length, depth, values, codes, causal, window, exact, heads=(2, 1), activation="softmax", batch=1):
     options = {
         "causal": causal,
         "window": window,
@@ -102,8 +102,8 @@ def drawn(length, depth, values, codes, causal, window, exact, heads=(2, 1), act
         "local_keys": "exact" if exact else "quantized",
         "key_grad": "cluster",
     }
-    q, k = torch.randn(1, heads[0], length, depth), torch.randn(1, heads[1], length, depth)
-    return AttentionCase(q, k, torch.randn(1, heads[1], length, values), torch.randn(heads[1], codes, depth), options)
+    q, k = torch.randn(batch, heads[0], length, depth), torch.randn(batch, heads[1], length, depth)
+    return AttentionCase(q, k, torch.randn(batch, heads[1], length, values), torch.randn(heads[1], codes, depth), options)
 
 
 @pytest.mark.parametrize(
@@ -130,13 +130,14 @@ def test_sizes_around_the_tiles(kernels, dtype, exact, causal, length, depth, va
 @pytest.mark.parametrize("causal", [False, True])
 def test_segments_of_far_fields(kernels, causal):
     """Sequences of more than one segment: the sums of those before (and behind) it are added; and of what codes get."""
-    for window in (30, 200):
-        case, z = rounded(drawn(2 * 16 * 128 + 70, 16, 8, 9, causal, window, True, heads=(1, 1)), torch.bfloat16)
+    for window, batch in ((30, 1), (200, 2)):
+        case = drawn(2 * 16 * 128 + 70, 16, 8, 9, causal, window, True, heads=(1, 1), batch=batch)
+        case, z = rounded(case, torch.bfloat16)
         assert_as_good_as_plain(kernels, case, z, torch.bfloat16)
 
 
 def test_all_far_in_segments(kernels):
-    case, z = rounded(drawn(16 * 128 + 70, 16, 8, 9, False, 0, False, heads=(1, 1)), torch.bfloat16)
+    case, z = rounded(drawn(16 * 128 + 70, 16, 8, 9, False, 0, False, heads=(1, 1), batch=2), torch.bfloat16)
     assert_as_good_as_plain(kernels, case, z, torch.bfloat16)
 
 
@@ -225,6 +226,13 @@ def test_extremes(kernels, dtype, special, causal):
     assert_as_good_as_plain(kernels, case, z, dtype)
 
 
+def test_no_head_of_queries(kernels):
+    case, z = rounded(drawn(20, 16, 16, 5, True, 4, True, heads=(0, 1)), torch.float32)
+    case.options["bias"] = None
+    found, _ = results(kernels, arguments(case, z, torch.float32), torch.zeros(1, 0, 20, 16))
+    assert not found["dk"].any() and not found["dv"].any()
+
+
 def test_wrong_arguments(kernels):
     case, z = rounded(drawn(20, 16, 16, 5, True, 4, True), torch.float32)
     good = arguments(case, z, torch.float32)
@@ -240,3 +248,13 @@ def test_wrong_arguments(kernels):
     ]:
         with pytest.raises(RuntimeError, match=message):
             kernels.vq_attention(*good[:position], wrong, *good[position + 1 :])
+    out, normalizers = kernels.vq_attention(*good)
+    for wrong, message in [
+        ((out[..., 1:], out, normalizers), "grad must have the shape"),
+        ((out, out[:, :1], normalizers), "out must be what"),
+        ((out, out.half(), normalizers), "out must have the type"),
+        ((out, out, normalizers[..., 0]), r"normalizers must be \(B, H, L, 2\)"),
+        ((out, out, normalizers.double()), "normalizers must be float32"),
+    ]:
+        with pytest.raises(RuntimeError, match=message):
+            kernels.vq_attention_backward(*wrong, *good)

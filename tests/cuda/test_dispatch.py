@@ -1,11 +1,12 @@
 """Kernels that no GPU has proven are not chosen, and say so to who asks for them."""
 
+import re
 import warnings
 
 import pytest
 import torch
 
-from longvq_layers import _extension
+from longvq_layers import _extension, info
 from longvq_layers.ops import _dispatch
 
 CUDA = torch.device("cuda")
@@ -44,7 +45,9 @@ def test_no_library_of_cuda_kernels_is_normal(monkeypatch, tmp_path):
     assert _extension.cuda_load_error().startswith("not built: ")
 
 
-def test_info_says_why_they_are_not_there():
-    from longvq_layers import info
-
-    assert "CUDA kernels" in info.report()
+def test_info_says_whether_they_are_there_and_who_gets_them(monkeypatch):
+    monkeypatch.setattr(_extension, "_cuda_library", None)
+    monkeypatch.setattr(_extension, "_cuda_error", "there is no GPU")
+    assert re.search(r"CUDA kernels +no, there is no GPU", info.report())
+    monkeypatch.setattr(_extension, "_cuda_library", object())
+    assert re.search(r'CUDA kernels +loaded, for backend="native" only: no GPU has tested them', info.report())

@@ -74,7 +74,8 @@ def taken(call):
         ({"depth": 128}, {"depth": 129}, "q and k of up to D = 128, got 129"),
         ({"activation": "laplace", "dtype": torch.bfloat16}, {"activation": "laplace", "dtype": torch.half}, "range"),
         ({"rows": 65_535, "depth": 1, "values": 1}, {"rows": 65_536, "depth": 1, "values": 1}, "got 65,536"),
-        ({"documents": 65_535}, {"documents": 65_536}, "pieces of 1,024 positions, got 65,536"),
+        ({"documents": 65_535}, {"documents": 65_536}, "documents with their segments, got 65,536"),
+        ({"documents": 65_534, "length": 1024}, {"documents": 65_535, "length": 1024}, "got 65,536"),
         ({"heads": 257, "values": 255}, {"heads": 512, "values": 128}, "of all heads, H E, got 65,536"),
     ],
 )
@@ -131,10 +132,10 @@ def test_scan(planned, most, more, reason):
 def test_a_gpu_with_less_shared_memory(gpu):
     gpu.shared_memory_per_block_optin = 99 << 10
     wide, narrow = torch.empty(1, 1, 1, 128), torch.empty(1, 1, 1, 64)
-    message = "need 165,120 bytes of shared memory for these sizes, this GPU has 101,376"
+    message = "need 138,240 bytes of shared memory for these sizes, this GPU has 101,376"
     assert message in _cuda_limits.attention(wide, wide, None, None, "softmax")
     assert _cuda_limits.attention(wide.bfloat16(), wide, None, None, "softmax") is None
-    assert "165,120" not in _cuda_limits.attention(narrow, wide, None, None, "softmax")
+    assert "138,240" not in _cuda_limits.attention(narrow, wide, None, None, "softmax")
     assert _cuda_limits.attention(narrow, narrow, None, None, "softmax") is None
     assert "124,928" in _cuda_limits.scan(torch.empty(1, 1, 1, dtype=torch.bfloat16), 17, None)
     assert _cuda_limits.scan(torch.empty(1, 1, 1, dtype=torch.bfloat16), 16, None) is None

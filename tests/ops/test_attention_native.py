@@ -152,6 +152,16 @@ def test_rows_are_independent_of_the_batch_and_the_future(causal):
         assert (whole[:, :, :100] - cut).abs().max() < 1e-6
 
 
+def test_keys_that_no_head_looks_at_have_no_gradients():
+    q, k, v = torch.randn(1, 0, 5, 4), torch.randn(1, 1, 5, 4), torch.randn(1, 1, 5, 3)
+    codes = torch.zeros(1, 1, 5, dtype=torch.int64)
+    args = (q, k, v, torch.randn(1, 6, 4), codes, None, None, None, 0.5, False, 2, "softmax", "exact", "cluster", 0)
+    out, normalizers = torch.ops.longvq.vq_attention(*args)
+    torch.empty(1000).fill_(3.0)  # what uninitialised memory may find
+    _, dk, dv, _ = torch.ops.longvq.vq_attention_backward(out, out, normalizers, *args)
+    assert not dk.any() and not dv.any()
+
+
 def test_wrong_direct_calls_raise():
     q, k, v, codebook = torch.randn(1, 2, 5, 4), torch.randn(1, 1, 5, 4), torch.randn(1, 1, 5, 3), torch.randn(1, 6, 4)
     codes = torch.zeros(1, 1, 5, dtype=torch.int64)

@@ -70,6 +70,27 @@ T shuffle_up(T x, int by) {
   return shuffle_from(x, lane < by ? lane : lane - by);
 }
 
+struct Ballot {
+  bool in;
+  uint32_t out;
+
+  static void run(void* const* lanes) {
+    uint32_t bits = 0;
+    for (int lane = 0; lane < on_host::kWarpSize; ++lane) {
+      bits |= static_cast<uint32_t>(static_cast<Ballot*>(lanes[lane])->in) << lane;
+    }
+    for (int lane = 0; lane < on_host::kWarpSize; ++lane) {
+      static_cast<Ballot*>(lanes[lane])->out = bits;
+    }
+  }
+};
+inline uint32_t ballot(bool x) {
+  Ballot ballot{x, 0};
+  on_host::synchronize_warp(Ballot::run, &ballot);
+  return ballot.out;
+}
+inline int lowest_bit(uint32_t bits) { return __builtin_ffs(static_cast<int>(bits)) - 1; }
+
 inline void synchronize_warp() {
   on_host::synchronize_warp([](void* const*) {}, nullptr);
 }
