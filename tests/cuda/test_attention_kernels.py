@@ -103,7 +103,8 @@ def drawn(length, depth, values, codes, causal, window, exact, heads=(2, 1), act
         "key_grad": "cluster",
     }
     q, k = torch.randn(batch, heads[0], length, depth), torch.randn(batch, heads[1], length, depth)
-    return AttentionCase(q, k, torch.randn(batch, heads[1], length, values), torch.randn(heads[1], codes, depth), options)
+    v, codebook = torch.randn(batch, heads[1], length, values), torch.randn(heads[1], codes, depth)
+    return AttentionCase(q, k, v, codebook, options)
 
 
 @pytest.mark.parametrize(
