@@ -51,6 +51,7 @@ def run(args: argparse.Namespace) -> None:
         "checks against the PyTorch backend in float64",
         lambda: [gpu_checks.run(args.device, count=4 if args.quick else 60)],
     )
+    report.part("layers against the CPU in float64", lambda: [gpu_checks.layers(args.device)])
     for title, times in gpu_times.PARTS.items():
         report.part(title, lambda times=times: times(args.device, args.quick))
     if args.device == "cuda":

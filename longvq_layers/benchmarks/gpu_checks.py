@@ -1,10 +1,13 @@
-"""The CUDA kernels against the PyTorch backend in float64, on random calls, without any test package."""
+"""The CUDA kernels against the PyTorch backend in float64, and layers against the CPU, without any test package."""
 
+import copy
 import random
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from longvq_layers import LongVQBlock, S4DLayer, VQAttention
 
 # Relative to the largest number of the right result: some roundings of 8, 11 or 24 bits.
 _BOUNDS = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
@@ -39,6 +42,50 @@ def run(device: str, count: int, namespace: object = None) -> str:
     if wrong:
         raise AssertionError(f"{len(wrong)} results are wrong:\n" + "\n".join(wrong[:20]))
     return "\n".join(lines)
+
+
+def layers(device: str) -> str:
+    """The layers with their default backend on that device against the CPU, in float64: outputs and gradients.
+
+    Raises:
+        AssertionError: they differ; says where.
+    """
+    torch.manual_seed(0)
+    width, options = 32, {"num_codes": 16, "window": 8, "dtype": torch.float64}
+    cases = {
+        "VQAttention": VQAttention(width, 4, num_kv_heads=2, **options),
+        "VQAttention, causal, exact": VQAttention(width, 4, causal=True, local_keys="exact", **options),
+        "S4DLayer": S4DLayer(width, dtype=torch.float64),
+        "S4DLayer, causal": S4DLayer(width, causal=True, dtype=torch.float64),
+        "LongVQBlock": LongVQBlock(width, **options),
+        "LongVQBlock, causal, laplace, recompute": LongVQBlock(
+            width, causal=True, activation="laplace", recompute=True, **options
+        ),
+    }
+    x = torch.randn(2, 70, width, dtype=torch.float64)
+    padding = torch.zeros(2, 70, dtype=torch.bool)
+    padding[1, 60:] = True
+    lines, wrong = ["| layer | difference of outputs | of gradients |", "|:---|---:|---:|"], []
+    for name, layer in cases.items():
+        layer(x)  # in training mode, for codebooks to have codes
+        layer.eval()
+        results = [_run_layer(copy.deepcopy(layer).to(there), x, padding, there) for there in ("cpu", device)]
+        errors = [_error(actual, expected) for expected, actual in zip(*results, strict=True)]
+        lines.append(f"| {name} | {errors[0]:.2g} | {max(errors[1:]):.2g} |")
+        if not max(errors) <= 1e-9:
+            wrong.append(lines[-1])
+    if wrong:
+        raise AssertionError("layers differ from the CPU:\n" + "\n".join(wrong))
+    return "\n".join(lines)
+
+
+def _run_layer(layer: nn.Module, x: Tensor, padding: Tensor, device: str) -> list[Tensor]:
+    """Output, and the gradients of the input and of each parameter, on the CPU."""
+    x = x.to(device).requires_grad_()
+    y = layer(x, key_padding_mask=padding.to(device))
+    inputs = [x, *(parameter for parameter in layer.parameters() if parameter.requires_grad)]
+    gradients = torch.autograd.grad(y.square().sum(), inputs, allow_unused=True)
+    return [y.detach().cpu(), *(g.cpu() for g in gradients if g is not None)]
 
 
 def _error(actual: Tensor, expected: Tensor) -> float:

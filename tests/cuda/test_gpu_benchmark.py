@@ -44,6 +44,21 @@ def test_the_kernels_pass_its_checks(on_host):
     assert "vq_attention dk " in gpu_checks.run("cpu", count=3, namespace=on_host)
 
 
+def test_layers_that_differ_are_found(monkeypatch):
+    assert "| LongVQBlock | 0 | 0 |" in gpu_checks.layers("cpu")
+    right = gpu_checks._run_layer
+    calls = []
+
+    def wrong(*args):
+        calls.append(args)
+        y, *gradients = right(*args)
+        return [y + (len(calls) == 4) * 1e-6, *gradients]
+
+    monkeypatch.setattr(gpu_checks, "_run_layer", wrong)
+    with pytest.raises(AssertionError, match=r"differ from the CPU:\n\| VQAttention, causal, exact"):
+        gpu_checks.layers("cpu")
+
+
 def test_its_checks_find_what_is_wrong(on_host):
     class Wrong:
         def __getattr__(self, name):
