@@ -20,6 +20,11 @@ settings.load_profile("longvq")
 torch.set_num_threads(1)
 
 
+def pytest_collection_modifyitems(items):
+    """What runs for a minute comes first: at the end the other processes would wait for it."""
+    items.sort(key=lambda item: item.name != "test_python_blocks_run")
+
+
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)

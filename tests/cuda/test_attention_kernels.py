@@ -83,7 +83,7 @@ def rounded(case, dtype):
 
 @pytest.mark.parametrize("packed", [False, True])
 @given(data=st.data(), dtype=st.sampled_from(DTYPES))
-@settings(max_examples=40)
+@settings(max_examples=25)
 def test_equals_the_definition(kernels, packed, data, dtype):
     case = data.draw(attention_cases(max_length=200, packed=packed))
     if dtype == torch.float16 and case.options["activation"] == "laplace":
@@ -121,7 +121,7 @@ def drawn(length, depth, values, codes, causal, window, exact, heads=(2, 1), act
 )
 @pytest.mark.parametrize(
     ("length", "depth", "values", "codes", "window"),
-    [(300, 64, 64, 70, 40), (260, 128, 130, 33, 0), (130, 65, 20, 64, 128), (200, 16, 128, 530, 5)],
+    [(180, 64, 64, 70, 40), (150, 128, 130, 33, 0), (130, 65, 20, 64, 128), (140, 16, 128, 530, 5)],
 )
 def test_sizes_around_the_tiles(kernels, dtype, exact, causal, length, depth, values, codes, window):
     case, z = rounded(drawn(length, depth, values, codes, causal, window, exact), dtype)
@@ -204,8 +204,8 @@ def test_the_order_of_blocks_makes_no_difference_to_segments(on_host, thread_ord
 @pytest.mark.parametrize("special", ["huge scores", "one code", "equal keys", "no key", "largest masked"])
 @pytest.mark.parametrize("causal", [False, True])
 def test_extremes(kernels, dtype, special, causal):
-    case = drawn(200, 16, 16, 24, causal, 40, True, heads=(2, 2))
-    mask = torch.zeros(1, 200, dtype=torch.bool)
+    case = drawn(140, 16, 16, 24, causal, 9, True, heads=(2, 2))
+    mask = torch.zeros(1, 140, dtype=torch.bool)
     if special == "huge scores":
         case.q *= 1e3
     elif special == "one code":

@@ -51,7 +51,7 @@ def assert_right(kernels, case: NativeScanCase):
 
 @pytest.mark.parametrize("packed", [False, True])
 @given(data=st.data(), dtype=st.sampled_from(DTYPES))
-@settings(max_examples=60)
+@settings(max_examples=40)
 def test_equals_the_definition(kernels, packed, data, dtype):
     assert_right(kernels, data.draw(native_scan_cases(dtype, packed=packed)))
 
