@@ -222,7 +222,8 @@ LONGVQ_DEVICE void accumulate(T* sums, int64_t pitch, int64_t count) {
   }
 }
 
-// Sums of segments become those with all segments before, which enter the next one. A thread for a column of a code, and one for its number.
+// Sums of segments become those with all segments before, which enter the next one. A thread for a column of a code,
+// and one for its number.
 __global__ void __launch_bounds__(kThreads) accumulate_segments(FarField p) {
   const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x, columns = p.values + 1;
   const int64_t column = i % columns, code = i / columns % p.codes, head = i / columns / p.codes % p.heads;

@@ -288,25 +288,6 @@ __global__ void __launch_bounds__(128) enter_segments(Scan p) {
   }
 }
 
-template <typename Element>
-int run(const Scan& p, void* stream) {
-  using S = Scanning<Element>;
-  const dim3 grid(
-      static_cast<unsigned>(divide_up(p.modes.channels, S::kChannels)), static_cast<unsigned>(p.batch),
-      static_cast<unsigned>(p.segments()));
-  const size_t bytes = S::bytes(p.modes.modes);
-  if (p.segment_states != nullptr) {
-    if (const int error = launch<scan<Element>>(grid, S::kThreads, bytes, stream, p, Pass::kStates)) {
-      return error;
-    }
-    const dim3 all(static_cast<unsigned>(divide_up(p.sequences() * p.modes.channels * p.modes.modes, 128)));
-    if (const int error = launch<enter_segments>(all, 128, 0, stream, p)) {
-      return error;
-    }
-  }
-  return launch<scan<Element>>(grid, S::kThreads, bytes, stream, p, Pass::kResults);
-}
-
 }  // namespace
 
 int longvq_cuda_scan(const Scan* problem, void* stream) {
@@ -317,7 +298,11 @@ int longvq_cuda_scan(const Scan* problem, void* stream) {
   if (p.batch == 0 || p.modes.channels == 0 || p.length == 0) {
     return 0;
   }
-  return for_element(p.type, [&](auto element) { return run<decltype(element)>(p, stream); });
+  return for_element(p.type, [&](auto element) {
+    using S = Scanning<decltype(element)>;
+    constexpr auto kernel = scan<decltype(element)>;
+    return run_segments<kernel, enter_segments, S>(p, p, p.segment_states, S::bytes(p.modes.modes), stream);
+  });
 }
 
 }  // namespace longvq::cuda

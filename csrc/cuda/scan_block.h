@@ -183,6 +183,25 @@ struct ScanBlock {
   }
 };
 
+// Launches a kernel over the segments of `p`; if they have states, which are in `problem`, those are made before, by the
+// kernel itself and ENTER.
+template <auto KERNEL, auto ENTER, typename Block, typename Problem>
+int run_segments(const Scan& p, const Problem& problem, const float* segment_states, size_t bytes, void* stream) {
+  const dim3 grid(
+      static_cast<unsigned>(divide_up(p.modes.channels, Block::kChannels)), static_cast<unsigned>(p.batch),
+      static_cast<unsigned>(p.segments()));
+  if (segment_states != nullptr) {
+    if (const int error = launch<KERNEL>(grid, Block::kThreads, bytes, stream, problem, Pass::kStates)) {
+      return error;
+    }
+    const dim3 all(static_cast<unsigned>(divide_up(p.sequences() * p.modes.channels * p.modes.modes, 128)));
+    if (const int error = launch<ENTER>(all, 128, 0, stream, problem)) {
+      return error;
+    }
+  }
+  return launch<KERNEL>(grid, Block::kThreads, bytes, stream, problem, Pass::kResults);
+}
+
 LONGVQ_DEVICE Number number_from_below(Number x, int by) { return {shuffle_up(x.re, by), shuffle_up(x.im, by)}; }
 
 }  // namespace

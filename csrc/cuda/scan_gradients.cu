@@ -44,26 +44,6 @@ __global__ void __launch_bounds__(128) enter_gradient_segments(ScanGradients g) 
   }
 }
 
-template <typename Element>
-int run(const ScanGradients& g, void* stream) {
-  const Scan& p = g.scan;
-  using S = ScanDifferentiating<Element>;
-  const dim3 grid(
-      static_cast<unsigned>(divide_up(p.modes.channels, S::kChannels)), static_cast<unsigned>(p.batch),
-      static_cast<unsigned>(p.segments()));
-  const size_t bytes = S::bytes(p.modes.modes);
-  if (g.segment_states != nullptr) {
-    if (const int error = launch<differentiate_scan<Element>>(grid, S::kThreads, bytes, stream, g, Pass::kStates)) {
-      return error;
-    }
-    const dim3 all(static_cast<unsigned>(divide_up(p.sequences() * p.modes.channels * p.modes.modes, 128)));
-    if (const int error = launch<enter_gradient_segments>(all, 128, 0, stream, g)) {
-      return error;
-    }
-  }
-  return launch<differentiate_scan<Element>>(grid, S::kThreads, bytes, stream, g, Pass::kResults);
-}
-
 }  // namespace
 
 int longvq_cuda_scan_gradients(const ScanGradients* problem, void* stream) {
@@ -71,7 +51,12 @@ int longvq_cuda_scan_gradients(const ScanGradients* problem, void* stream) {
   if (p.modes.modes > kScanMaxModes || p.batch > kMaxGrid || p.segments() > kMaxGrid) {
     return kNotCovered;
   }
-  return for_element(p.type, [&](auto element) { return run<decltype(element)>(*problem, stream); });
+  return for_element(p.type, [&](auto element) {
+    using S = ScanDifferentiating<decltype(element)>;
+    constexpr auto kernel = differentiate_scan<decltype(element)>;
+    return run_segments<kernel, enter_gradient_segments, S>(
+        p, *problem, problem->segment_states, S::bytes(p.modes.modes), stream);
+  });
 }
 
 }  // namespace longvq::cuda
