@@ -14,6 +14,7 @@ from longvq_layers.replace.installation import Replacement, find_sites, install,
 from longvq_layers.replace.report import ReplacementReport, layer_report
 from longvq_layers.replace.rotary import ClampedRotary
 
+_FEW_KEYS = 10  # for each code; fewer, and the codes fit the calibration data better than what comes later
 _DENSE_MASKS = "the model keeps making its dense L x L masks, which every call verifies: their memory is quadratic"
 
 
@@ -129,6 +130,8 @@ def replace_attention(
         else:
             all_options = {**options, **correction, "balance_codes": balance_codes}
             chosen, seams, errors, keys = _calibrate_what_can_be(model, chosen, skipped, batches, all_options, strict)
+            for site in chosen:
+                site.notes += _few_keys(keys, num_codes)
         for site, seam in zip(chosen, seams, strict=True):
             seam.train(site.module.training)
         replacement = Replacement(_settle(model, chosen, seams, batches))
@@ -210,6 +213,16 @@ def _calibrate(model: nn.Module, sites: list[Site], batches: list, options: dict
     finally:
         undo(records)
     return seams, {site.name: rec.errors() for site, rec in zip(sites, recorders, strict=True)}, keys
+
+
+def _few_keys(keys: int, num_codes: int) -> list[str]:
+    enough = min(_FEW_KEYS * num_codes, calibrating.KEYS_PER_HEAD)  # no more are kept
+    if keys >= enough:
+        return []
+    return [
+        f"{num_codes} codes were fitted to {keys:,} keys per head: these errors say little about other inputs; "
+        f"calibrate on at least {enough:,}"
+    ]
 
 
 def _fitted(sites: list[Site], recorders: list, codes: list[int], options: dict) -> list[SwappedAttention]:

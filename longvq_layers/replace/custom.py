@@ -1,6 +1,5 @@
 """Attention modules of your own classes, by an adapter that says what their queries, keys and values are."""
 
-import contextlib
 import copyreg
 import sys
 from collections.abc import Callable
@@ -8,6 +7,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
+from longvq_layers.replace._adapter_checks import check_call, check_output
 from longvq_layers.replace._original import full_attention
 from longvq_layers.replace._site import Site
 from longvq_layers.replace.calibration import Recorder
@@ -19,6 +19,7 @@ _SEAM = "longvq"
 class _Adapter:
     forward: Callable
     sizes: Callable | None
+    check: bool
     swapped: type[nn.Module]
 
 
@@ -30,6 +31,7 @@ def register_adapter(
     adapter: Callable,
     *,
     sizes: Callable[[nn.Module], tuple[int, int, int]] | None = None,
+    check: bool = True,
 ) -> None:
     """Let `replace_attention` replace attention modules of class `cls`, in every model.
 
@@ -40,9 +42,12 @@ def register_adapter(
             causal=False, key_padding_mask=None, scale=None)``, with key_padding_mask (B, L) bool, True = ignore and
             scale D ** -0.5 by default, and returns what the module would with the (B, H, L, E) it gets.
         sizes: ``sizes(module)`` is (H, Hkv, D). Only needed for models that start without calibration. Default none.
+        check: True (default) compares, in calibration, what the adapter returns with attention to every key with what
+            the module itself returns (the first of several), and raises ValueError if it is something else: a wrong
+            mask, scale or projection would go unnoticed. False for a module that attends to less, on purpose.
 
     Raises:
-        TypeError: cls isn't a class of modules, or adapter or sizes can't be called.
+        TypeError: cls isn't a class of modules, adapter or sizes can't be called, check isn't a bool.
 
     Example:
         >>> import torch
@@ -68,7 +73,9 @@ def register_adapter(
     for name, value in (("adapter", adapter), ("sizes", sizes)):
         if not callable(value) and not (name == "sizes" and value is None):
             raise TypeError(f"register_adapter: {name}: got {type(value).__name__}, expected a callable")
-    _registered[cls] = _Adapter(adapter, sizes, _swapped_class(cls))
+    if not isinstance(check, bool):
+        raise TypeError(f"register_adapter: check: got {type(check).__name__}, expected True or False")
+    _registered[cls] = _Adapter(adapter, sizes, check, _swapped_class(cls))
 
 
 def find(model: nn.Module) -> list[Site]:
@@ -114,9 +121,16 @@ class _Swapped:
     original: type[nn.Module]
 
     def forward(self, *args, **kwargs):
-        seam = self._modules[_SEAM]
-        with seam.refusals() if isinstance(seam, Recorder) else contextlib.nullcontext():
-            return _registered[_class_of(self)].forward(self, _Attend(seam), *args, **kwargs)
+        seam, cls = self._modules[_SEAM], _class_of(self)
+        adapter, name = _registered[cls], f"adapter of {cls.__name__}"
+        attend = _Attend(seam, name)
+        if not isinstance(seam, Recorder):
+            return adapter.forward(self, attend, *args, **kwargs)
+        with seam.refusals():
+            output = adapter.forward(self, attend, *args, **kwargs)
+            if adapter.check and not seam.candidate:
+                check_output(name, self.original.forward(self, *args, **kwargs), output, attend.padding)
+            return output
 
     def __reduce_ex__(self, protocol: int):
         # The class is made here and has no importable name: copies and pickles name the original one.
@@ -126,8 +140,9 @@ class _Swapped:
 class _Attend:
     """What an adapter calls with queries, keys and values."""
 
-    def __init__(self, seam: nn.Module) -> None:
-        self.seam = seam
+    def __init__(self, seam: nn.Module, name: str) -> None:
+        self.seam, self.name = seam, name
+        self.padding: Tensor | None = None  # of the last call
 
     def __call__(
         self,
@@ -138,7 +153,11 @@ class _Attend:
         key_padding_mask: Tensor | None = None,
         scale: float | None = None,
     ) -> Tensor:
-        if not isinstance(self.seam, Recorder):
+        self.padding = key_padding_mask
+        recording = isinstance(self.seam, Recorder)
+        sizes = self.seam.sizes if recording else (self.seam.num_heads, self.seam.num_kv_heads, self.seam.head_dim)
+        check_call(self.name, q, k, v, causal, key_padding_mask, scale, sizes)
+        if not recording:
             return self.seam(q, k, v, key_padding_mask, causal=causal, scale=scale)
         options = {"causal": causal, "key_padding_mask": key_padding_mask, "scale": scale}
         output = full_attention(q, k, v, **options)
@@ -178,5 +197,11 @@ def _site(name: str, module: nn.Module) -> Site:
         kind=kind,
         new_kind=f"{kind}[longvq]",
         causal="per call",
-        sizes=None if adapter.sizes is None else adapter.sizes(module),
+        sizes=None if adapter.sizes is None else _sizes(kind, adapter.sizes(module)),
     )
+
+
+def _sizes(kind: str, sizes: object) -> tuple[int, int, int]:
+    if not (isinstance(sizes, tuple | list) and len(sizes) == 3 and all(type(n) is int and n > 0 for n in sizes)):
+        raise ValueError(f"register_adapter: sizes: got {sizes!r} for a {kind}, expected (H, Hkv, D), three ints")
+    return tuple(sizes)

@@ -3,13 +3,12 @@
 import math
 import os
 from collections.abc import Callable, Iterable
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from longvq_layers.replace import _distill_checkpoint, choosing
 from longvq_layers.replace import calibration as calibrating
-from longvq_layers.replace import choosing
 from longvq_layers.replace._distill_setup import NAME, prepared, sites_of
 from longvq_layers.replace._pair import Pairs
 from longvq_layers.replace.distill_report import END_TO_END, DistillPoint, DistillReport
@@ -30,7 +29,7 @@ def distill_attention(
     evaluate_every: int = 20,
     patience: int = 5,
     seed: int = 0,
-    checkpoint: str | Path | None = None,
+    checkpoint: str | os.PathLike | None = None,
     progress: Callable[[DistillPoint], object] | None = None,
 ) -> DistillReport:
     """Train the codebooks of a model after `replace_attention`, so that its attention comes nearer to the original.
@@ -67,7 +66,7 @@ def distill_attention(
 
     Raises:
         TypeError, ValueError: an argument of the wrong type or out of range, no replaced attention, fewer than two
-            batches, a checkpoint of another run.
+            batches, a checkpoint of another run or that can't be read or written.
         NotImplementedError: ``local_keys="quantized"``.
 
     Example:
@@ -91,6 +90,7 @@ def distill_attention(
     ):
         _check_int(name, value, least)
     _check_options(lr, projections, held_out, progress)
+    checkpoint = _distill_checkpoint.checked_path(checkpoint)
     sites = sites_of(model)
     calibrating.check_iterable(data, f"{NAME}: data")
     batches = calibrating.as_batches(data, f"{NAME}: data")
@@ -111,8 +111,7 @@ class _Run:
     def __init__(self, pairs: Pairs, trained: dict, before, batches, held_out, settings, checkpoint, progress) -> None:
         self.pairs, self.trained, self.before = pairs, trained, before
         self.batches, self.held_out, self.settings = batches, held_out, settings
-        self.path = None if checkpoint is None else Path(checkpoint)
-        self.progress = progress
+        self.path, self.progress = checkpoint, progress
         self.curve: list[DistillPoint] = []
         self.stopped: list[str] = []
         self.first_errors: dict[str, float] = {}
@@ -228,14 +227,12 @@ class _Run:
         curve = [(point.phase, point.step, point.error, point.train_error) for point in self.curve]
         state = {"phase": phase, "step": step, "rates": rates, "optimizer": optimizer.state_dict(), "curve": curve}
         state |= {"settings": self.settings, "tensors": self._values(), "best": self.best, "stopped": self.stopped}
-        unfinished = self.path.with_name(self.path.name + ".unfinished")
-        torch.save({**state, "first_errors": self.first_errors}, unfinished)
-        os.replace(unfinished, self.path)  # a half-written file never replaces one
+        _distill_checkpoint.write(self.path, {**state, "first_errors": self.first_errors})
 
     def _load(self) -> dict | None:
         if self.path is None or not self.path.exists():
             return None
-        state = torch.load(self.path, weights_only=True)
+        state = _distill_checkpoint.read(self.path)
         shapes = {name: tuple(x.shape) for name, x in state["tensors"].items()}
         theirs = {**state["settings"], "tensors": shapes}
         mine = {**self.settings, "tensors": {name: tuple(x.shape) for name, x in self.trained.items()}}

@@ -57,6 +57,8 @@ def attach(module: nn.Module, query: Tensor, key: Tensor) -> SwappedAttention:
             "load_replaced(model, path), or train it first"
         )
     reason = refusals.refusal("", module)
+    if reason is None and refusals.may_be_cross_attention(module):
+        reason = "its keys may come from an encoder; use replace_attention(model), which can tell by its name"
     if reason is not None:
         raise NotImplementedError(f"longvq attention: {kind} can't use attn_implementation='longvq': {reason}")
     options = _options(getattr(module.config, NAME, None))

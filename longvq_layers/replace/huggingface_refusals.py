@@ -99,6 +99,12 @@ def has_rotary(module: nn.Module) -> bool:
     return any("rotary" in name or "rope" in name.lower() for name in _names(module))
 
 
+def may_be_cross_attention(module: nn.Module) -> bool:
+    """Whether its keys may come from an encoder, as far as it knows itself; often only its name in the model tells."""
+    takes_keys = "key_value_states" in inspect.signature(inspect.unwrap(type(module).forward)).parameters
+    return takes_keys and getattr(module, "is_decoder", False) and not getattr(module, "is_causal", True)
+
+
 def needs_keys(module: nn.Module) -> str | None:
     """Why this module's keys have to stay as they are and in its cache, or None if sums over them are enough."""
     shared = getattr(module, "is_kv_shared_layer", False) or getattr(module, "store_full_length_kv", False)

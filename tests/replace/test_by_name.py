@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import AutoModel, AutoModelForCausalLM, BertConfig, GPT2Config, LlamaConfig, T5Config
+from transformers import AutoModel, AutoModelForCausalLM, BartConfig, BertConfig, GPT2Config, LlamaConfig, T5Config
 
 from longvq_layers import commitment_loss
 from longvq_layers.replace import load_replaced, register_attn_implementation, replace_attention
@@ -104,3 +104,8 @@ def test_what_codes_cannot_do_is_refused_here_too():
     t5 = AutoModel.from_config(T5Config(**sizes, decoder_start_token_id=0), attn_implementation="longvq").train()
     with pytest.raises(NotImplementedError, match="position"):
         t5(tokens(), decoder_input_ids=tokens())
+    sizes = {f"{part}_{name}": n for part in ("encoder", "decoder") for name, n in (("layers", 1), ("ffn_dim", 48))}
+    bart = BartConfig(d_model=32, encoder_attention_heads=4, decoder_attention_heads=4, vocab_size=101, **sizes)
+    bart = AutoModel.from_config(bart, attn_implementation="longvq").train()
+    with pytest.raises(NotImplementedError, match=r"may come from an encoder; use replace_attention"):
+        bart(tokens(), decoder_input_ids=tokens())  # of equal lengths: keys and queries alone don't tell

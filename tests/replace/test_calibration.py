@@ -86,6 +86,15 @@ def test_every_key_is_a_code_where_there_are_enough():
     torch.testing.assert_close(output(model, x), expected, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize(("length", "kept", "said"), [(39, 20_480, True), (40, 20_480, False), (39, 78, False)])
+def test_few_keys_for_many_codes_are_reported(length, kept, said, monkeypatch):
+    monkeypatch.setattr(calibrating, "KEYS_PER_HEAD", kept)  # more than are kept can't be asked for
+    report = replace_attention(FAMILIES["bert"](), num_codes=8, window=3, calibration=[tokens(2, length)])
+    note = f"8 codes were fitted to {2 * length} keys per head"
+    assert all(any(note in one for one in layer.notes) == said for layer in report.layers)
+    assert ("calibrate on at least 80" in str(report)) == said
+
+
 @pytest.mark.parametrize("family", ["bert", "gpt2"])
 def test_each_head_gets_the_gain_that_is_best(family):
     torch.manual_seed(0)

@@ -108,6 +108,112 @@ def test_copies_pickles_and_saved_states(kind):
     assert torch.equal(fresh(X), expected)
 
 
+class ByLength(OwnAttention):
+    """Length first, as older modules have it, and something else after the output."""
+
+    def forward(self, x, lengths=None):
+        return super().forward(x, lengths).transpose(0, 1), None
+
+
+def by_length(module, attend, x, lengths=None):
+    return adapter(module, attend, x, lengths).transpose(0, 1), None
+
+
+def wrongly(change):
+    """An adapter whose q, k, v and options `change` has been at."""
+
+    def wrong(module, attend, x, lengths=None):
+        padding = None if lengths is None else torch.arange(x.shape[1]) >= lengths[:, None]
+        call = dict(zip("qkv", module.project(x), strict=True))
+        call |= {"causal": module.causal, "key_padding_mask": padding, "scale": 0.3}
+        call |= change(call)
+        return module.out(attend(**call).transpose(1, 2).flatten(2))
+
+    return wrong
+
+
+WRONG = {
+    "causal": lambda call: {"causal": not call["causal"]},
+    "scale": lambda call: {"scale": None},
+    "exchanged": lambda call: {"k": call["v"], "v": call["k"]},
+    "heads": lambda call: {"q": call["q"].roll(1, 1)},
+    "padding": lambda call: {"key_padding_mask": None},
+}
+
+
+@pytest.mark.parametrize(
+    ("causal", "wrong"),  # nothing sees the padding behind a causal sequence
+    [(causal, wrong) for causal in (False, True) for wrong in WRONG if not (causal and wrong == "padding")],
+)
+def test_an_adapter_that_does_something_else_raises(causal, wrong):
+    model, change = Model(causal=causal).eval(), WRONG[wrong]
+    expected = model(X, LENGTHS)
+    register_adapter(OwnAttention, wrongly(change))
+    with pytest.raises(ValueError, match="adapter of OwnAttention: with attention to every key its output differs"):
+        replace_attention(model, num_codes=6, window=4, calibration=[(X, LENGTHS)])
+    assert torch.equal(model(X, LENGTHS), expected) and not hasattr(model.layers[0], "longvq")
+    register_adapter(OwnAttention, wrongly(change), check=False)
+    replace_attention(model, num_codes=6, window=4, calibration=[(X, LENGTHS)])
+
+
+def test_outputs_are_compared_whatever_their_layout():
+    register_adapter(ByLength, by_length)
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        module, x = ByLength().eval().to(dtype), X.to(dtype)
+        replace_attention(module, num_codes=6, window=4, calibration=[(x, LENGTHS), (x,)])
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (lambda *call: (adapter(*call), None), r"returns shape \(2, 40, 24\), expected \(40, 2, 24\)"),
+        (lambda *call: [adapter(*call)][1:], "returns no tensor, expected a tensor"),
+        (lambda *call: adapter(*call).transpose(0, 1) * 1.1, "its output differs from the module's own by 0.1 of its"),
+    ],
+)
+def test_outputs_that_differ(wrong, message):
+    register_adapter(ByLength, wrong)
+    with pytest.raises(ValueError, match=f"adapter of ByLength: (with attention to every key )?{message}"):
+        replace_attention(ByLength().eval(), num_codes=6, window=4, calibration=[(X, LENGTHS)])
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (lambda call: {"q": None}, TypeError, r"q must be a torch.Tensor \(B, H, L, D\), got NoneType"),
+        (lambda call: {"q": call["q"].flatten(1, 2)}, ValueError, "q must have 4 dimensions"),
+        (lambda call: {"k": call["k"].int()}, TypeError, "k must be a real floating-point tensor, got torch.int32"),
+        (lambda call: {"k": call["k"][:1]}, ValueError, "k must have shape"),
+        (lambda call: {"k": call["k"][..., :5]}, ValueError, "k must have shape"),
+        (lambda call: {"v": call["v"][:, :1]}, ValueError, "v must have shape"),
+        (lambda call: {"v": call["v"][:, :, 1:]}, ValueError, "v must have shape"),
+        (lambda call: {"q": call["q"][:, :3]}, ValueError, "the heads H of q must be a multiple"),
+        (lambda call: {"q": call["q"][:, :, :7]}, NotImplementedError, "got 7 queries for 40 keys"),
+        (lambda call: {"causal": None}, TypeError, "causal must be a bool, got None"),
+        (lambda call: {"key_padding_mask": torch.zeros(2, 40)}, TypeError, "key_padding_mask must be bool"),
+        (lambda call: {"key_padding_mask": torch.zeros(2, 39) > 0}, ValueError, "key_padding_mask must have shape"),
+        (lambda call: {"scale": "0.3"}, TypeError, "scale must be a number, got '0.3'"),
+    ],
+)
+def test_what_an_adapter_passes_is_checked(change, error, message):
+    model = Model().eval()
+    replace_attention(model, num_codes=6, window=4, calibration=[X])
+    register_adapter(OwnAttention, wrongly(change))
+    message = f"adapter of OwnAttention: {message}" if error is not NotImplementedError else message
+    with pytest.raises(error, match=r"\(H, Hkv, D\) = \(4, 2, 6\)" if "multiple" in message else message):
+        model(X)
+    restore_attention(model)
+    with pytest.raises(error, match=message):
+        replace_attention(model, num_codes=6, window=4, calibration=[X])
+
+
+@pytest.mark.parametrize("sizes", [None, (4, 2), (4, 2, 6.0), (4, 0, 6)])
+def test_wrong_sizes(sizes):
+    register_adapter(OwnAttention, adapter, sizes=lambda module: sizes)
+    with pytest.raises(ValueError, match=r"register_adapter: sizes: got .* for a OwnAttention, expected \(H, Hkv, D\)"):
+        replace_attention(Model().train(), num_codes=6, window=4)
+
+
 def test_training_without_calibration_and_gradients():
     model = Model().train()
     replace_attention(model, num_codes=6, window=4)
@@ -143,3 +249,5 @@ def test_wrong_arguments(arguments, message):
         register_adapter(*arguments)
     with pytest.raises(TypeError, match="register_adapter: sizes: got int"):
         register_adapter(OwnAttention, adapter, sizes=3)
+    with pytest.raises(TypeError, match="register_adapter: check: got int"):
+        register_adapter(OwnAttention, adapter, check=1)

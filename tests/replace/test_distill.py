@@ -200,6 +200,29 @@ def test_a_killed_run_goes_on_with_the_same_curve(tmp_path):
         distill_attention(other, data, **options, lr=0.5, checkpoint=tmp_path / "run.pt")
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("nowhere/run.pt", None, "nowhere is none"),
+        (".", None, "this is a folder"),
+        ("notes.txt", b"not a checkpoint", "can't be read"),
+        ("empty.pt", b"", "can't be read"),
+        ("weights.pt", {"weight": torch.ones(2)}, "is not one that distill_attention wrote"),
+    ],
+)
+def test_a_checkpoint_that_cannot_be_is_refused_before_anything_runs(tmp_path, name, content, message):
+    model, data = replaced()
+    model.register_forward_pre_hook(lambda *_: pytest.fail("the model ran"))
+    if isinstance(content, bytes):
+        (tmp_path / name).write_bytes(content)
+    elif content is not None:
+        torch.save(content, tmp_path / name)
+    with pytest.raises(ValueError, match=f"distill_attention: checkpoint: .*{message}"):
+        distill_attention(model, data, checkpoint=tmp_path / name)
+    with pytest.raises(TypeError, match="distill_attention: checkpoint: got int"):
+        distill_attention(model, data, checkpoint=3)
+
+
 def test_it_stops_early():
     model, data = replaced()
     report = distill_attention(model, data, steps=50, evaluate_every=1, patience=2, lr=3.0)
