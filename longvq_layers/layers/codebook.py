@@ -129,7 +129,9 @@ class Codebook(KeepsFloat32):
         with torch.no_grad(), no_autocast(k.device):
             learning = self.training and not self.frozen
             again = recomputing()
-            keys = k.detach().to(self.embedding.dtype)
+            keys = k.detach()
+            if keys.element_size() > 2:  # half types are read as they are, a copy in float32 would be twice their size
+                keys = keys.to(self.embedding.dtype)
             if learning and not again:
                 if not self._ready:
                     self._start(*self._flat(keys, key_padding_mask))
@@ -229,7 +231,7 @@ class Codebook(KeepsFloat32):
         valid = keys.isfinite().all(-1)
         if key_padding_mask is not None:
             valid = valid & ~key_padding_mask
-        keys = torch.where(valid.unsqueeze(-1), keys, 0)
+        keys = torch.where(valid.unsqueeze(-1), keys, 0).to(self.embedding.dtype)
         return keys.reshape(self.num_heads, -1, self.dim), valid.reshape(self.num_heads, -1)
 
     @torch.compiler.disable(reason="the k-means start depends on the data; run one training step before compiling")

@@ -1,10 +1,14 @@
 """The codebook learns what the keys are, from all keys and only from real ones, and only when it should."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
+from longvq_layers import ops
 from longvq_layers.layers import Codebook, CodebookAttention, LongVQBlock, VQAttention
+from longvq_layers.layers import codebook as codebook_module
 
 
 class Source:
@@ -224,6 +228,31 @@ def test_half_precision_keys_are_counted_in_float32():
         book(k)
     assert book.ema_count.flatten().tolist() == [3000, 3000]  # bfloat16 stops counting at 256
     assert sorted(book.ema_sum.flatten().tolist()) == [3000, 300000]
+
+
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_keys_are_read_as_they_are(dtype, backend, monkeypatch):
+    read = []
+
+    def assign(k, codebook, **options):
+        read.append(k.dtype)
+        return ops.vq_assign(k, codebook, **options)
+
+    monkeypatch.setattr(codebook_module, "ops", SimpleNamespace(vq_assign=assign))
+    source, books = Source(), []
+    batches = [source().to(dtype) for _ in range(4)]
+    for wide in (False, True):
+        torch.manual_seed(3)
+        books.append(Codebook(2, 8, 6, backend=backend))
+        codes = [books[-1](k.float() if wide else k) for k in batches]
+        books[-1].eval()
+        read.clear()
+        codes.append(books[-1](batches[0].float() if wide else batches[0]))
+        assert read == [torch.float32 if wide else dtype]  # no copy of them in float32
+        books[-1].codes = codes
+    assert same(*map(snapshot, books))
+    assert all(torch.equal(a, b) for a, b in zip(books[0].codes, books[1].codes, strict=True))
 
 
 def test_wrong_arguments_are_named():
