@@ -11,6 +11,7 @@ from longvq_layers.layers._kmeans import code_sums, pick
 from longvq_layers.layers._precision import KeepsFloat32, storage_dtype
 from longvq_layers.layers.codebook_attention import CodebookAttention
 from longvq_layers.replace._calls import Call, Far, SwappedState
+from longvq_layers.replace._gaps import order_without_gaps, put_back, reorder
 from longvq_layers.replace._metric import in_proportion, roots
 from longvq_layers.replace._rows import row_means, vq_attention_by_row
 from longvq_layers.replace._settings import CarriesSettings
@@ -111,8 +112,26 @@ class SwappedAttention(KeepsFloat32, CarriesSettings, CodebookAttention):
         `far`: queries and keys, shaped like q and k, for pairs outside the window; default q and k themselves. In
         training the codebook learns from those keys and the commitment loss is stored, as in `CodebookAttention`.
         In eval mode the gradient reaches `codebook.embedding`, `spread` and `spread_gain` where they require it.
+        Causal, the window counts tokens: padding between them is as if it weren't there, as in `step`.
         """
         self.check_codes()
+        if causal and key_padding_mask is not None and (order := order_without_gaps(key_padding_mask)) is not None:
+            q, k, v = (reorder(x, order) for x in (q, k, v))
+            far = None if far is None else tuple(reorder(x, order) for x in far)
+            output = self._attend(q, k, v, key_padding_mask.gather(1, order), far, causal, scale)
+            return put_back(output, order)
+        return self._attend(q, k, v, key_padding_mask, far, causal, scale)
+
+    def _attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        key_padding_mask: Tensor | None,
+        far: Far | None,
+        causal: bool,
+        scale: float | None,
+    ) -> Tensor:
         with no_autocast(q.device):
             far_q, far_k = (q, k) if far is None else far
             keys = self.in_metric(far_k)

@@ -203,6 +203,8 @@ def _calibrate(model: nn.Module, sites: list[Site], batches: list, options: dict
         for site, recorder in zip(sites, recorders, strict=True):
             site.rotary, site.why_rotated = recorder.rotary, recorder.why_rotated or site.why_rotated
             site.has_rotary &= recorder.has_positions
+            if site.adapter is huggingface and recorder.causal:  # its masks decide, whatever the module says
+                site.causal = "per call" if len(recorder.causal) > 1 else "yes" if True in recorder.causal else "no"
         seams = _fitted(sites, recorders, [options["num_codes"]] * len(sites), options)
         calibrating.run(model, batches, recorders)
         if balance:

@@ -58,6 +58,7 @@ class Recorder(nn.Module):
         self.why_rotated: str | None = None
         self.has_positions = True  # until a call shows that its keys don't depend on them
         self.calls: dict[int, Call] = {}
+        self.causal: set[bool] = set()  # what its calls were; of one token they are both
         self.batch = 0  # the calibration input that is being run, for errors
         self.candidate: list[SwappedAttention] = []  # in a list: not a submodule
         self._limit, self._window = keys_per_head, window
@@ -107,6 +108,8 @@ class Recorder(nn.Module):
                 f"replace_attention: calibration: got {q.shape[2]} queries for {k.shape[2]} keys; expected whole "
                 "sequences without a cache from earlier calls"
             )
+        if q.shape[2] > 1:
+            self.causal.add(causal)
         real = torch.ones(k.shape[0], k.shape[2], dtype=torch.bool, device=k.device)
         if key_padding_mask is not None:
             real = ~key_padding_mask

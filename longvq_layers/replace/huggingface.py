@@ -1,4 +1,4 @@
-"""Transformers models: which modules can be swapped, and the attention function that they call afterwards.
+"""Transformers models: which modules can be swapped, and how they are.
 
 Nothing existing is changed. The name "longvq" is added to transformers' two public registries; a replaced module gets
 a copy of its config with `_attn_implementation="longvq"` and a submodule `longvq` that holds the codebook. If every
@@ -6,21 +6,17 @@ attention module that shares a config object is replaced, all modules of this mo
 masks are created by `longvq_mask` in O(B·L); otherwise the model keeps making its dense masks, which are verified.
 """
 
-import contextlib
 import copy
 import inspect
 import sys
 from dataclasses import dataclass, field
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from longvq_layers.replace import huggingface_by_name as by_name
 from longvq_layers.replace import huggingface_calls as calls
 from longvq_layers.replace import huggingface_refusals as refusals
 from longvq_layers.replace._site import Site
-from longvq_layers.replace.calibration import Recorder
-from longvq_layers.replace.huggingface_masks import read_mask
 
 NAME = "longvq"
 
@@ -40,6 +36,7 @@ class Installed:
     """Swaps modules and remembers what it changed, by object, so that a deep copy of the model can undo it too."""
 
     configs: list[tuple[nn.Module, object]] = field(default_factory=list)
+    copies: list[tuple[object, object, dict]] = field(default_factory=list)  # ours, theirs, attributes at first
     attached: list[nn.Module] = field(default_factory=list)
     hooked: list[nn.Module] = field(default_factory=list)
     guard: "Guard | None" = None
@@ -57,7 +54,8 @@ class Installed:
             if id(config) not in copies:
                 copies[id(config)] = ours = copy.copy(config)
                 # The dict form: the setter would otherwise write into sub-configs, which other models may share.
-                ours._attn_implementation = {"": NAME}
+                ours._attn_implementation = {"": by_name.OfReplacement(NAME)}
+                self.copies.append((ours, config, dict(ours.__dict__)))
             self.configs.append((site.module, config))
             eager = config._attn_implementation == "eager"
             site.module.config = copies[id(config)]
@@ -74,7 +72,9 @@ class Installed:
                 module.register_forward_pre_hook(self.guard, with_kwargs=True)
 
     def undo(self) -> None:
-        """Put everything back."""
+        """Put everything back; what was changed in our configs meanwhile stays changed in theirs."""
+        for ours, theirs, at_first in self.copies:
+            _carry_over(ours, theirs, at_first)
         for module, config in self.configs:
             module.config = config
         for module in self.attached:
@@ -82,101 +82,6 @@ class Installed:
             _remove_hooks(module, calls.NoteCall)
         for module in self.hooked:
             _remove_hooks(module, self.guard)
-
-
-def longvq_attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    is_causal: bool | None = None,
-    **kwargs,
-) -> tuple[Tensor, Tensor | None]:
-    """The attention function that transformers calls: query (B, H, q, D), key and value (B, Hkv, k, D).
-
-    `dropout` isn't applied to the probabilities; the report says so for every layer that has one.
-
-    Returns:
-        output (B, q, H, E), and None for the attention weights.
-    """
-    seam = module._modules.get(NAME)
-    if seam is None:
-        seam = by_name.attach(module, query, key)
-    with seam.refusals() if isinstance(seam, Recorder) else contextlib.nullcontext():
-        return _attend(module, seam, query, key, value, attention_mask, scaling, dropout, is_causal, kwargs)
-
-
-def _attend(
-    module: nn.Module,
-    seam: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None,
-    dropout: float,
-    is_causal: bool | None,
-    kwargs: dict,
-) -> tuple[Tensor, Tensor | None]:
-    call = calls.taken(seam)
-    if isinstance(seam, calls.Probe):
-        seam.keys = key
-        return value.new_zeros(*query.shape[:3], value.shape[3]).transpose(1, 2).contiguous(), None
-    refusals.check_call(kwargs)
-    layer = call.cache_layer
-    q_len, k_len = query.shape[2], key.shape[2] + (0 if layer is None else layer.positions)
-    says = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    if call.eager and attention_mask is None:
-        says = False  # the eager attention goes by masks alone, whatever the module says of itself
-    causal, padding = read_mask(attention_mask, causal=bool(says), q_len=q_len, k_len=k_len)
-    if padding is not None and padding.shape[0] != query.shape[0]:
-        padding = padding.expand(query.shape[0], -1)
-    if q_len > k_len or (q_len < k_len and not causal):
-        raise NotImplementedError(
-            f"longvq attention: got {q_len} queries for {k_len} keys in {'causal' if causal else 'bidirectional'} "
-            "attention; expected as many keys as queries (with a cache: more keys, causal). Cross-attention and "
-            "prefixes can't be replaced; leave them out with filter_fn="
-        )
-    if value.shape[1] != key.shape[1]:
-        raise NotImplementedError(
-            f"longvq attention: got values of {value.shape[1]} heads for keys of {key.shape[1]}; expected as many"
-        )
-    far = None
-    if call.rotation is not None:
-        if not causal:
-            raise NotImplementedError(
-                'longvq attention: far_positions: "rectified" needs causal attention, got a bidirectional call; use '
-                '"rotated"'
-            )
-        if key.shape[2] != q_len:
-            raise NotImplementedError(
-                f"longvq attention: got {q_len} queries for {k_len} keys of a cache that grows, whose keys can't be "
-                "taken without their positions any more; call the model under torch.no_grad() in eval mode, with an "
-                "empty cache at first, or use far_positions='rotated'"
-            )
-        far = seam.rotary(query, key, *call.rotation)
-    if isinstance(seam, Recorder):
-        if attention_mask is not None and attention_mask.dim() == 2:  # made by name: the original reads dense masks
-            past = torch.ones(q_len, k_len, dtype=torch.bool, device=query.device).tril()
-            attention_mask = attention_mask.bool()[:, None, None, :] & past
-        output, weights = seam.original(
-            module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, is_causal=is_causal, **kwargs
-        )
-        options = {"causal": causal, "key_padding_mask": padding, "scale": scaling}
-        seam.observe(query, key, value, output.transpose(1, 2), far=far, **options)
-        return output, weights
-    if layer is not None:
-        padding = None if padding is None else layer.new_padding(padding, q_len)
-        layer.positions += q_len
-        output = seam.step(query, key, value, layer.state, padding, far=far, scale=scaling)
-        return output.transpose(1, 2).contiguous(), None
-    if q_len < k_len:  # the queries are the last positions; the earlier rows are computed and dropped
-        query = torch.cat([query.new_zeros(*query.shape[:2], k_len - q_len, query.shape[3]), query], dim=2)
-    output = seam(query, key, value, padding, far=far, causal=causal, scale=scaling)
-    return output[:, :, k_len - q_len :].transpose(1, 2).contiguous(), None
 
 
 class Guard:
@@ -203,6 +108,17 @@ class Guard:
                     "(set_attn_implementation?), so its codebooks would not be used; call restore_attention(model) to "
                     "undo the replacement, then set it"
                 )
+
+
+def _carry_over(ours: object, theirs: object, at_first: dict) -> None:
+    # A new vocabulary, a padding token: the model has them, its config must say so.
+    for name in at_first.keys() - ours.__dict__.keys():
+        theirs.__dict__.pop(name, None)
+    for name, value in ours.__dict__.items():
+        if name == "_attn_implementation_internal":
+            continue  # which is being undone
+        if name not in at_first or at_first[name] is not value:
+            theirs.__dict__[name] = value
 
 
 def _remove_hooks(module: nn.Module, ours: object) -> None:

@@ -13,6 +13,10 @@ NAME = "longvq"
 _OPTIONS = {"num_codes": 256, "window": 64, "local_keys": "exact", "variance_correction": True, "backend": "auto"}
 
 
+class OfReplacement(str):
+    """The name, in the config of a model with replaced attention: other models that are made from it have no codes."""
+
+
 def register_attn_implementation() -> None:
     """Make ``attn_implementation="longvq"`` known to transformers, with the mask function that keeps it causal.
 
@@ -35,7 +39,7 @@ def register_attn_implementation() -> None:
     """
     from transformers import AttentionInterface, AttentionMaskInterface
 
-    from longvq_layers.replace.huggingface import longvq_attention
+    from longvq_layers.replace.huggingface_attention import longvq_attention
     from longvq_layers.replace.huggingface_masks import longvq_mask
 
     AttentionInterface.register(NAME, longvq_attention)
@@ -46,11 +50,16 @@ def attach(module: nn.Module, query: Tensor, key: Tensor) -> SwappedAttention:
     """Give a module its codebook on its first call: query (B, H, L, D), key (B, Hkv, L, D).
 
     Raises:
-        RuntimeError: in eval mode, in which nothing is learned.
+        RuntimeError: in eval mode, in which nothing is learned, or made from the config of a replaced model.
         NotImplementedError: attention that can't be done by codes, with the reason.
         ValueError, TypeError: wrong options in the config.
     """
     kind = type(module).__name__
+    if isinstance(module.config._attn_implementation, OfReplacement):
+        raise RuntimeError(
+            f"longvq attention: {kind} has no codes: its model was made from the config of one with replaced "
+            'attention; make it from copy.deepcopy(config) with _attn_implementation = "sdpa", or use load_replaced'
+        )
     if not module.training:
         raise RuntimeError(
             f"longvq attention: {kind} has no codes; call longvq_layers.replace_attention(model, calibration=...), "

@@ -1,6 +1,7 @@
 """A layer of a transformers cache whose memory doesn't grow."""
 
 import copy
+import functools
 
 import torch
 from torch import Tensor
@@ -33,6 +34,8 @@ class VQCacheLayer(CacheLayerMixin):
         self.state: SwappedState | None = None
         self.positions = 0  # read so far, padding included
         self.expected = False  # whether the attention is about to read what `update` hands through
+        self.closed = False  # by a bidirectional call
+        self.hidden: Tensor | None = None  # (B,) int64, which positions were padding; None where that isn't known
 
     def __deepcopy__(self, memo: dict) -> "VQCacheLayer":
         # A copy goes on with the same attention, unless that is being copied too.
@@ -76,20 +79,38 @@ class VQCacheLayer(CacheLayerMixin):
             self.lazy_initialization(key_states, value_states)
         return key_states, value_states
 
-    def new_padding(self, padding: Tensor, new: int) -> Tensor:
-        """Of padding (B, positions + new), True = ignore, the part of the new positions.
+    def close(self, positions: int) -> None:
+        """Take note of a bidirectional call of so many positions, after which it can't be read."""
+        self.state, self.positions, self.closed = None, positions, True
+
+    def read(self, padding: Tensor | None, new: int) -> Tensor | None:
+        """Take note of so many new positions; of padding (B, positions + new), True = ignore, their part.
 
         Raises:
             NotImplementedError: it hides other positions of the past than were hidden when they were read.
         """
-        if not torch.compiler.is_compiling() and self.positions:
-            seen = (~padding[:, : padding.shape[1] - new]).sum(1)
-            if not torch.equal(seen, self.state.past.lengths.to(seen.device, seen.dtype)):
-                raise NotImplementedError(
-                    f"longvq attention: attention_mask: got {seen.tolist()} tokens of the past, expected the "
-                    f"{self.state.past.lengths.tolist()} that were read: {_KEEPS}, and can't hide one later"
-                )
-        return padding[:, -new:]
+        start, end = self.positions, self.positions + new
+        if torch.compiler.is_compiling():
+            self.hidden = None
+        else:
+            self._check_past(padding, start, end)
+        self.positions = end
+        return None if padding is None else padding[:, start:]
+
+    def _check_past(self, padding: Tensor | None, start: int, end: int) -> None:
+        # Which positions were hidden is kept as the sum of their weights, which is of constant size.
+        lengths = self.state.past.lengths
+        weights = _weights(end, lengths.device)
+        if padding is None:
+            padding = torch.zeros(1, 1, dtype=torch.bool, device=lengths.device).expand(len(lengths), end)
+        hidden = torch.where(padding, weights, 0)
+        known = start and self.hidden is not None
+        if known and not torch.equal(hidden[:, :start].sum(1), self.hidden):
+            raise NotImplementedError(
+                f"longvq attention: attention_mask: got {(~padding[:, :start]).sum(1).tolist()} tokens of the past, "
+                f"expected the {lengths.tolist()} that were read, each where it was: {_KEEPS}, and can't hide one later"
+            )
+        self.hidden = hidden.sum(1) if known or not start else None
 
     def get_seq_length(self) -> int:
         """Number of positions read, padding included."""
@@ -112,12 +133,14 @@ class VQCacheLayer(CacheLayerMixin):
 
     def reset(self) -> None:
         """Empty it."""
-        self.state, self.positions, self.is_initialized = None, 0, False
+        self.state, self.positions, self.is_initialized, self.closed = None, 0, False, False
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Make row i a copy of what row ``indices[i]`` is; rows may be left out and repeated."""
         if self.state is not None:
-            self.state = self.state.index_select(indices.to(self.state.past.device))
+            indices = indices.to(self.state.past.device)
+            self.state = self.state.index_select(indices)
+            self.hidden = None if self.hidden is None else self.hidden.index_select(0, indices)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """The same for beam search."""
@@ -145,6 +168,16 @@ class VQCacheLayer(CacheLayerMixin):
     prefetch = offload
 
 
+def _weights(length: int, device: torch.device) -> Tensor:
+    """One number (length,) for each position, such that sums of some tell which."""
+    return _all_weights(1 << max(length - 1, 1023).bit_length(), device)[:length]
+
+
+@functools.lru_cache(maxsize=8)
+def _all_weights(length: int, device: torch.device) -> Tensor:
+    return torch.randint(1 << 40, (length,), generator=torch.Generator().manual_seed(0)).to(device)
+
+
 def take_over(cache: object, index: object, attention: SwappedAttention) -> VQCacheLayer | None:
     """The layer of `cache` that `attention` is to use for its call, put there in the place of an empty one.
 
@@ -164,6 +197,11 @@ def take_over(cache: object, index: object, attention: SwappedAttention) -> VQCa
         layer = cache.layers[index] = VQCacheLayer(attention)
     if not isinstance(layer, VQCacheLayer):
         return None
+    if layer.closed:
+        raise NotImplementedError(
+            f"longvq attention: the cache was filled by a bidirectional call, but {_KEEPS}; start with a new cache, or "
+            "call the model with use_cache=False"
+        )
     if layer.attention is not attention:
         if layer.positions:
             raise RuntimeError(

@@ -85,6 +85,14 @@ def taken(seam: nn.Module) -> Call:
     return call
 
 
+def stays_rotated(seam: nn.Module, why: str) -> bool:
+    """Whether codes can stand for rotated keys after all: at the first call of a calibration that leaves it open."""
+    if not (isinstance(seam, Recorder) and seam.may_stay_rotated and seam.keys is None):
+        return False
+    seam.rotary, seam.why_rotated = None, why
+    return True
+
+
 class Probe(nn.Module):
     """Stands where a swapped attention stands, to see the keys of one call."""
 
@@ -112,8 +120,7 @@ def _settle(module: nn.Module, seam: nn.Module, given: dict) -> None:
             return
     else:
         why = f"its {EMBEDDINGS} are not (cos, sin)"
-    if isinstance(seam, Recorder) and seam.may_stay_rotated:
-        seam.rotary, seam.why_rotated = None, why
+    if stays_rotated(seam, why):
         return
     raise NotImplementedError(
         f'longvq attention: far_positions: "rectified" is impossible in {type(module).__name__}: {why}; use "rotated"'

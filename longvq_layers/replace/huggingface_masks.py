@@ -65,7 +65,7 @@ def read_mask(mask: Tensor | None, *, causal: bool, q_len: int, k_len: int) -> t
 
     Args:
         mask: None, what `longvq_mask` made, or a dense (B or 1, 1, q, k) mask, bool (True = attend) or additive.
-        causal: what the module says of itself; decides where the mask doesn't.
+        causal: what the module says of itself; decides where there is no mask.
         q_len, k_len: number of queries and keys; the queries are the last q_len positions.
 
     Returns:
@@ -91,7 +91,7 @@ def read_mask(mask: Tensor | None, *, causal: bool, q_len: int, k_len: int) -> t
     allowed = _allowed(mask)[:, 0]  # (B, q or 1, k)
     if allowed.shape[1] == 1 and (q_len > 1 or not causal):
         return False, _padding(allowed[:, 0])
-    return causal, _padding_of_dense(allowed, causal, q_len, k_len)
+    return _read_dense(allowed, causal, q_len, k_len)
 
 
 def _padding(attend: Tensor) -> Tensor | None:
@@ -116,23 +116,30 @@ def _allowed(mask: Tensor) -> Tensor:
     return ~masked
 
 
-def _padding_of_dense(allowed: Tensor, causal: bool, q_len: int, k_len: int) -> Tensor:
-    # allowed (B, q, k) must be exactly `keys not padded` (∧ causal); rows without any key may be all False or all True.
-    everything = allowed.flatten(1).all(-1)  # (B,)
+def _read_dense(allowed: Tensor, causal: bool, q_len: int, k_len: int) -> tuple[bool, Tensor]:
+    # allowed (B, q, k) must be exactly `keys not padded` (∧ causal); of the two what the module says comes first.
     real = allowed[:, -1]  # (B, k): the last query sees every real key, causal or not
+    kinds = (causal, not causal) if q_len > 1 else (causal,)
+    for kind in kinds:
+        if _fits(allowed, real, kind, q_len, k_len):
+            return kind, ~real
+    if causal:  # a row that lets everything through beside rows that don't: every key of it is padding
+        real = real & ~allowed.flatten(1).all(-1, keepdim=True)
+        if _fits(allowed, real, True, q_len, k_len):
+            return True, ~real
+    kind = "causal" if causal else "bidirectional"
+    raise NotImplementedError(
+        f"longvq attention: attention_mask: the dense mask is not exactly {kind} with padding (packed sequences, a "
+        "sliding window or a prefix?); it has no linear-time form here"
+    )
+
+
+def _fits(allowed: Tensor, real: Tensor, causal: bool, q_len: int, k_len: int) -> bool:
+    # Whether the mask says so; rows without any key may be all False or all True.
     expected = real[:, None].expand_as(allowed)
     if causal:
         position = torch.arange(k_len, device=allowed.device)
-        past = position[None, :] <= position[k_len - q_len :, None]  # (q, k)
-        if q_len > 1:  # a causal mask that lets everything through: every key of this row is padding
-            real = real & ~everything[:, None]
-        expected = real[:, None] & past
+        expected = expected & (position[None, :] <= position[k_len - q_len :, None])  # (B, q, k)
     nothing = ~expected.any(-1, keepdim=True)  # (B, q, 1)
     row_is_free = nothing & (allowed.all(-1, keepdim=True) | ~allowed.any(-1, keepdim=True))
-    if not ((allowed == expected) | row_is_free).all():
-        kind = "causal" if causal else "bidirectional"
-        raise NotImplementedError(
-            f"longvq attention: attention_mask: the dense mask is not exactly {kind} with padding (packed sequences, a "
-            "sliding window or a prefix?); it has no linear-time form here"
-        )
-    return ~real
+    return bool(((allowed == expected) | row_is_free).all())

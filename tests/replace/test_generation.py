@@ -95,6 +95,61 @@ def test_several_turns_on_one_cache():
         ids = torch.cat([ids, tokens(1, 9, seed=turn)], dim=1)
 
 
+@pytest.mark.parametrize("kind", ["gpt2", "rectified", "rotated", "no window"])
+def test_several_turns_of_a_batch_have_padding_in_the_middle(kind):
+    model, cache, (ids, mask) = replaced(kind), DynamicCache(), left_padded()
+    options = {NAME: cache, "max_new_tokens": 7, "do_sample": False, "eos_token_id": None}
+    for turn in range(3):
+        asked = model.generate(ids, attention_mask=mask, **options)
+        assert torch.equal(asked, greedy(model, ids, mask, 7)), turn
+        answer = torch.ones(3, 7, dtype=torch.long)
+        more, hidden = left_padded(3, 11 + turn)
+        ids, mask = torch.cat([asked, more], dim=1), torch.cat([mask, answer, hidden], dim=1)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "rectified", "rotated"])
+def test_gaps_are_as_if_they_were_not_there(kind):
+    model, ids = replaced(kind), tokens(2, 40)
+    mask = torch.ones_like(ids)
+    mask[0, 20:26] = mask[1, :3] = mask[1, 30:31] = 0
+    inputs = {"attention_mask": mask, "position_ids": (mask.cumsum(-1) - 1).clamp(min=0)}
+    whole = output(model, ids, use_cache=False, **inputs)
+    assert torch.equal(output(model, ids, **inputs)[mask.bool()], whole[mask.bool()])  # the default makes a cache
+    for row in range(2):
+        real = mask[row].bool()
+        assert_close(whole[row, real], output(model, ids[row : row + 1, real], use_cache=False)[0], f"row {row}")
+    loss = model(ids, labels=ids.masked_fill(mask == 0, -100), use_cache=False, **inputs).loss
+    loss.backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+
+
+def all_visible(shape, dtype):
+    return torch.zeros(shape) if dtype is torch.float else torch.ones(shape, dtype=dtype)
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("shape", [(2, 1, 1, 30), (2, 1, 30, 30), (1, 1, 30, 30)])
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float])
+def test_a_bidirectional_call_is_what_it_is_with_a_cache_too(attention, shape, dtype):
+    """As decoders are used that make embeddings; such a call can't be gone on from."""
+    ids, mask = tokens(2, 30), all_visible(shape, dtype)
+    for build, positions in ((gpt2, "auto"), (llama, "rotated")):
+        model = build()
+        model.set_attn_implementation(attention)
+        expected = output(model, ids, attention_mask=mask)
+        replace_attention(model, num_codes=128, window=40, calibration=[ids], far_positions=positions)
+        for use_cache in (True, False):
+            found = output(model, ids, attention_mask=mask, use_cache=use_cache)
+            assert_close(found, expected, f"{build.__name__}, cache {use_cache}")
+        cache = DynamicCache(config=model.config)
+        with torch.no_grad():
+            model(ids, attention_mask=mask, **{NAME: cache})
+            with pytest.raises(NotImplementedError, match="the cache was filled by a bidirectional call"):
+                model(ids[:, :1], **{NAME: cache})
+            cache.reset()
+            model(ids, **{NAME: cache})
+
+
 def test_a_copy_of_the_cache_goes_its_own_way():
     model, cache = replaced(), DynamicCache()
     with torch.no_grad():
@@ -224,6 +279,10 @@ def test_a_mask_that_hides_the_past_later_is_refused(kind):
         longer = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
         model(ids[:, :1], attention_mask=longer, **{NAME: cache})
         longer = torch.cat([longer, torch.ones_like(mask[:, :1])], dim=1)
-        longer[0, 5:9] = 0
-        with pytest.raises(NotImplementedError, match=r"attention_mask: got \[20, .*can't hide one later"):
-            model(ids[:, :1], attention_mask=longer, **{NAME: cache})
+        for hidden, said in ((longer.clone(), r"\[20, "), (longer.clone(), r"\[24, 21, "), (None, r"\[24, 24, ")):
+            if said == r"\[20, ":
+                hidden[0, 5:9] = 0
+            elif hidden is not None:  # as many, but another one
+                hidden[1, 0], hidden[1, 7] = 1, 0
+            with pytest.raises(NotImplementedError, match=rf"attention_mask: got {said}.*can't hide one later"):
+                model(ids[:, :1], attention_mask=hidden, **{NAME: cache})

@@ -167,6 +167,77 @@ def test_a_user_made_dense_mask_is_read_or_refused(attention):
         output(model, ids, attention_mask=torch.where(causal, 0.5, -torch.inf))
 
 
+def llama_that_sees_both_sides(way):
+    if way == "config":
+        return llama(is_causal=False)
+    model = llama()
+    for layer in model.model.layers:
+        layer.self_attn.is_causal = False  # where the original needs no mask, this decides
+    return model
+
+
+@pytest.mark.parametrize("way", ["config", "modules"])
+def test_a_decoder_that_was_made_bidirectional(way):
+    model, ids = llama_that_sees_both_sides(way), tokens()
+    expected = output(model, ids, use_cache=False)
+    report = replace_attention(model, **FINE, calibration=[ids])
+    assert_close(output(model, ids, use_cache=False), expected, way)
+    assert [(layer.causal, layer.far_positions) for layer in report.layers] == [("no", "rotated")] * 2
+    report.restore()
+    with pytest.raises(NotImplementedError, match="rectified.*bidirectional"):
+        replace_attention(model, **FINE, calibration=[ids], far_positions="rectified")
+    assert torch.equal(output(model, ids, use_cache=False), expected)
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_a_dense_mask_decides_whatever_the_module_says(attention):
+    ids = tokens(2, 20)
+    causal = torch.ones(20, 20, dtype=torch.bool).tril().expand(2, 1, 20, 20)
+    padding = torch.arange(20) < torch.tensor([20, 12])[:, None, None, None]
+    everything = torch.ones(1, 1, 20, 20, dtype=torch.bool)
+    for family, mask in (
+        ("bert", causal),
+        ("bert", causal & padding),
+        ("gpt2", padding.expand(2, 1, 20, 20)),
+        ("gpt2", torch.cat([causal[:1], everything])),  # of a row that is padding alone
+    ):
+        model = FAMILIES[family]()
+        model.set_attn_implementation(attention)
+        given = mask if attention == "sdpa" else torch.zeros(mask.shape).masked_fill(~mask, -torch.inf)
+        expected = output(model, ids, attention_mask=given)
+        replace_attention(model, **FINE, calibration=[{"input_ids": ids, "attention_mask": given}])
+        real = mask[:, 0, -1] if mask[-1].float().mean() < 1 else torch.tensor([[True], [False]]).expand(2, 20)
+        assert_close(output(model, ids, attention_mask=given)[real], expected[real], family)
+
+
+def test_what_changes_in_the_config_meanwhile_stays():
+    for changed in (lambda model: model, copy.deepcopy):
+        model, ids = gpt2(), tokens()
+        model.config.old = 1
+        replace_attention(model, **COARSE, calibration=[ids])
+        model = changed(model)
+        model.resize_token_embeddings(200, mean_resizing=False)
+        model.config.pad_token_id, model.config.note = 7, "new"
+        del model.config.old
+        restore_attention(model)
+        assert (model.config.vocab_size, model.config.pad_token_id, model.config.note) == (200, 7, "new")
+        assert not hasattr(model.config, "old") and model.config._attn_implementation == "sdpa"
+        assert model(ids, labels=ids).loss.isfinite()
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_a_model_made_from_the_config_of_a_replaced_one_says_so(training):
+    model, ids = llama(), tokens()
+    replace_attention(model, **COARSE, calibration=[ids])
+    for config in (model.config, copy.deepcopy(model.config)):
+        twin = type(model)(config).train(training)
+        with pytest.raises(RuntimeError, match="was made from the config of one with replaced attention"):
+            twin(ids)
+    config._attn_implementation = "sdpa"
+    assert type(model)(config).train(training)(ids).logits.isfinite().all()
+    assert output(model, ids).isfinite().all()
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_memory_grows_linearly(family):
     model = FAMILIES[family]()

@@ -1,0 +1,34 @@
+"""Causal attention counts tokens, not positions: padding between tokens of a row must not push keys out of the window.
+
+So it is in generation, where padding never enters the state. A batch of conversations has such gaps: each turn is
+padded to the longest.
+"""
+
+import torch
+from torch import Tensor
+
+
+def order_without_gaps(key_padding_mask: Tensor) -> Tensor | None:
+    """Order (B, L) in which the tokens of each row come first, as they follow each other, and then its padding.
+
+    Args:
+        key_padding_mask: (B, L) bool, True = ignore.
+
+    Returns:
+        None where the tokens of every row lie together already.
+    """
+    if not torch.compiler.is_compiling():  # a compiled graph can't branch on it
+        starts = (~key_padding_mask[:, 1:] & key_padding_mask[:, :-1]).sum(1)  # of runs of tokens, but for one at 0
+        if not bool((starts + ~key_padding_mask[:, :1].any(1) > 1).any()):
+            return None
+    return key_padding_mask.to(torch.uint8).sort(dim=1, stable=True).indices
+
+
+def reorder(x: Tensor, order: Tensor) -> Tensor:
+    """x (B, H, L, C) with row b's position i taken from ``order[b, i]``."""
+    return x.gather(2, order[:, None, :, None].expand_as(x))
+
+
+def put_back(x: Tensor, order: Tensor) -> Tensor:
+    """The inverse of `reorder`."""
+    return reorder(x, order.argsort(dim=1))
