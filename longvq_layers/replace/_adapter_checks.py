@@ -1,13 +1,12 @@
 """What an adapter passes to `attend`, and whether it does what its module does."""
 
+from collections.abc import Callable, Mapping
+
 import torch
 from torch import Tensor
 
 from longvq_layers.layers._inputs import flags, number
 from longvq_layers.ops import _checks as check
-
-_TOLERANCE = {torch.float64: 0.01, torch.float32: 0.01}  # relative; 32 bits may be TF32 on a GPU
-_TOLERANCE_OF_HALF = 0.05
 
 
 def check_call(
@@ -53,44 +52,84 @@ def check_call(
         number(adapter, "scale", scale)
 
 
-def check_output(adapter: str, expected: object, got: object, padding: Tensor | None) -> None:
-    """With attention to every key the adapter returns what its module does, but for padded positions (B, L).
+def check_output(
+    adapter: str,
+    expected: Callable[[], object],
+    got: object,
+    without: Callable[[], object],
+    calls: list[tuple[torch.dtype, Tensor | None]],
+) -> None:
+    """With attention to every key the adapter returns what its module does, but for padded positions.
+
+    Args:
+        expected: calls the module itself.
+        got: what the adapter returned.
+        without: calls the adapter with attention that gives zeros: what is left is no part of the attention's size.
+        calls: dtype of the queries and key_padding_mask of every call of `attend`.
 
     Raises:
         ValueError: it doesn't.
     """
-    expected, got = _first_tensor(expected), _first_tensor(got)
-    if expected is None or got is None:
-        if (expected is None) != (got is None):
-            raise ValueError(f"{adapter}: returns {_kind(got)}, expected {_kind(expected)} as the module itself does")
+    own = _first_tensor(expected())
+    got = _first_tensor(got)
+    if own is None or got is None:
+        if (own is None) != (got is None):
+            raise ValueError(f"{adapter}: returns {_kind(got)}, expected {_kind(own)} as the module itself does")
         return
-    if expected.shape != got.shape:
+    if own.shape != got.shape:
         raise ValueError(
-            f"{adapter}: returns shape {tuple(got.shape)}, expected {tuple(expected.shape)} as the module itself does"
+            f"{adapter}: returns shape {tuple(got.shape)}, expected {tuple(own.shape)} as the module itself does"
         )
-    if padding is not None and bool(padding.any()):
-        real = next((x for x in (~padding, ~padding.T) if x.shape == expected.shape[:2]), None)
-        if real is None:
-            return  # nobody knows where in this shape the padding is
-        expected, got = expected[real], got[real]
-    tolerance = _TOLERANCE.get(got.dtype, _TOLERANCE_OF_HALF)
-    size = torch.linalg.vector_norm(expected.double())
-    error = torch.linalg.vector_norm(got.double() - expected.double())
-    if not bool(error <= tolerance * size):  # NaN too
-        raise ValueError(
-            f"{adapter}: with attention to every key its output differs from the module's own by "
-            f"{float(error / size):.2g} of its size, expected at most {tolerance:g}; look at its projections and at "
-            "the causal, key_padding_mask and scale that it passes to attend. If the module does something else on "
-            "purpose, call register_adapter(..., check=False)"
-        )
+    places = _real_positions([padding for _, padding in calls], tuple(own.shape))
+    if not places:
+        return  # nobody knows where in this shape the padding is
+    zero = _first_tensor(without())
+    sizes = [_norm(got - zero, real) for real in places]
+    tolerance = max(_tolerance(dtype) for dtype in (got.dtype, *(dtype for dtype, _ in calls)))
+    rounding = 8 * torch.finfo(got.dtype).eps
+    allowed = [tolerance * size + rounding * _norm(own, real) for size, real in zip(sizes, places, strict=True)]
+
+    def equal(x: Tensor) -> bool:
+        return any(_norm(x - own, real) <= most for real, most in zip(places, allowed, strict=True))
+
+    if equal(got) or not equal(_first_tensor(expected())):  # or it never returns the same twice
+        return
+    error = min(_norm(got - own, real) / max(size, 1e-30) for real, size in zip(places, sizes, strict=True))
+    raise ValueError(
+        f"{adapter}: with attention to every key its output differs from the module's own by {error:.2g} of what "
+        "attention adds to it; look at its projections and at the causal, key_padding_mask and scale that it passes to "
+        "attend. If the module does something else on purpose, call register_adapter(..., check=False)"
+    )
+
+
+def _real_positions(paddings: list, shape: tuple[int, ...]) -> list[Tensor | None]:
+    # Where an output of that shape has tokens, as masks of its first axes; None: everywhere. Length may come first.
+    given = [padding for padding in paddings if padding is not None]
+    if not any(bool(padding.any()) for padding in given):
+        return [None]
+    if len(given) < len(paddings) or len({padding.shape[1] for padding in paddings}) > 1:
+        return []
+    real = ~torch.cat(paddings)
+    found = (real, real.T, real.flatten(), real.T.flatten())
+    return [mask for mask in found if tuple(mask.shape) == shape[: mask.dim()]]
+
+
+def _norm(x: Tensor, real: Tensor | None) -> float:
+    return float(torch.linalg.vector_norm((x if real is None else x[real]).double()))
+
+
+def _tolerance(dtype: torch.dtype) -> float:
+    if dtype not in (torch.float32, torch.float64) or torch.get_float32_matmul_precision() == "medium":
+        return 0.05
+    return 1e-3 if torch.get_float32_matmul_precision() == "highest" else 0.01
 
 
 def _first_tensor(output: object) -> Tensor | None:
     # The output of the attention comes first, whatever else comes with it.
-    if isinstance(output, dict):  # transformers' ModelOutput too
+    if isinstance(output, Mapping):  # transformers' ModelOutput too
         output = tuple(output.values())
     if isinstance(output, tuple | list):
-        output = output[0] if output else None
+        output = next((x for x in output if isinstance(x, Tensor)), None)
     return output if isinstance(output, Tensor) else None
 
 

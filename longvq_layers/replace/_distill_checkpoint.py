@@ -1,10 +1,12 @@
-"""The file of an unfinished distillation. Its path is checked before anything is run."""
+"""The file of an unfinished distillation: checked before anything runs, and used by the run it is of alone."""
 
 import os
 import pickle
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from longvq_layers.replace._distill_setup import NAME
 
@@ -42,3 +44,26 @@ def write(path: Path, state: dict) -> None:
     unfinished = path.with_name(path.name + ".unfinished")
     torch.save(state, unfinished)
     os.replace(unfinished, path)
+
+
+def fingerprint(values: object) -> list[float]:
+    """Sum and norm of every tensor in it: other weights or other data have others, other threads almost the same."""
+    if isinstance(values, Mapping):
+        values = [values[name] for name in sorted(values)]
+    if isinstance(values, tuple | list):
+        return [number for value in values for number in fingerprint(value)]
+    if not isinstance(values, Tensor):
+        return []
+    x = values.detach() if values.is_floating_point() else values.double()
+    norm = torch.linalg.vector_norm(x, dtype=torch.float64)
+    return [x.sum(dtype=torch.float64).item(), norm.item()]
+
+
+def same(theirs: object, mine: object) -> bool:
+    """Whether two settings agree; fingerprints up to rounding, a sum measured by its tensor's norm."""
+    if not (isinstance(mine, list) and isinstance(theirs, list)):
+        return theirs == mine
+    sizes = [max(abs(norm), 1e-30) for norm in mine[1::2] for _ in range(2)]
+    return len(theirs) == len(mine) and all(
+        abs(a - b) <= 1e-3 * size for a, b, size in zip(theirs, mine, sizes, strict=True)
+    )

@@ -1,6 +1,7 @@
 """Original and swapped attention side by side, on the same inputs: what distillation compares."""
 
 import contextlib
+import copy
 from collections.abc import Iterator, Mapping
 
 from torch import Tensor, nn
@@ -55,11 +56,14 @@ class Calls(list):
 
     def before(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         """Forward pre-hook with kwargs."""
-        self.append((tuple(map(_no_cache, args)), {name: _no_cache(value) for name, value in kwargs.items()}))
+        kept: dict[int, object] = {}  # one tensor given twice stays one
+        for value in (*args, *kwargs.values()):
+            kept.setdefault(id(value), _kept(value))
+        self.append((tuple(kept[id(x)] for x in args), {name: kept[id(x)] for name, x in kwargs.items()}))
 
     def after(self, module: nn.Module, args: tuple, output: object) -> None:
         """Forward hook."""
-        self[-1] = (*self[-1][:2], first(output))
+        self[-1] = (*self[-1][:2], _kept(first(output)))
 
 
 class Pairs:
@@ -128,17 +132,29 @@ def call(model: nn.Module, batch: object) -> object:
     """`model` called with a tensor, a tuple of positional or a dict of keyword arguments."""
     if isinstance(batch, Mapping):
         return model(**batch)
-    return model(*batch) if isinstance(batch, (tuple, list)) else model(batch)
+    # Some models add what they compute to the dict that they are given.
+    return model(*map(_copied, batch)) if isinstance(batch, (tuple, list)) else model(batch)
 
 
 def first(output: object) -> Tensor:
-    """The first tensor that a module returned."""
-    return output if isinstance(output, Tensor) else output[0]
+    """The first tensor of what a module returned that may be its output: not a loss before it, nor its input again."""
+    if isinstance(output, Tensor):
+        return output
+    values = output.values() if isinstance(output, Mapping) else output
+    tensors = [x for x in values if isinstance(x, Tensor)]
+    return next((x for x in tensors if x.dim() and x.is_floating_point()), tensors[0])
 
 
-def _no_cache(value: object) -> object:
-    # A cache of transformers holds the keys of the call already; with it a second call would see them twice.
-    return None if hasattr(value, "get_seq_length") else value
+def _copied(value: object) -> object:
+    return copy.copy(value) if isinstance(value, Mapping) else value
+
+
+def _kept(value: object) -> object:
+    # A cache of transformers holds the keys of the call already; with it a second call would see them twice. Hidden
+    # states may be overwritten by a residual that is added in place; masks, the larger ones, are not.
+    if hasattr(value, "get_seq_length"):
+        return None
+    return value.clone() if isinstance(value, Tensor) and value.is_floating_point() and value.dim() < 4 else value
 
 
 def _real_rows(x: Tensor, real: Tensor | None) -> Tensor:

@@ -28,3 +28,10 @@ class Site:
     may_stay_rotated: bool = True  # whether it may stay where it can't be taken off
     why_rotated: str | None = None  # why it stays
     notes: list[str] = field(default_factory=list)
+
+
+def own_forward(module: nn.Module) -> str | None:
+    """Why a module can't be replaced whose forward was set on the object itself: it would go on being called."""
+    if "forward" not in module.__dict__:
+        return None
+    return "its forward was replaced on the module itself (by a hook of accelerate, say); replace the attention first"

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from longvq_layers.replace._calls import Call, Far
+from longvq_layers.replace._pair import call
 from longvq_layers.replace._swapped import SwappedAttention
 from longvq_layers.replace.received import attention_received
 from longvq_layers.replace.rotary import ClampedRotary
@@ -197,7 +198,7 @@ def check_iterable(calibration: Iterable, what: str = "replace_attention: calibr
     if isinstance(calibration, (Tensor, Mapping, str)) or not isinstance(calibration, Iterable):
         raise TypeError(
             f"{what}: got {type(calibration).__name__}, expected an iterable of model inputs; wrap one input in a "
-            f"list: {what.split()[-1]}=[batch]"
+            f"list: {what.split()[-1]}=[batch], a map-style Dataset in a DataLoader"
         )
 
 
@@ -225,12 +226,7 @@ def run(model: nn.Module, batches: list, recorders: Iterable[Recorder] = ()) -> 
         for number, batch in enumerate(batches):
             for recorder in recorders:
                 recorder.batch = number
-            if isinstance(batch, Mapping):
-                model(**batch)
-            elif isinstance(batch, (tuple, list)):
-                model(*batch)
-            else:
-                model(batch)
+            call(model, batch)
 
 
 def fit(recorder: Recorder, seam: SwappedAttention) -> None:

@@ -5,11 +5,12 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor, nn
 
 from longvq_layers.replace._adapter_checks import check_call, check_output
 from longvq_layers.replace._original import full_attention
-from longvq_layers.replace._site import Site
+from longvq_layers.replace._site import Site, own_forward
 from longvq_layers.replace.calibration import Recorder
 
 _SEAM = "longvq"
@@ -127,9 +128,22 @@ class _Swapped:
         if not isinstance(seam, Recorder):
             return adapter.forward(self, attend, *args, **kwargs)
         with seam.refusals():
+            if not adapter.check or seam.candidate:
+                return adapter.forward(self, attend, *args, **kwargs)
+            kept = _cloned((args, kwargs))  # as the module may change its input in place
             output = adapter.forward(self, attend, *args, **kwargs)
-            if adapter.check and not seam.candidate:
-                check_output(name, self.original.forward(self, *args, **kwargs), output, attend.padding)
+
+            def called(forward: Callable, *first) -> object:
+                args, kwargs = _cloned(kept)
+                return forward(self, *first, *args, **kwargs)
+
+            check_output(
+                name,
+                lambda: called(self.original.forward),
+                output,
+                lambda: called(adapter.forward, _no_attention),
+                attend.calls,
+            )
             return output
 
     def __reduce_ex__(self, protocol: int):
@@ -142,7 +156,7 @@ class _Attend:
 
     def __init__(self, seam: nn.Module, name: str) -> None:
         self.seam, self.name = seam, name
-        self.padding: Tensor | None = None  # of the last call
+        self.calls: list[tuple[torch.dtype, Tensor | None]] = []  # dtype of q and padding of each
 
     def __call__(
         self,
@@ -153,16 +167,28 @@ class _Attend:
         key_padding_mask: Tensor | None = None,
         scale: float | None = None,
     ) -> Tensor:
-        self.padding = key_padding_mask
         recording = isinstance(self.seam, Recorder)
         sizes = self.seam.sizes if recording else (self.seam.num_heads, self.seam.num_kv_heads, self.seam.head_dim)
         check_call(self.name, q, k, v, causal, key_padding_mask, scale, sizes)
         if not recording:
             return self.seam(q, k, v, key_padding_mask, causal=causal, scale=scale)
+        self.calls.append((q.dtype, key_padding_mask))
         options = {"causal": causal, "key_padding_mask": key_padding_mask, "scale": scale}
         output = full_attention(q, k, v, **options)
         self.seam.observe(q, k, v, output, **options)
         return output
+
+
+def _no_attention(q: Tensor, k: Tensor, v: Tensor, *args, **kwargs) -> Tensor:
+    return v.new_zeros(*q.shape[:3], v.shape[3])
+
+
+def _cloned(x: object) -> object:
+    if isinstance(x, Tensor):
+        return x.clone()
+    if type(x) in (tuple, list):
+        return type(x)(map(_cloned, x))
+    return {key: _cloned(value) for key, value in x.items()} if type(x) is dict else x
 
 
 def _swapped_class(cls: type[nn.Module]) -> type[nn.Module]:
@@ -198,6 +224,7 @@ def _site(name: str, module: nn.Module) -> Site:
         new_kind=f"{kind}[longvq]",
         causal="per call",
         sizes=None if adapter.sizes is None else _sizes(kind, adapter.sizes(module)),
+        refusal=own_forward(module),
     )
 
 

@@ -101,6 +101,11 @@ def distill_attention(
     settings = {"phases": phases, "lr": float(lr), "projections": projections, "seed": seed, "patience": patience}
     settings |= {"evaluate_every": evaluate_every, "batches": len(batches), "held_out": last}
     with prepared(model, sites, projections) as (pairs, trained, before):
+        if checkpoint is not None:
+            settings |= {"data": _distill_checkpoint.fingerprint(batches)}
+            with before.undone():  # what every distillation of this model finds, and leaves as it is
+                fixed = [*model.parameters(), *(seam.to_metric for seam in pairs.seams.values())]
+                settings |= {"model": _distill_checkpoint.fingerprint(fixed)}
         run = _Run(pairs, trained, before, batches[:-last], batches[-last:], settings, checkpoint, progress)
         return run.through()
 
@@ -236,7 +241,7 @@ class _Run:
         shapes = {name: tuple(x.shape) for name, x in state["tensors"].items()}
         theirs = {**state["settings"], "tensors": shapes}
         mine = {**self.settings, "tensors": {name: tuple(x.shape) for name, x in self.trained.items()}}
-        differ = [name for name in mine if theirs.get(name) != mine[name]]
+        differ = [name for name in mine if not _distill_checkpoint.same(theirs.get(name), mine[name])]
         if differ:
             raise ValueError(
                 f"{NAME}: checkpoint: {self.path} is of a run with another {choosing.shorten(differ)}; use another "

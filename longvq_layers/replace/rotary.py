@@ -103,7 +103,7 @@ def clamped_rotary(model: nn.Module, name: str, module: nn.Module, window: int) 
     options = {}
     if "layer_type" in inspect.signature(inspect.unwrap(type(embedding).forward)).parameters:
         options = {"layer_type": layer_types[index]}
-    device = next(module.parameters()).device
+    device = next(embedding.buffers()).device
     position = torch.full((1, 1), window, device=device)
     try:
         with torch.no_grad():  # a copy: some embeddings remember the longest position

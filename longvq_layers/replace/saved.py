@@ -63,14 +63,16 @@ def load_replaced(
             f"{name}: path: no replaced attention in it, expected the state of a model after replace_attention"
         )
     sites = find_sites(model)
+    names = list(settings)
+    settings = {_first_name(model, sites, name): own for name, own in settings.items()}
     chosen = _sites_of(sites, settings)
     choosing.check_backend(chosen, backend)
     seams = [_seam(model, site, settings[site.name], backend) for site in chosen]
     for site, seam in zip(chosen, seams, strict=True):
-        prefix = f"{site.name}.longvq." if site.name else "longvq."
-        seam.load_state_dict({key[len(prefix) :]: value for key, value in state.items() if key.startswith(prefix)})
+        places = [name for name in names if _first_name(model, sites, name) == site.name]
+        seam.load_state_dict({k: v for name in places for k, v in _codes(state, name).items()})
         seam.train(site.module.training)
-    others = {key: value for key, value in state.items() if not _is_code(key, settings)}
+    others = {key: value for key, value in state.items() if not _is_code(key, names)}
     _check_fit(model, others)
     with undo_on_error() as records:
         install(model, chosen, seams, records, masks=all(s.linear_masks for s in seams))
@@ -84,6 +86,15 @@ def load_replaced(
         skipped = None if own is not None else "it had its original attention when it was saved"
         layers.append(layer_report(site, {**options, "backend": backend}, None, skipped))
     return ReplacementReport(layers, model=model, replacement=replacement)
+
+
+def _first_name(model: nn.Module, sites: list[Site], name: str) -> str:
+    # The state dict names a module at every place where it is used, `sites` at the first.
+    try:
+        module = model.get_submodule(name)
+    except AttributeError:
+        return name
+    return next((site.name for site in sites if site.module is module), name)
 
 
 def _sites_of(sites: list[Site], settings: dict[str, dict]) -> list[Site]:
@@ -118,14 +129,26 @@ def _seam(model: nn.Module, site: Site, settings: dict, backend: str) -> Swapped
     return seam
 
 
-def _is_code(key: str, settings: dict[str, dict]) -> bool:
-    return any(key.startswith(f"{name}.longvq." if name else "longvq.") for name in settings)
+def _prefix(name: str) -> str:
+    return f"{name}.longvq." if name else "longvq."
+
+
+def _codes(state: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
+    prefix = _prefix(name)
+    return {key[len(prefix) :]: value for key, value in state.items() if key.startswith(prefix)}
+
+
+def _is_code(key: str, names: list[str]) -> bool:
+    return any(key.startswith(_prefix(name)) for name in names)
 
 
 def _check_fit(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     # All of the model's parameters and buffers, with the same shapes; of tied ones one is enough.
     own = model.state_dict()
     unknown = [key for key in state if key not in own]
+    state, own = (
+        {key: x for key, x in values.items() if isinstance(x, Tensor)} for values in (state, own)
+    )  # no extras
     wrong = [key for key in state if key in own and own[key].shape != state[key].shape]
     given = {own[key].data_ptr() for key in state if key in own and own[key].numel()}
     missing = [

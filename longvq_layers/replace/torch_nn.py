@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from longvq_layers.replace._original import full_attention
-from longvq_layers.replace._site import Site
+from longvq_layers.replace._site import Site, own_forward
 from longvq_layers.replace.calibration import Recorder
 
 _NESTED = "_longvq_use_nested_tensor"  # where a changed nn.TransformerEncoder keeps its own value
@@ -94,11 +94,12 @@ class VQMultiheadAttention(nn.MultiheadAttention):
         """Self-attention of query (B, L, C), or (L, B, C) without batch_first, or (L, C) unbatched.
 
         Args:
-            key: must be `query` itself.
+            key: must be `query` itself, or have its memory.
             value: (…, vdim), often `query` itself.
             key_padding_mask: (B, L) bool, True = ignore, or float of 0 and -inf.
             need_weights: must be False.
-            attn_mask: None, or exactly the causal mask, bool (True = not allowed) or float of 0 and -inf.
+            attn_mask: None, exactly the causal mask, or one that hides nothing; bool (True = not allowed) or float of 0
+                and -inf.
             is_causal: attend to the past only; attn_mask may then be None.
 
         Returns:
@@ -144,7 +145,7 @@ class VQMultiheadAttention(nn.MultiheadAttention):
                 "VQMultiheadAttention: query: got a nested tensor, expected a dense one with key_padding_mask=; build "
                 "nn.TransformerEncoder with enable_nested_tensor=False"
             )
-        if query is not key:
+        if not _same(query, key):
             raise NotImplementedError(
                 "VQMultiheadAttention: key: got another tensor than query (cross-attention), expected query itself; "
                 "pass the same object, or leave this module out with filter_fn="
@@ -158,7 +159,7 @@ class VQMultiheadAttention(nn.MultiheadAttention):
     def _project(self, query: Tensor, value: Tensor, batched: bool) -> tuple[Tensor, Tensor, Tensor]:
         # -> q, k (B, H, L, D), v (B, H, L, D)
         packed, bias = self.in_proj_weight, self.in_proj_bias
-        if packed is not None and value is query:
+        if packed is not None and _same(query, value):
             projected = F.linear(query, packed, bias).chunk(3, dim=-1)
         else:  # packed is None if vdim differs from embed_dim
             separate = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
@@ -197,6 +198,8 @@ def _refusal(module: nn.MultiheadAttention, parent: nn.Module | None) -> str | N
         return "cross-attention: the keys come from another sequence"
     if module.kdim != module.embed_dim:
         return f"cross-attention: kdim {module.kdim} differs from embed_dim {module.embed_dim}"
+    if (reason := own_forward(module)) is not None:
+        return reason
     if module.bias_k is not None:
         return "add_bias_kv=True: an extra learned key without a position"
     if module.add_zero_attn:
@@ -204,8 +207,15 @@ def _refusal(module: nn.MultiheadAttention, parent: nn.Module | None) -> str | N
     return None
 
 
+def _same(query: Tensor, other: Tensor) -> bool:
+    # Reentrant checkpointing detaches each argument by itself: other objects, the same numbers.
+    if query is other or torch.compiler.is_compiling():
+        return query is other
+    return (query.data_ptr(), query.shape, query.stride()) == (other.data_ptr(), other.shape, other.stride())
+
+
 def _read_attn_mask(attn_mask: Tensor, is_causal: bool, length: int) -> bool:
-    # Exactly the causal mask, or an error. A compiled graph can't look at values, so there the hint is trusted.
+    # Causal, or hiding nothing, or an error. A compiled graph can't look at values, so there the hint is trusted.
     if attn_mask.shape[-2:] != (length, length):
         raise ValueError(
             f"VQMultiheadAttention: attn_mask: got shape {tuple(attn_mask.shape)}, expected ({length}, {length})"
@@ -214,6 +224,8 @@ def _read_attn_mask(attn_mask: Tensor, is_causal: bool, length: int) -> bool:
         return True
     blocked = _blocked("attn_mask", attn_mask)
     future = torch.ones(length, length, dtype=torch.bool, device=attn_mask.device).triu(1)
+    if length > 1 and not blocked.any():
+        return is_causal
     if not (blocked == future).all():
         raise NotImplementedError(
             "VQMultiheadAttention: attn_mask: got a mask that is not exactly causal, expected None or the causal mask; "

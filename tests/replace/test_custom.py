@@ -1,5 +1,6 @@
 """register_adapter: attention modules of other people's classes."""
 
+import contextlib
 import copy
 import pickle
 
@@ -160,7 +161,9 @@ def test_outputs_are_compared_whatever_their_layout():
     register_adapter(ByLength, by_length)
     for dtype in (torch.float64, torch.float32, torch.bfloat16):
         module, x = ByLength().eval().to(dtype), X.to(dtype)
-        replace_attention(module, num_codes=6, window=4, calibration=[(x, LENGTHS), (x,)])
+        replace_attention(module, num_codes=6, window=4, calibration=[(x, LENGTHS), (x,)]).restore()
+        with torch.autocast("cpu", torch.bfloat16):
+            replace_attention(module, num_codes=6, window=4, calibration=[(x, LENGTHS), (x,)])
 
 
 @pytest.mark.parametrize(
@@ -168,13 +171,71 @@ def test_outputs_are_compared_whatever_their_layout():
     [
         (lambda *call: (adapter(*call), None), r"returns shape \(2, 40, 24\), expected \(40, 2, 24\)"),
         (lambda *call: [adapter(*call)][1:], "returns no tensor, expected a tensor"),
-        (lambda *call: adapter(*call).transpose(0, 1) * 1.1, "its output differs from the module's own by 0.1 of its"),
+        (
+            lambda *call: adapter(*call).transpose(0, 1) * 1.1,
+            "its output differs from the module's own by 0.11 of what",
+        ),
     ],
 )
 def test_outputs_that_differ(wrong, message):
     register_adapter(ByLength, wrong)
     with pytest.raises(ValueError, match=f"adapter of ByLength: (with attention to every key )?{message}"):
         replace_attention(ByLength().eval(), num_codes=6, window=4, calibration=[(X, LENGTHS)])
+
+
+class Block(OwnAttention):
+    """A block before whose attention stands a norm, with its residual: most of its output isn't attention."""
+
+    def forward(self, x, lengths=None):
+        return x + super().forward(nn.functional.layer_norm(x, x.shape[-1:]), lengths)
+
+
+@pytest.mark.parametrize("size", [1.0, 100.0])
+@pytest.mark.parametrize("wrong", [False, True])
+def test_a_residual_hides_nothing(size, wrong):
+    def block(module, attend, x, lengths=None):
+        q, k, v = module.project(nn.functional.layer_norm(x, x.shape[-1:]))
+        return x + module.out(attend(q, k, v, causal=not wrong, scale=0.3).transpose(1, 2).flatten(2))
+
+    register_adapter(Block, block)
+    with pytest.raises(ValueError, match="its output differs") if wrong else contextlib.nullcontext():
+        replace_attention(Block().eval(), num_codes=6, window=4, calibration=[size * X])
+
+
+class Odd(OwnAttention):
+    """Does to its input and returns what it likes."""
+
+    def __init__(self, way):
+        super().__init__()
+        self.way = way
+
+    def forward(self, x, lengths=None):
+        if self.way == "in place":
+            x.add_(1)
+        out = super().forward(x, lengths)
+        if self.way == "random":
+            out = out + torch.randn_like(out)
+        return {"flat": out.flatten(0, 1), "second": (None, out), "first axis": out.transpose(0, 1)}.get(self.way, out)
+
+
+@pytest.mark.parametrize("factor", [1.0, 1.1])
+@pytest.mark.parametrize("way", ["flat", "second", "first axis", "in place", "random", "rows"])
+def test_odd_modules_with_right_and_wrong_adapters(way, factor):
+    def odd(module, attend, x, lengths=None):
+        if way == "in place":
+            x.add_(1)
+        if way == "rows":
+            out = torch.cat([adapter(module, attend, x[i : i + 1], lengths[i : i + 1]) for i in range(len(x))])
+        else:
+            out = adapter(module, attend, x, lengths)
+        out = factor * out + (torch.randn_like(out) if way == "random" else 0)
+        return {"flat": out.flatten(0, 1), "second": (None, out), "first axis": out.transpose(0, 1)}.get(way, out)
+
+    register_adapter(Odd, odd)
+    x, lengths = torch.randn(16, 16, 24), torch.arange(1, 17)  # as many rows as positions
+    differs = pytest.raises(ValueError, match=r"its output differs from the module's own by 0\.09")
+    with differs if factor > 1 and way != "random" else contextlib.nullcontext():
+        replace_attention(Odd(way).eval(), num_codes=6, window=4, calibration=[(x, lengths)])
 
 
 @pytest.mark.parametrize(
@@ -251,3 +312,12 @@ def test_wrong_arguments(arguments, message):
         register_adapter(OwnAttention, adapter, sizes=3)
     with pytest.raises(TypeError, match="register_adapter: check: got int"):
         register_adapter(OwnAttention, adapter, check=1)
+
+
+@pytest.mark.parametrize("model", [Model, lambda: nn.Sequential(nn.MultiheadAttention(24, 4))])
+def test_a_forward_of_the_object_itself_would_bypass_the_codes(model):
+    model = model().eval()
+    module = next(module for module in model.modules() if isinstance(module, OwnAttention | nn.MultiheadAttention))
+    module.forward = module.forward  # as hooks of accelerate do it
+    with pytest.raises(NotImplementedError, match="its forward was replaced on the module itself"):
+        replace_attention(model, calibration=[X])

@@ -223,6 +223,72 @@ def test_a_checkpoint_that_cannot_be_is_refused_before_anything_runs(tmp_path, n
         distill_attention(model, data, checkpoint=3)
 
 
+def test_a_checkpoint_of_another_model_or_other_data_is_refused(tmp_path):
+    options = {**QUICK, "projections": True, "checkpoint": tmp_path / "run.pt"}
+    model, data = replaced()
+    distill_attention(model, data, **options)
+    other, _ = replaced()
+    with torch.no_grad():
+        next(other.parameters())[3] += 0.1
+    before = snapshot(other)
+    with pytest.raises(ValueError, match="is of a run with another model"):
+        distill_attention(other, data, **options)
+    assert same(snapshot(other), before)
+    fresh, _ = replaced()
+    with pytest.raises(ValueError, match="is of a run with another data"):
+        distill_attention(fresh, data[::-1], **options)
+    restore_attention(fresh)
+    replace_attention(fresh, num_codes=8, window=5, calibration=data[:1])  # other metrics
+    with pytest.raises(ValueError, match="is of a run with another model"):
+        distill_attention(fresh, data, **options)
+
+
+class Around(torch.nn.Module):
+    """A model that adds its residual in place and returns a dict with its input, or a loss first."""
+
+    def __init__(self, inner, way):
+        super().__init__()
+        self.inner, self.way = inner, way
+
+    def forward(self, x):
+        if self.way == "dict":
+            return {"ids": torch.arange(len(x)), "out": x + self.inner(x)}
+        if self.way == "loss":
+            y = x + self.inner(x)
+            return y.square().mean(), y
+        if self.way == "plain":
+            return x + self.inner(x)
+        y = x.clone()
+        y += self.inner(y)
+        return y
+
+
+class Inner(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.attention = torch.nn.MultiheadAttention(32, 4, batch_first=True)
+
+    def forward(self, x):
+        return self.attention(x, x, x, need_weights=False)[0]
+
+
+@pytest.mark.parametrize("way", ["dict", "loss", "in place", "attention in place"])
+def test_outputs_and_inputs_of_any_kind_are_compared_alike(way):
+    """What the report says is the same for models that differ in how they hand their tensors on."""
+    data = [torch.randn(2, 60, 32, generator=torch.Generator().manual_seed(seed)) for seed in range(4)]
+    found = []
+    for kind in ("plain", way):
+        torch.manual_seed(0)
+        model = Around(Inner(), kind).eval()
+        if kind == "attention in place":
+            model.inner.register_forward_hook(lambda module, args, output: output.mul_(1))
+        replace_attention(model, num_codes=8, window=5, calibration=data)
+        end_to_end = 0 if "in place" in way else 2  # through which no gradient goes
+        report = distill_attention(model, data, steps=2, end_to_end=end_to_end, evaluate_every=2, projections=True)
+        found.append([*report.before.values(), *report.after.values()])
+    assert found[1] == pytest.approx(found[0], rel=1e-4)
+
+
 def test_it_stops_early():
     model, data = replaced()
     report = distill_attention(model, data, steps=50, evaluate_every=1, patience=2, lr=3.0)

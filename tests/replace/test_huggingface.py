@@ -184,7 +184,7 @@ def test_a_decoder_that_was_made_bidirectional(way):
     assert_close(output(model, ids, use_cache=False), expected, way)
     assert [(layer.causal, layer.far_positions) for layer in report.layers] == [("no", "rotated")] * 2
     report.restore()
-    with pytest.raises(NotImplementedError, match="rectified.*bidirectional"):
+    with pytest.raises(NotImplementedError, match=r"rectified.*bidirectional"):
         replace_attention(model, **FINE, calibration=[ids], far_positions="rectified")
     assert torch.equal(output(model, ids, use_cache=False), expected)
 

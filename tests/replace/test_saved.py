@@ -197,3 +197,37 @@ def test_the_meta_device_is_refused():
     with pytest.raises(ValueError, match=r"replace_attention: model: .* is on the meta device"):
         replace_attention(empty, **COARSE, calibration=[tokens(2, 40)])
     replace_attention(empty, **COARSE, calibration=[tokens(2, 40)], dry_run=True)
+
+
+@pytest.mark.parametrize("way", ["state dict", "safetensors"])
+def test_a_module_in_several_places(way, tmp_path):
+    def build(seed):
+        torch.manual_seed(seed)
+        layer = torch.nn.TransformerEncoderLayer(32, 4, 48, batch_first=True)
+        return torch.nn.Sequential(layer, torch.nn.Identity(), layer).eval()
+
+    model, fresh, x = build(0), build(1), torch.randn(2, 40, 32)
+    replace_attention(model, **COARSE, calibration=[x])
+    state = model.state_dict()
+    if way == "safetensors":  # holds each tensor once, wherever it comes first or last
+        once = {value.data_ptr(): key for key, value in state.items()}
+        save_file({key: state[key].contiguous() for key in once.values()}, tmp_path / "x.safetensors")
+    report = load_replaced(fresh, state if way == "state dict" else tmp_path / "x.safetensors")
+    assert torch.equal(fresh(x), model(x)) and len(report.replaced) == 1
+
+
+def test_other_modules_may_have_extra_state():
+    class Extra(torch.nn.Linear):
+        def get_extra_state(self):
+            return {"calls": 3}
+
+        def set_extra_state(self, state):
+            self.calls = state["calls"]
+
+    def build():
+        return torch.nn.Sequential(torch.nn.TransformerEncoderLayer(32, 4, 48, batch_first=True), Extra(32, 2)).eval()
+
+    model, fresh, x = build(), build(), torch.randn(2, 40, 32)
+    replace_attention(model, **COARSE, calibration=[x])
+    load_replaced(fresh, model.state_dict())
+    assert torch.equal(fresh(x), model(x)) and fresh[1].calls == 3

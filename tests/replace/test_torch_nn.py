@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from longvq_layers import commitment_loss
 from longvq_layers.replace import replace_attention, restore_attention
@@ -127,6 +128,30 @@ def test_causality_is_per_call():
     assert torch.equal(model(changed, is_causal=True)[:, :20], model(x, is_causal=True)[:, :20])
 
 
+def test_a_mask_that_hides_nothing_is_none():
+    layer, x = nn.TransformerEncoderLayer(32, 4, 48, batch_first=True).eval(), torch.randn(2, 31, 32)
+    replace_attention(layer, **COARSE, calibration=[x])
+    for nothing in (torch.zeros(31, 31), torch.zeros(31, 31, dtype=torch.bool)):
+        assert torch.equal(layer(x, src_mask=nothing), layer(x))
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpointing_of_the_module_itself(reentrant):
+    model, x, found = SelfAttention(batch_first=True), torch.randn(2, 31, 32), []
+    replace_attention(model, **COARSE, calibration=[x])
+    module = model.eval().attention
+    for wrap in (lambda *args: module(*args, need_weights=False)[0], None):
+        y = x.clone().requires_grad_()
+        if wrap is None:
+            out = checkpoint(lambda *args: module(*args, need_weights=False)[0], y, y, y, use_reentrant=reentrant)
+        else:
+            out = wrap(y, y, y)
+        out.square().sum().backward()
+        found.append((out.detach(), y.grad))
+    assert_close(found[1][0], found[0][0], "output")
+    assert_close(found[1][1], found[0][1], "gradient")
+
+
 def test_decoder_layers_keep_their_cross_attention():
     model = nn.TransformerDecoderLayer(32, 4, dim_feedforward=48, batch_first=True).eval()
     target, memory = torch.randn(2, 20, 32), torch.randn(2, 9, 32)
@@ -204,7 +229,7 @@ def test_what_a_call_refuses():
     cases = [
         (NotImplementedError, "pass need_weights=False", (x, x, x), {"need_weights": True}),
         (NotImplementedError, "key: got another tensor", (x, x.clone(), x), {}),
-        (NotImplementedError, "not exactly causal", (x, x, x), {"attn_mask": torch.zeros(31, 31)}),
+        (NotImplementedError, "not exactly causal", (x, x, x), {"attn_mask": causal_mask(31).roll(1, 1)}),
         (NotImplementedError, "values other than 0 and -inf", (x, x, x), {"attn_mask": torch.randn(31, 31)}),
         (ValueError, r"attn_mask: got shape \(30, 30\)", (x, x, x), {"attn_mask": causal_mask(30)}),
         (NotImplementedError, "key_padding_mask: got values", (x, x, x), {"key_padding_mask": torch.randn(2, 31)}),

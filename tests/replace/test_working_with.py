@@ -7,7 +7,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import Trainer, TrainingArguments
 
-from longvq_layers.replace import load_replaced, replace_attention, restore_attention
+from longvq_layers.replace import distill_attention, load_replaced, replace_attention, restore_attention
 from tests.replace.models import bert, gpt2, llama, output, padded, tokens
 from tests.tolerances import assert_close
 
@@ -197,3 +197,42 @@ def test_the_trained_length_is_that_of_the_config_and_is_reported():
     assert "far keys count as in 99 tokens at most" in str(report)
     with pytest.raises(ValueError, match="trained_length: got 0, expected at least 1"):
         replace_attention(llama(), **COARSE, calibration=[tokens()], trained_length=0)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+@pytest.mark.parametrize("family", BUILDERS)
+@pytest.mark.parametrize("order", ["before", "after"])
+def test_dynamic_int8(family, order):
+    model, inputs = BUILDERS[family](), padded("right")
+    if order == "after":
+        replace_attention(model, **COARSE, calibration=[inputs])
+    model = torch.ao.quantization.quantize_dynamic(model, {torch.nn.Linear})
+    if order == "before":
+        replace_attention(model, **COARSE, calibration=[inputs])
+    swapped = output(model, **inputs)
+    restore_attention(model)
+    assert swapped.isfinite().all() and not torch.equal(swapped, output(model, **inputs))
+
+
+class Features(torch.nn.Module):
+    """Passes a dict on and adds to it, as sentence encoders do."""
+
+    def __init__(self):
+        super().__init__()
+        self.encoder = bert()
+
+    def forward(self, features):
+        features["token_embeddings"] = self.encoder(**features)[0]
+        return features
+
+
+def test_a_model_that_adds_to_its_dict():
+    model, batches = Features(), [({"input_ids": tokens(2, 60, seed=seed)},) for seed in range(3)]
+    report = replace_attention(model, **COARSE, calibration=batches)
+    assert all(list(features) == ["input_ids"] for (features,) in batches)
+    inner = bert()
+    inner.load_state_dict(model.encoder.state_dict(), strict=False)
+    expected = replace_attention(inner, **COARSE, calibration=[features["input_ids"] for (features,) in batches])
+    assert [layer.output_error for layer in report.layers] == [layer.output_error for layer in expected.layers]
+    report = distill_attention(model, batches, steps=2, end_to_end=2, projections=True)
+    assert 0 < report.before["(model output)"] < 2
