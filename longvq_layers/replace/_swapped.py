@@ -7,11 +7,11 @@ from torch import Tensor
 from longvq_layers import ops
 from longvq_layers.layers import _steps
 from longvq_layers.layers._context import no_autocast, recomputing
+from longvq_layers.layers._gaps import order_without_gaps, put_back, reorder
 from longvq_layers.layers._kmeans import code_sums, pick
 from longvq_layers.layers._precision import KeepsFloat32, storage_dtype
 from longvq_layers.layers.codebook_attention import CodebookAttention
 from longvq_layers.replace._calls import Call, Far, SwappedState
-from longvq_layers.replace._gaps import order_without_gaps, put_back, reorder
 from longvq_layers.replace._metric import in_proportion, roots
 from longvq_layers.replace._rows import row_means, vq_attention_by_row
 from longvq_layers.replace._settings import CarriesSettings

@@ -49,8 +49,8 @@ def check_has_values(caller: str, model: nn.Module) -> None:
     name = next((name for name, x in model.named_parameters() if x.is_meta), None)
     if name is not None:
         raise ValueError(
-            f"{caller}: model: {name} is on the meta device, expected parameters with values; call "
-            "model.to_empty(device=...) or load the weights first"
+            f"{caller}: model: {name} is on the meta device, expected parameters with values; load the weights first, "
+            "or call this before accelerate offloads them"
         )
 
 

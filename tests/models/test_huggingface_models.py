@@ -453,6 +453,24 @@ def test_several_turns_on_one_cache(kind, padded):
     assert torch.equal(run(model, new, mask, past_key_values=cache, do_sample=False)[:, -12:], expected)
 
 
+@each_kind
+def test_padding_between_tokens_is_as_if_it_were_not_there(kind):
+    model, tokens = trained(kind), torch.randint(VOCABULARY, (2, 40))
+    mask = torch.ones_like(tokens)
+    mask[0, 20:26] = mask[1, :3] = mask[1, 30:31] = 0
+    with torch.no_grad():
+        whole = model(tokens, attention_mask=mask, output_hidden_states=True)
+        for row in range(2):
+            real = mask[row].bool()
+            alone = model(tokens[row : row + 1, real], output_hidden_states=True)
+            assert_close(whole.logits[row, real], alone.logits[0], f"row {row}")
+            for state, expected in zip(whole.hidden_states, alone.hidden_states, strict=True):
+                assert_close(state[row, real], expected[0], f"hidden of row {row}")
+        if kind != "transformer":
+            cached = model(tokens, attention_mask=mask, use_cache=True).logits
+            assert_close(cached[mask.bool()], whole.logits[mask.bool()], "with a cache")
+
+
 def test_one_prompt_in_several_ways():
     model = trained()
     prompt = torch.randint(1, VOCABULARY, (1, 20))  # no 0: without a mask transformers takes it for padding

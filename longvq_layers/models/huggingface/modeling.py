@@ -5,6 +5,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
+from longvq_layers.layers._gaps import order_without_gaps, put_back, reorder
 from longvq_layers.layers.codebook import Codebook
 from longvq_layers.models.huggingface import cache_name
 from longvq_layers.models.huggingface.cache import LongVQCache
@@ -121,8 +122,8 @@ class LongVQModel(LongVQPreTrainedModel):
         Args:
             input_ids: (B, L) int64 or int32; or
             inputs_embeds: (B, L, hidden_size), dtype of the model.
-            attention_mask: (B, L), 1 = keep, 0 = padding, on either side; with a cache it may also cover the past,
-                (B, past + L). Default all 1.
+            attention_mask: (B, L), 1 = keep, 0 = padding, on either side and, causal, between tokens; with a cache it
+                may also cover the past, (B, past + L). Default all 1.
             past_key_values, cache: two names of what came before, updated in place. Inference only: eval mode, no
                 gradients.
             use_cache: return a cache; default only when one is given.
@@ -155,7 +156,7 @@ class LongVQModel(LongVQPreTrainedModel):
         collect = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         hidden: list[Tensor] | None = [] if collect else None
         if cache is None:
-            y = self.encoder.backbone(self.encoder.dropout(x), mask, cu_seqlens=cu_seqlens, hidden=hidden)
+            y = self._forward(x, mask, cu_seqlens, hidden)
         else:
             y, state = self.encoder.backbone.step(x, cache.state, mask, hidden=hidden)
             cache.advance(state, mask, length)
@@ -163,6 +164,20 @@ class LongVQModel(LongVQPreTrainedModel):
             last_hidden_state=y, hidden_states=None if hidden is None else (*hidden, y), **{cache_name.NAME: cache}
         )
         return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
+
+    def _forward(
+        self, x: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, hidden: list[Tensor] | None
+    ) -> Tensor:
+        # Causal, padding takes no position, also between tokens: as with a cache.
+        gaps = None if mask is None or cu_seqlens is not None or not self.config.causal else order_without_gaps(mask)
+        if gaps is not None:
+            x, mask = reorder(x, gaps), mask.gather(1, gaps)
+        y = self.encoder.backbone(self.encoder.dropout(x), mask, cu_seqlens=cu_seqlens, hidden=hidden)
+        if gaps is not None:
+            y = put_back(y, gaps)
+            if hidden is not None:
+                hidden[:] = [put_back(state, gaps) for state in hidden]
+        return y
 
     def _embed(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
         name = type(self).__name__

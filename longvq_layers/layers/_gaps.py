@@ -1,7 +1,7 @@
-"""Causal attention counts tokens, not positions: padding between tokens of a row must not push keys out of the window.
+"""Causal models count tokens, not positions: padding between tokens of a row is as if it weren't there.
 
 So it is in generation, where padding never enters the state. A batch of conversations has such gaps: each turn is
-padded to the longest.
+padded to the longest. Without this they would push keys out of the window in the forward alone.
 """
 
 import torch
@@ -25,8 +25,8 @@ def order_without_gaps(key_padding_mask: Tensor) -> Tensor | None:
 
 
 def reorder(x: Tensor, order: Tensor) -> Tensor:
-    """x (B, H, L, C) with row b's position i taken from ``order[b, i]``."""
-    return x.gather(2, order[:, None, :, None].expand_as(x))
+    """x (B, …, L, C) with row b's position i taken from ``order[b, i]``."""
+    return x.gather(-2, order.view(len(order), *[1] * (x.dim() - 3), -1, 1).expand_as(x))
 
 
 def put_back(x: Tensor, order: Tensor) -> Tensor:
