@@ -39,3 +39,18 @@ class Call(NamedTuple):
     rotation: tuple[Tensor, Tensor] | None = None
     cache_layer: object | None = None
     eager: bool = False
+
+
+def cloned(x: object, memo: dict | None = None) -> object:
+    """Tensors in tuples, lists and dicts as they are now; one tensor, or views of the same memory, stay one."""
+    memo = {} if memo is None else memo
+    if type(x) in (tuple, list):
+        return type(x)(cloned(value, memo) for value in x)
+    if type(x) is dict:
+        return {key: cloned(value, memo) for key, value in x.items()}
+    if not isinstance(x, Tensor):
+        return x
+    place = (x.data_ptr(), x.shape, x.stride(), x.dtype)
+    if place not in memo:
+        memo[place] = x.clone()
+    return memo[place]

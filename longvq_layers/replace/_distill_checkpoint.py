@@ -1,8 +1,9 @@
 """The file of an unfinished distillation: checked before anything runs, and used by the run it is of alone."""
 
+import hashlib
 import os
 import pickle
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -46,17 +47,33 @@ def write(path: Path, state: dict) -> None:
     os.replace(unfinished, path)
 
 
-def fingerprint(values: object) -> list[float]:
-    """Sum and norm of every tensor in it: other weights or other data have others, other threads almost the same."""
+def digest(values: object) -> str:
+    """Of all numbers in tensors, and of how they are nested."""
+    return hashlib.sha256(b"".join(_bytes(values))).hexdigest()
+
+
+def _bytes(values: object) -> Iterator[bytes]:
     if isinstance(values, Mapping):
-        values = [values[name] for name in sorted(values)]
+        values = [item for name in sorted(values, key=str) for item in (str(name), values[name])]
     if isinstance(values, tuple | list):
-        return [number for value in values for number in fingerprint(value)]
-    if not isinstance(values, Tensor):
-        return []
-    x = values.detach() if values.is_floating_point() else values.double()
-    norm = torch.linalg.vector_norm(x, dtype=torch.float64)
-    return [x.sum(dtype=torch.float64).item(), norm.item()]
+        yield f"{len(values)}:".encode()
+        for value in values:
+            yield from _bytes(value)
+    elif isinstance(values, Tensor):
+        yield f"{values.dtype}{tuple(values.shape)}".encode()
+        yield values.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+    else:
+        yield str(values).encode()
+
+
+def fingerprint(tensors: Iterable[Tensor]) -> list[float]:
+    """Sum and norm of each: other weights have others, the same on another number of threads almost the same."""
+    numbers = []
+    for x in tensors:
+        x = (x.detach() if x.is_floating_point() else x.double()).nan_to_num()
+        norm = torch.linalg.vector_norm(x, dtype=torch.float64)
+        numbers += [x.sum(dtype=torch.float64).item(), norm.item()]
+    return numbers
 
 
 def same(theirs: object, mine: object) -> bool:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 
 from torch import Tensor, nn
 
-from longvq_layers.replace._calls import Call, Far
+from longvq_layers.replace._calls import Call, Far, cloned
 from longvq_layers.replace._original import full_attention
 from longvq_layers.replace._swapped import SwappedAttention
 
@@ -56,10 +56,8 @@ class Calls(list):
 
     def before(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         """Forward pre-hook with kwargs."""
-        kept: dict[int, object] = {}  # one tensor given twice stays one
-        for value in (*args, *kwargs.values()):
-            kept.setdefault(id(value), _kept(value))
-        self.append((tuple(kept[id(x)] for x in args), {name: kept[id(x)] for name, x in kwargs.items()}))
+        memo: dict = {}
+        self.append((tuple(_kept(x, memo) for x in args), {name: _kept(x, memo) for name, x in kwargs.items()}))
 
     def after(self, module: nn.Module, args: tuple, output: object) -> None:
         """Forward hook."""
@@ -132,12 +130,11 @@ def call(model: nn.Module, batch: object) -> object:
     """`model` called with a tensor, a tuple of positional or a dict of keyword arguments."""
     if isinstance(batch, Mapping):
         return model(**batch)
-    # Some models add what they compute to the dict that they are given.
     return model(*map(_copied, batch)) if isinstance(batch, (tuple, list)) else model(batch)
 
 
 def first(output: object) -> Tensor:
-    """The first tensor of what a module returned that may be its output: not a loss before it, nor its input again."""
+    """The first tensor of what a module returned that may be its output: not a loss before it, nor its tokens."""
     if isinstance(output, Tensor):
         return output
     values = output.values() if isinstance(output, Mapping) else output
@@ -146,15 +143,17 @@ def first(output: object) -> Tensor:
 
 
 def _copied(value: object) -> object:
+    # Some models add what they compute to the dict that they are given.
     return copy.copy(value) if isinstance(value, Mapping) else value
 
 
-def _kept(value: object) -> object:
+def _kept(value: object, memo: dict | None = None) -> object:
     # A cache of transformers holds the keys of the call already; with it a second call would see them twice. Hidden
     # states may be overwritten by a residual that is added in place; masks, the larger ones, are not.
     if hasattr(value, "get_seq_length"):
         return None
-    return value.clone() if isinstance(value, Tensor) and value.is_floating_point() and value.dim() < 4 else value
+    hidden_states = isinstance(value, Tensor) and value.is_floating_point() and value.dim() < 4
+    return cloned(value, memo) if hidden_states else value
 
 
 def _real_rows(x: Tensor, real: Tensor | None) -> Tensor:

@@ -59,6 +59,7 @@ class Recorder(nn.Module):
         self.why_rotated: str | None = None
         self.has_positions = True  # until a call shows that its keys don't depend on them
         self.calls: dict[int, Call] = {}
+        self.checked: set[bool] = set()  # whether an adapter was compared with its module, without and with padding
         self.causal: set[bool] = set()  # what its calls were; of one token they are both
         self.batch = 0  # the calibration input that is being run, for errors
         self.candidate: list[SwappedAttention] = []  # in a list: not a submodule

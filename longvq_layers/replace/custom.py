@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from longvq_layers.replace._adapter_checks import check_call, check_output
+from longvq_layers.replace._calls import cloned
 from longvq_layers.replace._original import full_attention
 from longvq_layers.replace._site import Site, own_forward
 from longvq_layers.replace.calibration import Recorder
@@ -45,7 +46,8 @@ def register_adapter(
         sizes: ``sizes(module)`` is (H, Hkv, D). Only needed for models that start without calibration. Default none.
         check: True (default) compares, in calibration, what the adapter returns with attention to every key with what
             the module itself returns (the first of several), and raises ValueError if it is something else: a wrong
-            mask, scale or projection would go unnoticed. False for a module that attends to less, on purpose.
+            mask, scale or projection would go unnoticed. For that both are called more often, once without padding and
+            once with it. False for a module that attends to less, on purpose.
 
     Raises:
         TypeError: cls isn't a class of modules, adapter or sizes can't be called, check isn't a bool.
@@ -130,11 +132,15 @@ class _Swapped:
         with seam.refusals():
             if not adapter.check or seam.candidate:
                 return adapter.forward(self, attend, *args, **kwargs)
-            kept = _cloned((args, kwargs))  # as the module may change its input in place
+            kept = cloned((args, kwargs))  # as the module may change its input in place
             output = adapter.forward(self, attend, *args, **kwargs)
+            padded = any(padding is not None for _, padding in attend.calls)
+            if padded in seam.checked:
+                return output
+            seam.checked.add(padded)
 
             def called(forward: Callable, *first) -> object:
-                args, kwargs = _cloned(kept)
+                args, kwargs = cloned(kept)
                 return forward(self, *first, *args, **kwargs)
 
             check_output(
@@ -181,14 +187,6 @@ class _Attend:
 
 def _no_attention(q: Tensor, k: Tensor, v: Tensor, *args, **kwargs) -> Tensor:
     return v.new_zeros(*q.shape[:3], v.shape[3])
-
-
-def _cloned(x: object) -> object:
-    if isinstance(x, Tensor):
-        return x.clone()
-    if type(x) in (tuple, list):
-        return type(x)(map(_cloned, x))
-    return {key: _cloned(value) for key, value in x.items()} if type(x) is dict else x
 
 
 def _swapped_class(cls: type[nn.Module]) -> type[nn.Module]:

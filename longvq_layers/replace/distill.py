@@ -102,7 +102,7 @@ def distill_attention(
     settings |= {"evaluate_every": evaluate_every, "batches": len(batches), "held_out": last}
     with prepared(model, sites, projections) as (pairs, trained, before):
         if checkpoint is not None:
-            settings |= {"data": _distill_checkpoint.fingerprint(batches)}
+            settings |= {"data": _distill_checkpoint.digest(batches)}
             with before.undone():  # what every distillation of this model finds, and leaves as it is
                 fixed = [*model.parameters(), *(seam.to_metric for seam in pairs.seams.values())]
                 settings |= {"model": _distill_checkpoint.fingerprint(fixed)}

@@ -67,7 +67,8 @@ def _attend(
             "goes wherever it needs no mask; set is_causal=True, or use the class that is meant to be bidirectional"
         )
     causal, padding = read_mask(attention_mask, causal=bool(says), q_len=q_len, k_len=k_len)
-    causal |= q_len == k_len == 1
+    if not causal and q_len == 1 and k_len == 1:  # of one token alone both are the same
+        causal = True
     if padding is not None and padding.shape[0] != query.shape[0]:
         padding = padding.expand(query.shape[0], -1)
     if q_len > k_len or (q_len < k_len and not causal):
@@ -108,8 +109,9 @@ def _attend(
         layer.close(q_len)  # what it keeps are sums over the past: queries that see the future can't be served by them
         layer = None
     if layer is not None:
-        padding = layer.read(padding, q_len)
+        padding = layer.check(padding, attention_mask, q_len)
         output = seam.step(query, key, value, layer.state, padding, far=far, scale=scaling)
+        layer.advance(q_len)
         return output.transpose(1, 2).contiguous(), None
     if q_len < k_len:  # the queries are the last positions; the earlier rows are computed and dropped
         query = torch.cat([query.new_zeros(*query.shape[:2], k_len - q_len, query.shape[3]), query], dim=2)

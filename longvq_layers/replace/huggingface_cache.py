@@ -1,7 +1,6 @@
 """A layer of a transformers cache whose memory doesn't grow."""
 
 import copy
-import functools
 
 import torch
 from torch import Tensor
@@ -10,6 +9,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 from longvq_layers.replace._calls import SwappedState
 from longvq_layers.replace._swapped import SwappedAttention
 
+_HIDDEN = "_longvq_hidden"  # where a mask keeps what `_hidden` found
 _KEEPS = "a cache of constant size keeps sums over its past, not the tokens"
 
 
@@ -35,7 +35,9 @@ class VQCacheLayer(CacheLayerMixin):
         self.positions = 0  # read so far, padding included
         self.expected = False  # whether the attention is about to read what `update` hands through
         self.closed = False  # by a bidirectional call
-        self.hidden: Tensor | None = None  # (B,) int64, which positions were padding; None where that isn't known
+        self.hidden: Tensor | None = None  # (B,) int64, which positions were padding; None: none
+        self.next_hidden: Tensor | None = None  # the same after the call that is going on
+        self.known = True  # whether that is so: a compiled graph can't tell
 
     def __deepcopy__(self, memo: dict) -> "VQCacheLayer":
         # A copy goes on with the same attention, unless that is being copied too.
@@ -83,34 +85,34 @@ class VQCacheLayer(CacheLayerMixin):
         """Take note of a bidirectional call of so many positions, after which it can't be read."""
         self.state, self.positions, self.closed = None, positions, True
 
-    def read(self, padding: Tensor | None, new: int) -> Tensor | None:
-        """Take note of so many new positions; of padding (B, positions + new), True = ignore, their part.
+    def check(self, padding: Tensor | None, mask: Tensor | None, new: int) -> Tensor | None:
+        """Of padding (B, positions + new), True = ignore, the part of the new positions.
+
+        Args:
+            mask: what the padding was read from, the same object for all layers of a forward.
 
         Raises:
             NotImplementedError: it hides other positions of the past than were hidden when they were read.
         """
-        start, end = self.positions, self.positions + new
         if torch.compiler.is_compiling():
-            self.hidden = None
-        else:
-            self._check_past(padding, start, end)
-        self.positions = end
-        return None if padding is None else padding[:, start:]
-
-    def _check_past(self, padding: Tensor | None, start: int, end: int) -> None:
-        # Which positions were hidden is kept as the sum of their weights, which is of constant size.
+            self.known = False
+        if not self.known or (padding is None and self.hidden is None):  # without any mask nothing here grows
+            return None if padding is None else padding[:, -new:]
         lengths = self.state.past.lengths
-        weights = _weights(end, lengths.device)
-        if padding is None:
-            padding = torch.zeros(1, 1, dtype=torch.bool, device=lengths.device).expand(len(lengths), end)
-        hidden = torch.where(padding, weights, 0)
-        known = start and self.hidden is not None
-        if known and not torch.equal(hidden[:, :start].sum(1), self.hidden):
+        none = torch.zeros_like(lengths)
+        past, self.next_hidden = (none, none) if padding is None else _hidden(padding, mask, self.positions)
+        if self.positions and not torch.equal(past, none if self.hidden is None else self.hidden):
+            seen = "all" if padding is None else (~padding[:, : self.positions]).sum(1).tolist()
             raise NotImplementedError(
-                f"longvq attention: attention_mask: got {(~padding[:, :start]).sum(1).tolist()} tokens of the past, "
-                f"expected the {lengths.tolist()} that were read, each where it was: {_KEEPS}, and can't hide one later"
+                f"longvq attention: attention_mask: got {seen} tokens of the past, expected the {lengths.tolist()} "
+                f"that were read, each where it was: {_KEEPS}, and can't hide or show one later"
             )
-        self.hidden = hidden.sum(1) if known or not start else None
+        return None if padding is None else padding[:, -new:]
+
+    def advance(self, new: int) -> None:
+        """So many new positions were read."""
+        self.positions += new
+        self.hidden = self.next_hidden
 
     def get_seq_length(self) -> int:
         """Number of positions read, padding included."""
@@ -134,6 +136,7 @@ class VQCacheLayer(CacheLayerMixin):
     def reset(self) -> None:
         """Empty it."""
         self.state, self.positions, self.is_initialized, self.closed = None, 0, False, False
+        self.hidden, self.next_hidden, self.known = None, None, True
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Make row i a copy of what row ``indices[i]`` is; rows may be left out and repeated."""
@@ -168,14 +171,20 @@ class VQCacheLayer(CacheLayerMixin):
     prefetch = offload
 
 
-def _weights(length: int, device: torch.device) -> Tensor:
-    """One number (length,) for each position, such that sums of some tell which."""
-    return _all_weights(1 << max(length - 1, 1023).bit_length(), device)[:length]
+def _hidden(padding: Tensor, mask: Tensor, positions: int) -> tuple[Tensor, Tensor]:
+    """Which positions of padding (B, L) are hidden, of the first so many and of all: (B,) sums of a number for each.
 
-
-@functools.lru_cache(maxsize=8)
-def _all_weights(length: int, device: torch.device) -> Tensor:
-    return torch.randint(1 << 40, (length,), generator=torch.Generator().manual_seed(0)).to(device)
+    So what has to be kept doesn't grow, and another position shows as well as another number of them. Made once for
+    all layers of a forward, which get the same `mask`.
+    """
+    known = getattr(mask, _HIDDEN, None)
+    if known is None or known[0] != (positions, padding.shape):
+        number = torch.arange(1, padding.shape[1] + 1, device=padding.device) * 0x5851F42D4C957F2D  # wraps around
+        number = (number ^ (number >> 29)) * 0x14057B7EF767814F
+        hidden = torch.where(padding, number, 0)
+        known = ((positions, padding.shape), hidden[:, :positions].sum(1), hidden.sum(1))
+        setattr(mask, _HIDDEN, known)
+    return known[1:]
 
 
 def take_over(cache: object, index: object, attention: SwappedAttention) -> VQCacheLayer | None:

@@ -56,7 +56,7 @@ def longvq_mask(
     if attention_mask is None:
         padding = torch.ones((), dtype=torch.bool, device=device).expand(batch_size, kv_length)
     else:
-        padding = attention_mask.to(device=device, dtype=torch.bool)
+        padding = attention_mask.to(device=device, dtype=torch.bool)[:]  # an object of this forward, never the user's
     return padding if mask_function is causal_mask_function else padding[:, None, None, :]
 
 

@@ -108,19 +108,20 @@ class VQMultiheadAttention(nn.MultiheadAttention):
         seam = self.longvq
         with seam.refusals() if isinstance(seam, Recorder) else contextlib.nullcontext():
             self._check_call(query, key, need_weights)
-            return self._attend(seam, query, value, key_padding_mask, attn_mask, is_causal), None
+            return self._attend(seam, query, key, value, key_padding_mask, attn_mask, is_causal), None
 
     def _attend(
         self,
         seam: nn.Module,
         query: Tensor,
+        key: Tensor,
         value: Tensor,
         key_padding_mask: Tensor | None,
         attn_mask: Tensor | None,
         is_causal: bool,
     ) -> Tensor:
         batched = query.dim() == 3
-        q, k, v = self._project(query, value, batched)
+        q, k, v = self._project(query, key, value, batched)
         length = q.shape[2]
         causal = is_causal if attn_mask is None else _read_attn_mask(attn_mask, is_causal, length)
         padding = _read_padding(key_padding_mask, q.shape[0], length)
@@ -145,7 +146,7 @@ class VQMultiheadAttention(nn.MultiheadAttention):
                 "VQMultiheadAttention: query: got a nested tensor, expected a dense one with key_padding_mask=; build "
                 "nn.TransformerEncoder with enable_nested_tensor=False"
             )
-        if not _same(query, key):
+        if query is not key and not _share_memory(query, key):
             raise NotImplementedError(
                 "VQMultiheadAttention: key: got another tensor than query (cross-attention), expected query itself; "
                 "pass the same object, or leave this module out with filter_fn="
@@ -156,16 +157,16 @@ class VQMultiheadAttention(nn.MultiheadAttention):
                 f"(L, {self.embed_dim})"
             )
 
-    def _project(self, query: Tensor, value: Tensor, batched: bool) -> tuple[Tensor, Tensor, Tensor]:
+    def _project(self, query: Tensor, key: Tensor, value: Tensor, batched: bool) -> tuple[Tensor, Tensor, Tensor]:
         # -> q, k (B, H, L, D), v (B, H, L, D)
         packed, bias = self.in_proj_weight, self.in_proj_bias
-        if packed is not None and _same(query, value):
+        if packed is not None and key is query and value is query:
             projected = F.linear(query, packed, bias).chunk(3, dim=-1)
         else:  # packed is None if vdim differs from embed_dim
             separate = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
             weights = separate if packed is None else packed.chunk(3)
             biases = (None, None, None) if bias is None else bias.chunk(3)
-            projected = [F.linear(x, w, b) for x, w, b in zip((query, query, value), weights, biases, strict=True)]
+            projected = [F.linear(x, w, b) for x, w, b in zip((query, key, value), weights, biases, strict=True)]
         if not batched:
             projected = [x.unsqueeze(0) for x in projected]
         elif not self.batch_first:
@@ -207,11 +208,14 @@ def _refusal(module: nn.MultiheadAttention, parent: nn.Module | None) -> str | N
     return None
 
 
-def _same(query: Tensor, other: Tensor) -> bool:
+def _share_memory(query: Tensor, key: Tensor) -> bool:
     # Reentrant checkpointing detaches each argument by itself: other objects, the same numbers.
-    if query is other or torch.compiler.is_compiling():
-        return query is other
-    return (query.data_ptr(), query.shape, query.stride()) == (other.data_ptr(), other.shape, other.stride())
+    if torch.compiler.is_compiling():
+        return False
+    try:
+        return (query.data_ptr(), query.shape, query.stride()) == (key.data_ptr(), key.shape, key.stride())
+    except RuntimeError:  # the wrappers of torch.func have no memory of their own
+        return False
 
 
 def _read_attn_mask(attn_mask: Tensor, is_causal: bool, length: int) -> bool:

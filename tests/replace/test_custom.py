@@ -202,6 +202,33 @@ def test_a_residual_hides_nothing(size, wrong):
         replace_attention(Block().eval(), num_codes=6, window=4, calibration=[size * X])
 
 
+@pytest.mark.skipif(not hasattr(torch.backends, "fp32_precision"), reason="this torch has no such setting")
+def test_the_newer_way_to_set_precision(monkeypatch):
+    monkeypatch.setattr(torch.backends, "fp32_precision", "tf32")
+    replace_attention(Model().eval(), num_codes=6, window=4, calibration=[X])
+
+
+class Three(OwnAttention):
+    """Wants its queries, keys and values to be one tensor."""
+
+    def forward(self, q, k, v):
+        assert q is k and k is v
+        return super().forward(q)
+
+
+def test_one_tensor_given_three_times_stays_one():
+    model = nn.Module()
+    model.attention = Three().eval()
+    model.forward = lambda x: model.attention(x, x, x)
+    register_adapter(
+        Three,
+        lambda module, attend, q, k, v: module.out(
+            attend(*module.project(q), causal=q is k and k is v, scale=0.3).transpose(1, 2).flatten(2)
+        ),
+    )
+    replace_attention(model, num_codes=6, window=4, calibration=[X])
+
+
 class Odd(OwnAttention):
     """Does to its input and returns what it likes."""
 

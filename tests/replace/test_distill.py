@@ -243,6 +243,26 @@ def test_a_checkpoint_of_another_model_or_other_data_is_refused(tmp_path):
         distill_attention(fresh, data, **options)
 
 
+@pytest.mark.parametrize("change", ["distilled", "rounding", "masks"])
+def test_a_checkpoint_of_the_same_run_is_taken(change, tmp_path):
+    options = {**QUICK, "projections": True, "checkpoint": tmp_path / "run.pt"}
+    model, data = replaced("encoder" if change == "masks" else "bert")
+    if change == "masks":  # with infinities
+        mask = nn.Transformer.generate_square_subsequent_mask(61)
+        data = [{"src": x, "mask": mask} for x in data]
+    expected = distill_attention(model, data, **options)
+    if change == "rounding":
+        model, _ = replaced()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(1 + 1e-6)
+    assert distill_attention(model, data, **options).before == expected.before
+    if change == "masks":
+        turned = [{**batch, "src": batch["src"].flip(1)} for batch in data]  # the same numbers in another order
+        with pytest.raises(ValueError, match="is of a run with another data"):
+            distill_attention(model, turned, **options)
+
+
 class Around(torch.nn.Module):
     """A model that adds its residual in place and returns a dict with its input, or a loss first."""
 

@@ -123,6 +123,40 @@ def test_gaps_are_as_if_they_were_not_there(kind):
     assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
 
 
+@pytest.mark.parametrize("kind", ["gpt2", "rectified"])
+def test_the_first_token_alone_of_an_eager_model(kind):
+    model, ids = KINDS[kind][0](), tokens(2, 20)
+    model.set_attn_implementation("eager")
+    replace_attention(
+        model, num_codes=8, window=5, calibration=[tokens(4, 60)], filter_fn=lambda m, name: ".1." in name
+    )
+    whole, cache = output(model, ids, use_cache=False), DynamicCache(config=model.config)
+    with torch.no_grad():  # of one token transformers makes no mask
+        pieces = [model(piece, **{NAME: cache}).logits for piece in (ids[:, :1], ids[:, 1:2], ids[:, 2:])]
+    assert_close(torch.cat(pieces, 1), whole, "pieces")
+
+
+def test_rows_of_a_cache_take_their_padding_along():
+    model, (ids, mask) = replaced(), left_padded()
+    cache, rows = DynamicCache(config=model.config), torch.tensor([2, 2, 0])
+    more = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
+    with torch.no_grad():
+        model(ids, attention_mask=mask, **{NAME: cache})
+        cache.batch_select_indices(rows)
+        with pytest.raises(NotImplementedError, match="each where it was"):
+            model(ids[:, :1], attention_mask=more, **{NAME: cache})
+        model(ids[:, :1], attention_mask=more[rows], **{NAME: cache})
+    assert [layer.positions for layer in cache.layers] == [24, 24]  # a call that raised read nothing
+
+
+def test_without_padding_nothing_is_kept_of_it():
+    model, cache = replaced(), DynamicCache()
+    with torch.no_grad():
+        for _ in range(3):
+            model(tokens(2, 20), **{NAME: cache})
+    assert all(layer.hidden is None and layer.next_hidden is None for layer in cache.layers)
+
+
 def all_visible(shape, dtype):
     return torch.zeros(shape) if dtype is torch.float else torch.ones(shape, dtype=dtype)
 
@@ -279,10 +313,10 @@ def test_a_mask_that_hides_the_past_later_is_refused(kind):
         longer = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
         model(ids[:, :1], attention_mask=longer, **{NAME: cache})
         longer = torch.cat([longer, torch.ones_like(mask[:, :1])], dim=1)
-        for hidden, said in ((longer.clone(), r"\[20, "), (longer.clone(), r"\[24, 21, "), (None, r"\[24, 24, ")):
+        for hidden, said in ((longer.clone(), r"\[20, "), (longer.clone(), r"\[24, 21, "), (None, "all tokens")):
             if said == r"\[20, ":
                 hidden[0, 5:9] = 0
             elif hidden is not None:  # as many, but another one
                 hidden[1, 0], hidden[1, 7] = 1, 0
-            with pytest.raises(NotImplementedError, match=rf"attention_mask: got {said}.*can't hide one later"):
+            with pytest.raises(NotImplementedError, match=rf"attention_mask: got {said}.*can't hide or show one later"):
                 model(ids[:, :1], attention_mask=hidden, **{NAME: cache})

@@ -176,6 +176,37 @@ def llama_that_sees_both_sides(way):
     return model
 
 
+def test_eager_attention_goes_by_its_masks_whatever_the_module_says():
+    model, ids = llama_that_sees_both_sides("modules"), tokens()
+    model.set_attn_implementation("eager")
+    expected = output(model, ids)
+    report = replace_attention(model, **FINE, calibration=[ids])
+    assert_close(output(model, ids), expected, "eager")
+    assert [layer.causal for layer in report.layers] == ["yes"] * 2
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_exports_with_any_length(family):
+    class Plain(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = FAMILIES[family]()
+
+        def forward(self, ids, mask):
+            options = {"use_cache": False} if family != "bert" else {}
+            return self.model(ids, attention_mask=mask, **options)[0]
+
+    model, inputs = Plain().eval(), padded("right")
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    replace_attention(model, **COARSE, calibration=[(ids, mask)])
+    length = torch.export.Dim("length", min=2, max=512)
+    with torch.no_grad():
+        exported = torch.export.export(model, (ids, mask), dynamic_shapes=({1: length}, {1: length}), strict=False)
+        for size in (37, 20):
+            given = ids[:, :size], mask[:, :size]
+            assert_close(exported.module()(*given), model(*given), f"{family}, {size}")
+
+
 @pytest.mark.parametrize("way", ["config", "modules"])
 def test_a_decoder_that_was_made_bidirectional(way):
     model, ids = llama_that_sees_both_sides(way), tokens()

@@ -152,6 +152,39 @@ def test_checkpointing_of_the_module_itself(reentrant):
     assert_close(found[1][1], found[0][1], "gradient")
 
 
+def test_masks_of_one_position_and_hints():
+    module, x = SelfAttention(batch_first=True).eval(), torch.randn(2, 31, 32)
+    replace_attention(module, **COARSE, calibration=[x])
+    assert torch.equal(module(x[:, :1], attn_mask=causal_mask(1)), module(x[:, :1]))
+    assert torch.equal(module(x, attn_mask=torch.zeros(31, 31), is_causal=True), module(x, is_causal=True))
+
+
+@pytest.mark.parametrize("detached", ["none", "value", "key and value"])
+def test_gradients_go_where_each_argument_comes_from(detached):
+    module, x, found = nn.MultiheadAttention(32, 4, batch_first=True), torch.randn(2, 31, 32), []
+    for swapped in (False, True):
+        if swapped:
+            module.train()
+            replace_attention(module, num_codes=8, window=31)  # which sees everything
+        y = x.clone().requires_grad_()
+        z = 2 * y
+        key = z.detach() if detached == "key and value" else z
+        value = z if detached == "none" else z.detach()
+        module(z, key, value, need_weights=False)[0].square().sum().backward()
+        found.append(y.grad)
+    assert_close(found[1], found[0], detached)
+
+
+def test_vmap_over_values():
+    module, x = nn.MultiheadAttention(32, 4, batch_first=True), torch.randn(3, 31, 32)
+    replace_attention(module.train(), **COARSE)
+    module(x, x, x, need_weights=False)
+    module.eval()
+    values = torch.randn(3, 31, 32)
+    mapped = torch.func.vmap(lambda x, v: module(x, x, v, need_weights=False)[0])(x, values)
+    assert_close(mapped, module(x, x, values, need_weights=False)[0], "vmap")
+
+
 def test_decoder_layers_keep_their_cross_attention():
     model = nn.TransformerDecoderLayer(32, 4, dim_feedforward=48, batch_first=True).eval()
     target, memory = torch.randn(2, 20, 32), torch.randn(2, 9, 32)
