@@ -212,13 +212,14 @@ struct QueryBlock {
   }
 
   // Calls visit(columns, number) for every tile when it is in shared memory, and turn() once between the far queries
-  // and the near ones, where those are others.
+  // and the near ones, where those are others; before all tiles where none needs far ones.
   template <typename Visit, typename Turn>
   LONGVQ_DEVICE void past_all_columns(const Visit& visit, const Turn& turn) {
     const ColumnTiles tiles(p, first, last, head.length);
     const int count = tiles.count(kTile);
     bool far = true;
-    fill_queries(far);
+    // Two kinds of queries must never be on their way to one place.
+    fill_queries(p.far_first == 0 || tiles.at(0, kTile).kind != Columns::kInside);
     fill_columns(tiles.at(0, kTile), 0);
     commit_copies();
     for (int number = 0; number < count; ++number) {
@@ -231,8 +232,10 @@ struct QueryBlock {
       if (far && columns.kind == Columns::kInside && p.far_first > 0) {
         far = false;  // all threads are past the products with the queries before
         turn();
-        fill_queries(far);
-        commit_copies();
+        if (number > 0) {
+          fill_queries(far);
+          commit_copies();
+        }
         wait_for_copies<0>();
       } else {
         wait_for_copies<BUFFERS - 1>();

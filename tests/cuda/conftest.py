@@ -67,7 +67,10 @@ def kernels(request):
 
 @pytest.fixture
 def thread_order(library_on_host):
-    """A function that sets the order in which threads run between barriers: 0 ascending, 1 descending, else a seed."""
+    """A function that sets the order in which threads run between barriers: 0 ascending, 1 descending, else a seed.
+
+    Odd ones make asynchronous copies at once, even ones when they are waited for.
+    """
     set_order = ctypes.CDLL(library_on_host).longvq_on_host_set_order
     set_order.argtypes, set_order.restype = [ctypes.c_uint64], None
     yield set_order

@@ -167,10 +167,13 @@ def test_offsets_that_are_wrong_are_no_addresses(kernels, offsets):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("depths", [(32, 32), (40, 8), (8, 40)])
-def test_keys_of_their_own_outside_the_window(kernels, dtype, depths):
+@pytest.mark.parametrize(
+    ("depths", "window"),
+    [((32, 32), 30), ((40, 8), 30), ((8, 40), 30), ((32, 32), 150)],  # the last: blocks whose keys are all inside
+)
+def test_keys_of_their_own_outside_the_window(kernels, dtype, depths, window):
     near, far = depths
-    case = drawn(200, near + far, 24, 20, True, 30, True)
+    case = drawn(200, near + far, 24, 20, True, window, True)
     case.codebook[..., :near] = 0
     case, _ = rounded(case, dtype)
     z = ops.vq_assign(case.k[..., near:], case.codebook[..., near:])

@@ -23,6 +23,8 @@ constexpr size_t kGuard = 64;  // bytes on either side of shared memory that mus
 constexpr unsigned char kGuardByte = 0xA5;
 constexpr unsigned char kUnset = 0xFF;  // every 16-bit and 32-bit number of these bytes is NaN
 
+constexpr size_t kUnit = 16;            // bytes that a copy writes
+
 struct Copy {
   void* target;
   const void* source;
@@ -30,7 +32,7 @@ struct Copy {
 
   void make() const {
     std::memcpy(target, source, bytes);
-    std::memset(static_cast<char*>(target) + bytes, 0, 16 - bytes);
+    std::memset(static_cast<char*>(target) + bytes, 0, kUnit - bytes);
   }
 };
 
@@ -57,7 +59,8 @@ struct Warp {
 struct Block {
   std::vector<std::unique_ptr<Fiber>> fibers;
   std::vector<Warp> warps;
-  std::vector<char> memory;  // guard, shared memory, guard
+  std::vector<char> memory;   // guard, shared memory, guard
+  std::vector<bool> awaited;  // by units of shared memory: whether a copy to it has not been waited for
   int at_barrier = 0;
 };
 
@@ -121,6 +124,14 @@ std::vector<size_t> ordered(size_t count, std::mt19937_64& random) {
   return order;
 }
 
+// Both are allowed: at once, which shows targets that are still being read, or when they are waited for, which shows
+// those that are read too soon.
+bool copies_are_early() { return order_of_threads % 2 == 1; }
+
+size_t unit_of(const void* target) {  // before the beginning a very large number
+  return (reinterpret_cast<uintptr_t>(target) - reinterpret_cast<uintptr_t>(shared_memory())) / kUnit;
+}
+
 void check_guards(size_t shared_bytes) {
   const auto spoilt = [](char c) { return static_cast<unsigned char>(c) != kGuardByte; };
   const auto begin = block->memory.begin(), end = block->memory.end();
@@ -132,6 +143,7 @@ void check_guards(size_t shared_bytes) {
 void run_block(dim3 index, dim3 size, dim3 grid, size_t shared_bytes, std::mt19937_64& random) {
   std::fill(block->memory.begin(), block->memory.end(), static_cast<char>(kGuardByte));
   std::memset(shared_memory(), kUnset, shared_bytes);
+  block->awaited.assign(shared_bytes / kUnit, false);
   block->at_barrier = 0;
   for (size_t i = 0; i < block->fibers.size(); ++i) {
     Fiber& fiber = *block->fibers[i];
@@ -207,7 +219,7 @@ void synchronize_warp(Collective operation, void* mine) {
 }
 
 void check_aligned(const void* address) {
-  if (reinterpret_cast<uintptr_t>(address) % 16 != 0) {
+  if (reinterpret_cast<uintptr_t>(address) % kUnit != 0) {
     refuse("16 bytes at a time from an address that is no multiple of 16");
   }
 }
@@ -215,7 +227,18 @@ void check_aligned(const void* address) {
 void copy_later(void* target, const void* source, int bytes) {
   check_aligned(target);
   check_aligned(source);  // also where nothing is read
+  const size_t unit = unit_of(target);
+  if (unit >= block->awaited.size()) {
+    refuse("a copy to where there is no shared memory");
+  }
+  if (block->awaited[unit]) {
+    refuse("a copy to where another one is on its way");
+  }
+  block->awaited[unit] = true;
   running->open.push_back({target, source, bytes});
+  if (copies_are_early()) {
+    running->open.back().make();
+  }
 }
 
 void commit_copies() {
@@ -226,7 +249,10 @@ void commit_copies() {
 void wait_for_copies(int newest) {
   for (; static_cast<int>(running->groups.size()) > newest; running->groups.pop_front()) {
     for (const Copy& copy : running->groups.front()) {
-      copy.make();
+      block->awaited[unit_of(copy.target)] = false;
+      if (!copies_are_early()) {
+        copy.make();
+      }
     }
   }
 }
@@ -261,7 +287,8 @@ bool starts(const char* mangled_name, size_t shared_bytes) {
 
 }  // namespace on_host
 
-// How threads, and blocks, are ordered from now on: 0 ascending, 1 descending, others the seed of a random order.
+// How threads, and blocks, are ordered from now on: 0 ascending, 1 descending, others the seed of a random order. If it is
+// odd, asynchronous copies are made early.
 LONGVQ_EXPORT void longvq_on_host_set_order(uint64_t order) { on_host::order_of_threads = order; }
 
 LONGVQ_EXPORT void longvq_on_host_begin_plan() {

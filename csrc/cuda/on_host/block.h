@@ -4,8 +4,9 @@
 // the block, in a shuffle or a tensor core instruction for its warp. In between the order of the threads is the
 // caller's choice, ascending, descending or random: results that depend on it reveal a missing barrier. So is that of
 // blocks, which run one after the other: results that depend on it reveal blocks that count on each other. Asynchronous
-// copies are made as late as the kernel's waits allow, and shared memory starts as NaN, so that a value that is used
-// before it is there is noticed. A barrier that not all threads reach is an error, not a hang.
+// copies are made as late as the kernel's waits allow, in some orders at once, and shared memory starts as NaN, so that a
+// value that is used before it is there, or replaced while it is needed, is noticed. Two copies to one place of which none
+// was waited for are an error. So is a barrier that not all threads reach: not a hang.
 #pragma once
 
 #include <cstddef>
@@ -41,7 +42,7 @@ void synchronize_warp(Collective operation, void* mine);
 // Misuse of an instruction that takes 16 bytes at a time unless this is a multiple of 16.
 void check_aligned(const void* address);
 
-// A copy of 16 bytes, of which all but the first `bytes` become zero, that is made when it is waited for.
+// A copy of 16 bytes, of which all but the first `bytes` become zero, that is there when it has been waited for.
 void copy_later(void* target, const void* source, int bytes);
 void commit_copies();
 void wait_for_copies(int newest_groups_that_may_be_missing);
