@@ -68,7 +68,7 @@ struct Call {
       const OptionalTensor& cu_seqlens, double scale, bool causal, int64_t window, const std::string& activation,
       const std::string& local_keys, int64_t near_dim);
 
-  bool empty() const { return p.batch == 0 || p.heads == 0 || p.length == 0; }
+  bool empty() const { return p.batch == 0 || p.heads == 0 || p.length == 0 || p.values == 0; }
   void prepare(const Tensor& codebook, bool logarithms, void* stream);
   FarField far_field(ElementType type, bool logarithms) const;
 };
@@ -154,7 +154,9 @@ std::tuple<Tensor, Tensor> vq_attention(
   Attention& p = call.p;
   Tensor out = torch::stable::new_empty(v, {p.batch, p.heads, p.length, p.values}, v.scalar_type());
   Tensor normalizers = torch::stable::new_empty(q, {p.batch, p.heads, p.length, 2}, ScalarType::Float);
-  if (!call.empty()) {
+  if (call.empty()) {
+    torch::stable::zero_(normalizers);
+  } else {
     call.prepare(codebook, true, device.stream());
     p.out = out.mutable_data_ptr(), p.normalizers = data_of<float>(normalizers);
     check_launch(kOp, longvq_cuda_attention(&p, device.stream()));
@@ -197,7 +199,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> vq_attention_backward(
   Tensor dv = empty({p.batch, p.kv_heads, p.length, p.values}, v.scalar_type());
   Tensor dbias = bias.has_value() ? zeros({bias->size(0), bias->size(1)}) : empty({0}, q.scalar_type());
   if (call.empty()) {
-    torch::stable::zero_(dk), torch::stable::zero_(dv);  // of keys that no head of queries looks at
+    // Of keys that no head of queries looks at, and where there are no values to weigh.
+    torch::stable::zero_(dq), torch::stable::zero_(dk), torch::stable::zero_(dv);
   } else {
     call.prepare(codebook, false, stream);
     const Tensor grad = with_dense_rows(as_type(grad_given, v.scalar_type()));

@@ -241,6 +241,13 @@ def test_no_head_of_queries(kernels):
     assert not found["dk"].any() and not found["dv"].any()
 
 
+@pytest.mark.parametrize("depth", [16, 80])
+def test_no_column_of_values(kernels, depth):
+    case, z = rounded(drawn(20, depth, 0, 5, True, 4, True), torch.float32)
+    found, _ = results(kernels, arguments(case, z, torch.float32), torch.zeros(1, 2, 20, 0))
+    assert found["out"].shape == (1, 2, 20, 0) and not any(found[name].any() for name in ("dq", "dk", "dv", "dbias"))
+
+
 def test_wrong_arguments(kernels):
     case, z = rounded(drawn(20, 16, 16, 5, True, 4, True), torch.float32)
     good = arguments(case, z, torch.float32)

@@ -12,6 +12,7 @@ import pytest
         ("two copies to one place", "a copy to where another one is on its way"),
         ("copies one after the other", ""),
         ("copy outside", "a copy to where there is no shared memory"),
+        ("no block", "a grid without blocks"),
     ],
 )
 def test_what_it_says_of(library_on_host, thread_order, order, kernel, message):

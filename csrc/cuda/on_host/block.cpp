@@ -258,6 +258,9 @@ void wait_for_copies(int newest) {
 }
 
 void run_grid(dim3 grid, dim3 size, size_t shared_bytes, const std::function<void()>& body) {
+  if (grid.x == 0 || grid.y == 0 || grid.z == 0) {
+    throw std::runtime_error("a grid without blocks");
+  }
   if (size.y != 1 || size.z != 1 || size.x % kWarpSize != 0) {
     throw std::runtime_error("blocks on the host are rows of whole warps");
   }

@@ -33,10 +33,10 @@ struct CopyOutside {
 };
 
 template <typename Kernel>
-std::string said_of() {
+std::string said_of(unsigned blocks = 1) {
   constexpr unsigned kThreads = 32;
   try {
-    on_host::run_grid(dim3(1), dim3(kThreads), 16 * kThreads, Kernel::run);
+    on_host::run_grid(dim3(1, blocks), dim3(kThreads), 16 * kThreads, Kernel::run);
   } catch (const std::exception& error) {
     return error.what();
   }
@@ -54,6 +54,7 @@ LONGVQ_EXPORT const char* longvq_on_host_said_of(const char* name) {
   said = kernel == "two copies to one place" ? said_of<TwoCopies>()
          : kernel == "copies one after the other" ? said_of<CopyAfterWaiting>()
          : kernel == "copy outside" ? said_of<CopyOutside>()
-                                    : "unknown";
+         : kernel == "no block" ? said_of<CopyAfterWaiting>(0)
+                                : "unknown";
   return said.c_str();
 }
