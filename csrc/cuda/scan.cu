@@ -90,9 +90,8 @@ struct Scanning : ScanningBlock<Element> {
 #pragma unroll
       for (int c = 0; c < kChannels; ++c) {
         if (c < count) {
-          Output value = *output(c, i / kScanSteps, i % kScanSteps);
-          value = out ? Output{0} : value;
-          std::memcpy(y + c, &value, sizeof value);
+          const Output value = *output(c, i / kScanSteps, i % kScanSteps);
+          reinterpret_cast<Output*>(y)[c] = out ? Output{0} : value;
         }
       }
     }
@@ -204,18 +203,21 @@ struct Scanning : ScanningBlock<Element> {
 #pragma unroll
           for (int i = 0; i < 4; ++i) {
             const int chunk = lane / 4 * 4 + 2 * m + i / 2;
-            const Element rounded = as_element(y[m][n][i]);
-            std::memcpy(output(warp, chunk, n * 8 + lane % 4 * 2 + i % 2), &rounded, sizeof rounded);
+            *output(warp, chunk, n * 8 + lane % 4 * 2 + i % 2) = as_output(y[m][n][i]);
           }
         }
       }
     }
   }
 
-  LONGVQ_DEVICE static Element as_element(float x) {
-    Element out;
-    store(&out, x);
-    return out;
+  LONGVQ_DEVICE static Output as_output(float x) {
+    if constexpr (sizeof(Element) == 4) {
+      return x;
+    } else {
+      Element out;
+      store(&out, x);
+      return out.bits;
+    }
   }
 
   LONGVQ_DEVICE void write_state(Pass pass) const {
