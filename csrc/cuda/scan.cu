@@ -78,12 +78,14 @@ struct Scanning : ScanningBlock<Element> {
       Element* y = outputs + at * p.modes.channels;
       if constexpr (Base::kTogether) {
         if (together) {
-          EightNumbers numbers{};
+          uint32_t numbers[kChannels / 2];
 #pragma unroll
-          for (int c = 0; c < kChannels; ++c) {
-            numbers.of_channel[c] = out ? uint16_t{0} : *output(c, i / kScanSteps, i % kScanSteps);
+          for (int c = 0; c < kChannels; c += 2) {
+            const uint32_t low = *output(c, i / kScanSteps, i % kScanSteps);
+            const uint32_t high = *output(c + 1, i / kScanSteps, i % kScanSteps);
+            numbers[c / 2] = out ? 0 : low | high << 16;
           }
-          *reinterpret_cast<EightNumbers*>(y) = numbers;
+          store_together(y, numbers);
           continue;
         }
       }

@@ -50,6 +50,12 @@ LONGVQ_DEVICE double sine_of_pi(double x) { return sinpi(x); }
 LONGVQ_DEVICE float from_bits(uint32_t bits) { return __uint_as_float(bits); }
 LONGVQ_DEVICE uint32_t to_bits(float x) { return __float_as_uint(x); }
 
+// 16 bytes of global memory in one access, at a multiple of 16.
+LONGVQ_DEVICE void store_together(void* to, const uint32_t (&x)[4]) {
+  asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(x[0]), "r"(x[1]), "r"(x[2]), "r"(x[3])
+               : "memory");
+}
+
 // Copies the first `bytes` of 16 from global to shared memory and makes the others zero, asynchronously.
 LONGVQ_DEVICE void copy_later(void* target, const void* source, int bytes) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(target)), "l"(source), "r"(bytes)

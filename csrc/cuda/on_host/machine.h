@@ -103,6 +103,11 @@ inline double sine_of_pi(double x) { return std::sin(std::remainder(x, 2.0) * kP
 
 inline float fast_exponential(float x) { return std::exp(x); }
 
+inline void store_together(void* to, const uint32_t (&x)[4]) {
+  on_host::check_aligned(to);
+  std::memcpy(to, x, sizeof x);
+}
+
 inline void copy_later(void* target, const void* source, int bytes) { on_host::copy_later(target, source, bytes); }
 inline void commit_copies() { on_host::commit_copies(); }
 template <int NEWEST>
