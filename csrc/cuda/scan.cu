@@ -71,29 +71,47 @@ struct Scanning : ScanningBlock<Element> {
 
   LONGVQ_DEVICE void write_outputs(int64_t first) const {
     Element* outputs = static_cast<Element*>(p.y) + of.batch * p.length * p.modes.channels + first_channel;
-    const bool together = this->are_together(outputs, p.modes.channels, 1);
+    if constexpr (Base::kTogether) {
+      if (this->are_together(outputs, p.modes.channels, 1)) {
+        write_together(outputs, first);
+        return;
+      }
+    }
     for (int i = threadIdx.x; i < kScanTile && first + i < end; i += kThreads) {
       const int64_t at = this->position(first + i);
       const bool out = this->ignored(at);
       Element* y = outputs + at * p.modes.channels;
-      if constexpr (Base::kTogether) {
-        if (together) {
-          uint32_t numbers[kChannels / 2];
-#pragma unroll
-          for (int c = 0; c < kChannels; c += 2) {
-            const uint32_t low = *output(c, i / kScanSteps, i % kScanSteps);
-            const uint32_t high = *output(c + 1, i / kScanSteps, i % kScanSteps);
-            numbers[c / 2] = out ? 0 : low | high << 16;
-          }
-          store_together(y, numbers);
-          continue;
-        }
-      }
 #pragma unroll
       for (int c = 0; c < kChannels; ++c) {
         if (c < count) {
           const Output value = *output(c, i / kScanSteps, i % kScanSteps);
           reinterpret_cast<Output*>(y)[c] = out ? Output{0} : value;
+        }
+      }
+    }
+  }
+
+  // The channels of a step at once, two steps a lane.
+  LONGVQ_DEVICE void write_together(Element* outputs, int64_t first) const {
+#pragma unroll
+    for (int round = 0; round < Base::kRounds; ++round) {
+      const int chunk = this->chunk_of_round(round), t = this->first_of_round();
+      uint32_t two[kChannels];
+#pragma unroll
+      for (int c = 0; c < kChannels; ++c) {
+        two[c] = *reinterpret_cast<const uint32_t*>(output(c, chunk, t));
+      }
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const int64_t step = first + chunk * kScanSteps + t + i, at = this->position(step);
+        if (step < end) {
+          const bool out = this->ignored(at);
+          uint32_t numbers[kChannels / 2];
+#pragma unroll
+          for (int c = 0; c < kChannels; c += 2) {
+            numbers[c / 2] = out ? 0 : Base::same_halves(two[c], two[c + 1], i);
+          }
+          store_together(outputs + at * p.modes.channels, numbers);
         }
       }
     }

@@ -20,11 +20,6 @@ struct Inputs {
   int64_t batch, length, channel;  // strides
 };
 
-// What one access takes of the 16-bit numbers of a step.
-struct alignas(16) EightNumbers {
-  uint16_t of_channel[8];
-};
-
 template <typename Element, int CHANNELS>
 struct ScanBlock {
   using Operand = ScanOperand<Element>;
@@ -53,9 +48,10 @@ struct ScanBlock {
 
   LONGVQ_DEVICE bool has_channel() const { return warp < count; }
   LONGVQ_DEVICE int64_t position(int64_t step) const { return of.start + (p.reverse ? of.length - 1 - step : step); }
-  LONGVQ_DEVICE bool ignored(int64_t at) const {
-    return p.ignored != nullptr && p.ignored[of.batch * p.ignored_batch + at * p.ignored_length] != 0;
+  LONGVQ_DEVICE uint32_t mask_of(int64_t at) const {
+    return p.ignored == nullptr ? 0 : p.ignored[of.batch * p.ignored_batch + at * p.ignored_length];
   }
+  LONGVQ_DEVICE bool ignored(int64_t at) const { return mask_of(at) != 0; }
   // The segment's place among those of a row of the tensors.
   LONGVQ_DEVICE int64_t segment_of_row() const { return of.first_piece(p, p.segment_length) + segment; }
   // Of the last segment of a sequence the state enters no other.
@@ -80,23 +76,15 @@ struct ScanBlock {
   // Steps first .. first + kScanTile of all channels of the block, zero where there are none.
   LONGVQ_DEVICE void read(const Inputs& x, int64_t first, const Chunks& of_first_channel) const {
     const auto* from = static_cast<const Element*>(x.data) + of.batch * x.batch + first_channel * x.channel;
-    const bool together = are_together(from, x.length, x.channel);
+    if constexpr (kTogether) {
+      if (are_together(from, x.length, x.channel)) {
+        read_together(from, x.length, first, of_first_channel);
+        return;
+      }
+    }
     for (int i = threadIdx.x; i < kScanTile; i += kThreads) {
       const int64_t at = position(first + i);
       const bool there = first + i < end && !ignored(at);
-      if constexpr (kTogether) {
-        if (together) {
-          EightNumbers numbers{};
-          if (there) {
-            numbers = *reinterpret_cast<const EightNumbers*>(from + at * x.length);
-          }
-#pragma unroll
-          for (int c = 0; c < kChannels; ++c) {
-            *next(of_first_channel, c).at(0, i / kScanSteps, i % kScanSteps) = numbers.of_channel[c];
-          }
-          continue;
-        }
-      }
 #pragma unroll
       for (int c = 0; c < kChannels; ++c) {
         uint16_t parts[kParts];
@@ -108,11 +96,55 @@ struct ScanBlock {
       }
     }
   }
-  // Whether the channels of a step lie side by side at a multiple of 16 bytes.
-  static constexpr bool kTogether = kParts == 1 && kChannels == 8 && sizeof(Element) == sizeof(uint16_t);
+  // Whether one access can take the channels of a step, which lie side by side.
+  static constexpr bool kTogether = kParts == 1 && sizeof(Element) == sizeof(uint16_t);
+  struct alignas(sizeof(uint16_t) * kChannels) Together {
+    uint32_t pairs[kChannels / 2];
+  };
   LONGVQ_DEVICE bool are_together(const Element* first, int64_t length_stride, int64_t channel_stride) const {
-    return kTogether && count == 8 && channel_stride == 1 && length_stride % 8 == 0 &&
-           reinterpret_cast<uintptr_t>(first) % sizeof(EightNumbers) == 0;
+    return kTogether && count == kChannels && channel_stride == 1 && length_stride % kChannels == 0 &&
+           reinterpret_cast<uintptr_t>(first) % sizeof(Together) == 0;
+  }
+
+  // Such channels of a tile: a lane has two steps of a chunk in each of so many rounds.
+  static constexpr int kRounds = kScanTile / kThreads / 2;
+  LONGVQ_DEVICE int chunk_of_round(int round) const { return round * kChannels + warp + lane / 16 * 16; }
+  LONGVQ_DEVICE int first_of_round() const { return lane % 16 * 2; }
+
+  LONGVQ_DEVICE void read_together(
+      const Element* from, int64_t stride, int64_t first, const Chunks& of_first_channel) const {
+    Together held[kRounds][2];  // all are on their way before the first is needed
+    uint32_t masks[kRounds][2];
+#pragma unroll
+    for (int round = 0; round < kRounds; ++round) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const int64_t step = first + chunk_of_round(round) * kScanSteps + first_of_round() + i, at = position(step);
+        held[round][i] = {};
+        masks[round][i] = 0;
+        if (step < end) {
+          held[round][i] = *reinterpret_cast<const Together*>(from + at * stride);
+          masks[round][i] = mask_of(at);
+        }
+      }
+    }
+#pragma unroll
+    for (int round = 0; round < kRounds; ++round) {
+#pragma unroll
+      for (int c = 0; c < kChannels; ++c) {
+        uint32_t two[2];
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          two[i] = masks[round][i] != 0 ? 0 : held[round][i].pairs[c / 2];
+        }
+        uint16_t* to = next(of_first_channel, c).at(0, chunk_of_round(round), first_of_round());
+        *reinterpret_cast<uint32_t*>(to) = same_halves(two[0], two[1], c % 2);
+      }
+    }
+  }
+  // Of two words the low halves, or the high ones, the first below.
+  LONGVQ_DEVICE static uint32_t same_halves(uint32_t first, uint32_t second, int high) {
+    return high == 0 ? (first & 0xffff) | second << 16 : first >> 16 | (second & 0xffff0000);
   }
   LONGVQ_DEVICE static Chunks next(const Chunks& chunks, int by) {
     return {chunks.data + by * (Chunks::kBytes / sizeof(uint16_t))};
