@@ -23,8 +23,6 @@ struct Scanning : ScanningBlock<Element> {
   using Base::begin, Base::channel, Base::count, Base::end, Base::first_channel, Base::has_channel,
       Base::lane, Base::of, Base::p, Base::padded, Base::warp;
   static constexpr int kParts = Base::kParts, kChannels = Base::kChannels, kThreads = Base::kThreads;
-  // y is left where u was: rows of 16 bits, or of 32 bits in the room of three parts.
-  using Output = std::conditional_t<sizeof(Element) == 4, float, uint16_t>;
 
   static size_t bytes(int64_t modes) {
     const size_t tables = sizeof(uint16_t) * kChannels * scan_table_size(modes, kParts);
@@ -64,9 +62,10 @@ struct Scanning : ScanningBlock<Element> {
     }
   }
 
-  LONGVQ_DEVICE Output* output(int of, int chunk, int t) const {
+  // y is left where u was: rows of 16 bits, or of 32 bits in the room of three parts.
+  LONGVQ_DEVICE Element* output(int of, int chunk, int t) const {
     constexpr int kPitch = Chunks::kPitch;
-    return reinterpret_cast<Output*>(chunks(of).data) + chunk * kPitch + t;
+    return reinterpret_cast<Element*>(chunks(of).data) + Base::row_of(chunk) * kPitch + t;
   }
 
   LONGVQ_DEVICE void write_outputs(int64_t first) const {
@@ -84,8 +83,8 @@ struct Scanning : ScanningBlock<Element> {
 #pragma unroll
       for (int c = 0; c < kChannels; ++c) {
         if (c < count) {
-          const Output value = *output(c, i / kScanSteps, i % kScanSteps);
-          reinterpret_cast<Output*>(y)[c] = out ? Output{0} : value;
+          const Element value = *output(c, i / kScanSteps, i % kScanSteps);
+          y[c] = out ? Element{} : value;
         }
       }
     }
@@ -221,22 +220,12 @@ struct Scanning : ScanningBlock<Element> {
 #pragma unroll
         for (int n = 0; n < kTiles; ++n) {
 #pragma unroll
-          for (int i = 0; i < 4; ++i) {
-            const int chunk = lane / 4 * 4 + 2 * m + i / 2;
-            *output(warp, chunk, n * 8 + lane % 4 * 2 + i % 2) = as_output(y[m][n][i]);
+          for (int half = 0; half < 2; ++half) {
+            const int chunk = lane / 4 * 4 + 2 * m + half;
+            store_pair(output(warp, chunk, n * 8 + lane % 4 * 2), y[m][n][half * 2], y[m][n][half * 2 + 1]);
           }
         }
       }
-    }
-  }
-
-  LONGVQ_DEVICE static Output as_output(float x) {
-    if constexpr (sizeof(Element) == 4) {
-      return x;
-    } else {
-      Element out;
-      store(&out, x);
-      return out.bits;
     }
   }
 

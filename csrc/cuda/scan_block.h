@@ -91,7 +91,7 @@ struct ScanBlock {
         Operand::split(there && c < count ? to_float(from[at * x.length + c * x.channel]) : 0.0f, parts);
 #pragma unroll
         for (int part = 0; part < kParts; ++part) {
-          *next(of_first_channel, c).at(part, i / kScanSteps, i % kScanSteps) = parts[part];
+          *next(of_first_channel, c).at(part, row_of(i / kScanSteps), i % kScanSteps) = parts[part];
         }
       }
     }
@@ -106,7 +106,8 @@ struct ScanBlock {
            reinterpret_cast<uintptr_t>(first) % sizeof(Together) == 0;
   }
 
-  // Such channels of a tile: a lane has two steps of a chunk in each of so many rounds.
+  // Such channels of a tile: a lane has two steps of a chunk in each of so many rounds. The halves of a warp have chunks
+  // whose rows lie in different banks.
   static constexpr int kRounds = kScanTile / kThreads / 2;
   LONGVQ_DEVICE int chunk_of_round(int round) const { return round * kChannels + warp + lane / 16 * 16; }
   LONGVQ_DEVICE int first_of_round() const { return lane % 16 * 2; }
@@ -137,7 +138,7 @@ struct ScanBlock {
         for (int i = 0; i < 2; ++i) {
           two[i] = masks[round][i] != 0 ? 0 : held[round][i].pairs[c / 2];
         }
-        uint16_t* to = next(of_first_channel, c).at(0, chunk_of_round(round), first_of_round());
+        uint16_t* to = next(of_first_channel, c).at(0, row_of(chunk_of_round(round)), first_of_round());
         *reinterpret_cast<uint32_t*>(to) = same_halves(two[0], two[1], c % 2);
       }
     }
@@ -155,20 +156,21 @@ struct ScanBlock {
     float value = 0;
 #pragma unroll
     for (int part = kParts - 1; part >= 0; --part) {
-      value += from_bits(static_cast<uint32_t>(*chunks.at(part, chunk, t)) << 16);
+      value += from_bits(static_cast<uint32_t>(*chunks.at(part, row_of(chunk), t)) << 16);
     }
     return value;
   }
 
-  // Row r = 16 m + 8 half + g of the products is chunk 4 g + 2 m + half: so the rows of a lane follow each other.
-  LONGVQ_DEVICE static int chunk_of(int row) { return row % 8 * 4 + row / 8; }
+  // Chunk 4 g + 2 m + half is row 16 m + 8 half + g of the products: so the chunks of a lane follow each other. Rows of
+  // tiles are the same, so that rows which are loaded together lie in different banks.
+  LONGVQ_DEVICE static int row_of(int chunk) { return chunk % 4 * 8 + chunk / 4; }
 
   LONGVQ_DEVICE void load_chunks(uint32_t (&out)[kParts][2][4], const Chunks& chunks, int step) const {
 #pragma unroll
     for (int part = 0; part < kParts; ++part) {
 #pragma unroll
       for (int m = 0; m < 2; ++m) {
-        load_matrices(out[part][m], chunks.at(part, chunk_of(16 * m + lane % 16), step + lane / 16 * 8));
+        load_left(out[part][m], chunks, part, 16 * m, step);
       }
     }
   }
@@ -200,7 +202,7 @@ struct ScanBlock {
           uint32_t left[kParts][1][4];
 #pragma unroll
           for (int part = 0; part < kParts; ++part) {
-            load_matrices(left[part][0], chunks.at(part, chunk_of(16 * m + lane % 16), step + lane / 16 * 8));
+            load_left(left[part][0], chunks, part, 16 * m, step);
           }
           multiply_fragments<Operand>(half_of(out, m), left, table, step, column);
         }
