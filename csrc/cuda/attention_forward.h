@@ -39,7 +39,7 @@ struct Forward : ForwardBlock<Element, DEPTH, VALUES> {
 
   // Products become scores: scaled, with what is added to those of a code or a pair.
   LONGVQ_DEVICE void finish_scores(
-      Scores& scores, const Columns& columns, float (&numbers)[kFragments][2]) const {
+      Scores& scores, const Columns& columns, const float (&numbers)[kFragments][2]) const {
     const int ahead = columns.first - first + lane % 4 * 2;  // of the first query
 #pragma unroll
     for (int n = 0; n < kFragments; ++n) {
@@ -48,12 +48,9 @@ struct Forward : ForwardBlock<Element, DEPTH, VALUES> {
         const int column = columns.first + n * 8 + lane % 4 * 2 + c;
         const bool there = column < columns.last;
         const bool code = columns.kind == Columns::kCodes;
-        numbers[n][c] = 1;
         float add = there && (code || !head.ignored(column)) ? 0.0f : -INFINITY;
-        if (there && code) {
-          const float number = head.number(first, column);
-          numbers[n][c] = number;
-          add = p.laplace ? 0.0f : number;
+        if (there && code && !p.laplace) {
+          add = numbers[n][c];
         }
 #pragma unroll
         for (int m = 0; m < kMTiles; ++m) {
@@ -114,7 +111,8 @@ struct Forward : ForwardBlock<Element, DEPTH, VALUES> {
       for (int n = 0; n < kFragments; ++n) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          scores[m][n][i] = numbers[n][i % 2] * laplace(scores[m][n][i]);
+          const float weight = laplace(scores[m][n][i]);
+          scores[m][n][i] = weight == 0.0f ? 0.0f : numbers[n][i % 2] * weight;  // of no code the number is not one
         }
       }
     }
@@ -157,6 +155,7 @@ struct Forward : ForwardBlock<Element, DEPTH, VALUES> {
   LONGVQ_DEVICE void run() {
     const auto visit = [&](const Columns& columns, int number) {
       float scores[kMTiles][kFragments][4] = {}, numbers[kFragments][2];
+      this->load_numbers(numbers, columns);
       multiply_rows<Operand>(scores, this->queries(), warp * kMTiles * 16, this->keys(number));
       finish_scores(scores, columns, numbers);
       if (p.laplace) {

@@ -123,13 +123,13 @@ struct KeyBlock {
     __syncthreads();
   }
 
-  // For a tile of queries: what they weigh a key of these rows with, and the gradients of their scores. number(row):
-  // how many keys a row stands for; score_of(query, row, score): -infinity where the pair is not allowed;
+  // For a tile of queries: what they weigh a key of these rows with, and the gradients of their scores. `numbers`: how
+  // many keys the rows of this lane stand for; score_of(query, row, score): -infinity where the pair is not allowed;
   // fill_values(slice): puts other columns of the values into place.
-  template <typename Number, typename Score, typename FillValues>
+  template <typename Score, typename FillValues>
   LONGVQ_DEVICE void weigh(
-      Pairs& weights, Pairs& dscores, const Head& of, int64_t begin, int64_t end, int tile, const Number& number,
-      const Score& score_of, const FillValues& fill_values) const {
+      Pairs& weights, Pairs& dscores, const Head& of, int64_t begin, int64_t end, int tile,
+      const float (&numbers)[2], const Score& score_of, const FillValues& fill_values) const {
     multiply_rows<Operand>(weights, keys(), warp * 16, queries(tile));
     for (int64_t slice = 0; MAKES != kValuesOnly && slice < p.values; slice += VALUES) {
       if (p.values > VALUES) {
@@ -156,7 +156,7 @@ struct KeyBlock {
         for (int half = 0; half < 2; ++half) {
           float& weight = weights[0][n][half * 2 + c];
           float& dscore = dscores[0][n][half * 2 + c];
-          const float keys_of_row = there ? number(row(half)) : 0.0f;
+          const float keys_of_row = there ? numbers[half] : 0.0f;
           const float score = keys_of_row > 0 ? score_of(query, row(half), weight * scale) : -INFINITY;
           if (score == -INFINITY) {
             weight = dscore = 0;

@@ -33,13 +33,16 @@ struct CodeGradient : KeyBlock<Element, DEPTH, VALUES, MAKES> {
     __syncthreads();
     fill_means(first_value);
     commit_copies();
+    float numbers[2];  // the same for all these queries, which have one far field
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int code = first + this->row(half);
+      numbers[half] = code < p.codebook.codes ? head.numbers(begin)[code] : 0.0f;
+    }
     this->past_queries(begin, end, true, [&](const Head& of, int64_t query, int tile) {
       Pairs weights = {}, dscores = {};
-      const auto number = [&](int row) {
-        return first + row < p.codebook.codes ? head.number(query, first + row) : 0.0f;
-      };
       const auto score_of = [](int64_t, int, float score) { return score; };
-      this->weigh(weights, dscores, of, query, end, tile, number, score_of, fill_means);
+      this->weigh(weights, dscores, of, query, end, tile, numbers, score_of, fill_means);
       if (MAKES != kKeysOnly) {
         multiply_weights<Operand>(dvalues, weights, this->grads(tile));
       }
@@ -151,12 +154,17 @@ struct NearGradient : KeyBlock<Element, DEPTH, VALUES, MAKES> {
       return near ? of.score_of_key(kind, static_cast<int>(key - query), score) : -INFINITY;
     };
     const int64_t stop = min(end, int64_t{head.length});
+    float numbers[2];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int key = first + this->row(half);
+      numbers[half] = key < last() && !head.ignored(key) ? 1.0f : 0.0f;
+    }
     this->past_queries(max(begin, int64_t{0}), stop, !exact, [&](const Head& of, int64_t query, int tile) {
       Pairs weights = {}, dscores = {};
-      const auto number = [&](int row) { return first + row < last() && !head.ignored(first + row) ? 1.0f : 0.0f; };
       const auto score = [&](int64_t i, int row, float product) { return score_of(of, i, row, product); };
       const auto fill_slice = [&](int64_t slice) { fill_values(slice); };
-      this->weigh(weights, dscores, of, query, stop, tile, number, score, fill_slice);
+      this->weigh(weights, dscores, of, query, stop, tile, numbers, score, fill_slice);
       if (MAKES != kKeysOnly) {
         multiply_weights<Operand>(dvalues, weights, this->grads(tile));
       }

@@ -62,8 +62,9 @@ struct Head {
     const int64_t field = p.all_far() ? 0 : query / kFarBlock;
     return (batch * p.kv_heads + kv_head) * p.far_fields + first_field + field;
   }
-  LONGVQ_DEVICE float number(int64_t query, int64_t code) const {
-    return p.numbers[far_field(query) * padded_codes(p.codebook.codes) + code];
+  // Of all codes in the far field of a query.
+  LONGVQ_DEVICE const float* numbers(int64_t query) const {
+    return p.numbers + far_field(query) * padded_codes(p.codebook.codes);
   }
   LONGVQ_DEVICE float scale_of(int64_t query) const {
     return p.laplace ? p.units[batch * p.length + start + query] : p.scale;
@@ -178,6 +179,20 @@ struct QueryBlock {
     return static_cast<int>(min(p.values - slice, int64_t{VALUES}));
   }
   LONGVQ_DEVICE int row(int m, int half) const { return (warp * MTILES + m) * 16 + lane / 4 + half * 8; }
+
+  // How many keys the columns of a tile stand for. Asked for before the products, which don't wait for it. Codes that
+  // don't exist have a place there, in which anything may be.
+  LONGVQ_DEVICE void load_numbers(float (&numbers)[kFragments][2], const Columns& columns) const {
+    const float* from = head.numbers(first) + columns.first + lane % 4 * 2;
+#pragma unroll
+    for (int n = 0; n < kFragments; ++n) {
+      TwoFloats pair{1, 1};
+      if (columns.kind == Columns::kCodes) {
+        pair = *reinterpret_cast<const TwoFloats*>(from + n * 8);
+      }
+      numbers[n][0] = pair.first, numbers[n][1] = pair.second;
+    }
+  }
 
   LONGVQ_DEVICE void fill_queries(bool far) const {
     fill<Operand, kThreads>(queries(), head.queries<Element>(far, aligned.q), [&](int row) {

@@ -69,7 +69,8 @@ struct QueryGradient : QueryGradientShape<Element, DEPTH, VALUES>::Block {
 
   // Scores, then gradients of scores.
   LONGVQ_DEVICE void differentiate(
-      float (&scores)[1][kFragments][4], const float (&dweights)[1][kFragments][4], const Columns& columns) const {
+      float (&scores)[1][kFragments][4], const float (&dweights)[1][kFragments][4],
+      const float (&numbers)[kFragments][2], const Columns& columns) const {
 #pragma unroll
     for (int n = 0; n < kFragments; ++n) {
 #pragma unroll
@@ -77,7 +78,7 @@ struct QueryGradient : QueryGradientShape<Element, DEPTH, VALUES>::Block {
         const int column = columns.first + n * 8 + lane % 4 * 2 + c;
         const bool code = columns.kind == Columns::kCodes;
         const bool there = column < columns.last && (code || !head.ignored(column));
-        const float number = !there ? 0.0f : code ? head.number(first, column) : 1.0f;
+        const float number = there ? numbers[n][c] : 0.0f;
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
           const int query = first + row(0, half);
@@ -154,10 +155,11 @@ struct QueryGradient : QueryGradientShape<Element, DEPTH, VALUES>::Block {
     fill_grads(0);
     bool far = true;
     const auto visit = [&](const Columns& columns, int number) {
-      float scores[1][kFragments][4] = {}, dweights[1][kFragments][4] = {};
+      float scores[1][kFragments][4] = {}, dweights[1][kFragments][4] = {}, numbers[kFragments][2];
+      this->load_numbers(numbers, columns);
       multiply_rows<Operand>(scores, this->queries(), warp * 16, this->keys(number));
       multiply_values(dweights, columns, number);
-      differentiate(scores, dweights, columns);
+      differentiate(scores, dweights, numbers, columns);
       const bool near = columns.kind == Columns::kInside || columns.kind == Columns::kBoth;
       if (near && g.dbias_of_blocks != nullptr) {
         add_bias_gradients(scores, columns);
