@@ -61,12 +61,18 @@ struct CodeGradient : KeyBlock<Element, DEPTH, VALUES, MAKES> {
     __syncthreads();
     this->write(dvalues, columns, [&](int row) { return this->stage(row); }, 1 / Base::kWeightScale);
     __syncthreads();
-    for (int64_t key = begin + this->warp; key < end; key += kWarps) {
-      const int64_t row = head.code_of(key) - first;
-      if (row >= 0 && row < Base::kRows && !head.ignored(key)) {
-        float* to = array + head.place_of_key(key) * p.values + first_value;
+    // A lane looks at one of 32 keys; all lanes write the values of those that have codes of this block.
+    for (int64_t from = begin + this->warp * 32; from < end; from += kThreads) {
+      const int64_t mine = from + this->lane;
+      const bool there = mine < end && !head.ignored(mine);
+      const int own = there ? static_cast<int>(head.code_of(mine)) - first : -1;
+      uint32_t left = ballot(own >= 0 && own < Base::kRows);
+      while (left != 0) {
+        const int of = lowest_bit(left), row = shuffle_from(own, of);
+        left &= left - 1;
+        float* to = array + head.place_of_key(from + of) * p.values + first_value;
         for (int column = this->lane; column < columns; column += 32) {
-          to[column] = this->stage(static_cast<int>(row))[column];
+          to[column] = this->stage(row)[column];
         }
       }
     }

@@ -30,6 +30,7 @@ LONGVQ_DEVICE float shuffle_xor(float x, int mask) { return __shfl_xor_sync(0xff
 // From the lane `by` below; the lowest lanes keep their own.
 LONGVQ_DEVICE float shuffle_up(float x, int by) { return __shfl_up_sync(0xffffffffu, x, by); }
 LONGVQ_DEVICE float shuffle_from(float x, int lane) { return __shfl_sync(0xffffffffu, x, lane); }
+LONGVQ_DEVICE int shuffle_from(int x, int lane) { return __shfl_sync(0xffffffffu, x, lane); }
 LONGVQ_DEVICE int shuffle_xor(int x, int mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
 
 // A bit for each lane of the warp.
