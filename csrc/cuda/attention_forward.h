@@ -138,15 +138,11 @@ struct Forward : ForwardBlock<Element, DEPTH, VALUES> {
         }
         const float factor = head.ignored(query) ? 0.0f : p.laplace ? 1.0f : 1.0f / sum;
         Element* to = static_cast<Element*>(p.out) + place * p.values + first_value;
+        const int columns = this->columns_of_values(first_value);
+        const auto value = [&](int n, int c) { return factor == 0.0f ? 0.0f : out[m][n][half * 2 + c] * factor; };
 #pragma unroll
         for (int n = 0; n < VALUES / 8; ++n) {
-#pragma unroll
-          for (int c = 0; c < 2; ++c) {
-            const int column = n * 8 + lane % 4 * 2 + c;
-            if (column < this->columns_of_values(first_value)) {
-              store(to + column, factor == 0.0f ? 0.0f : out[m][n][half * 2 + c] * factor);
-            }
-          }
+          store_columns(to, n * 8 + lane % 4 * 2, columns, p.values % 2 == 0, value(n, 0), value(n, 1));
         }
       }
     }

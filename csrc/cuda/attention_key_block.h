@@ -173,22 +173,19 @@ struct KeyBlock {
     }
   }
 
-  // Rows of float32 in global memory from fragments; to(row) is null where there is none.
+  // Rows of float32, an even number of columns apart if they have an even number, from fragments; to(row) is null where
+  // there is none.
   template <int NTILES, typename To>
   LONGVQ_DEVICE void write(
       const float (&from)[1][NTILES][4], int64_t columns, const To& to, float factor = 1.0f) const {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       float* out = to(row(half));
+      const int there = out == nullptr ? 0 : static_cast<int>(columns);
 #pragma unroll
       for (int n = 0; n < NTILES; ++n) {
-#pragma unroll
-        for (int c = 0; c < 2; ++c) {
-          const int column = n * 8 + lane % 4 * 2 + c;
-          if (out != nullptr && column < columns) {
-            out[column] = from[0][n][half * 2 + c] * factor;
-          }
-        }
+        const float* two = from[0][n] + half * 2;
+        store_columns(out, n * 8 + lane % 4 * 2, there, columns % 2 == 0, two[0] * factor, two[1] * factor);
       }
     }
   }

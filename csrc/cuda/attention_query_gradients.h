@@ -130,15 +130,11 @@ struct QueryGradient : QueryGradientShape<Element, DEPTH, VALUES>::Block {
       if (query < last) {
         const int64_t place = head.place(query);
         Element* to = static_cast<Element*>(g.dq) + place * (p.far_first + p.far_depth) + (far ? p.far_first : 0);
+        const bool pairs = p.far_first % 2 == 0 && p.far_depth % 2 == 0;
 #pragma unroll
         for (int n = 0; n < DEPTH / 8; ++n) {
-#pragma unroll
-          for (int c = 0; c < 2; ++c) {
-            const int column = n * 8 + lane % 4 * 2 + c;
-            if (column < columns) {
-              store(to + column, dq[0][n][half * 2 + c] * scale[half]);
-            }
-          }
+          const float* two = dq[0][n] + half * 2;
+          store_columns(to, n * 8 + lane % 4 * 2, columns, pairs, two[0] * scale[half], two[1] * scale[half]);
         }
       }
     }

@@ -36,6 +36,24 @@ LONGVQ_DEVICE void store_pair(Half* out, float x, float y) {
   *reinterpret_cast<uint32_t*>(out) = round_to_half(x, y);
 }
 
+// Numbers of column `column`, an even one, and the next of a row that has so many. `pairs`: that is an even number, and
+// the row begins where a pair may.
+template <typename Element>
+LONGVQ_DEVICE void store_columns(Element* row, int column, int columns, bool pairs, float x, float y) {
+  if (pairs) {
+    if (column < columns) {
+      store_pair(row + column, x, y);
+    }
+    return;
+  }
+  if (column < columns) {
+    store(row + column, x);
+  }
+  if (column + 1 < columns) {
+    store(row + column + 1, y);
+  }
+}
+
 // A float32 cut into three bfloat16, exactly: the sum of the three is `x`. Cut off, not rounded, so that no part
 // overflows; infinity and NaN make NaN.
 struct ThreeParts {
