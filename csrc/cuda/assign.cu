@@ -1,6 +1,7 @@
 // Nearest codewords: argmin_s ‖k − C_s‖² = argmax_s (k·C_s − ½‖C_s‖²), products on tensor cores in float32 precision.
 //
-// A block takes 64 keys, four warps of 16, past all codes in tiles of 32. Nothing but the codes is written.
+// A block takes 64 or 128 keys, four warps with 16 rows once or twice, past all codes in tiles of 32. Nothing but the
+// codes is written.
 #include <initializer_list>
 
 #include "cover.h"
@@ -9,7 +10,7 @@
 namespace longvq::cuda {
 namespace {
 
-constexpr int kThreads = 128, kKeys = 64, kTile = 32;
+constexpr int kThreads = 128, kTile = 32;
 
 template <typename Operand>
 __global__ void __launch_bounds__(kThreads) pack_codebook(PackCodebook p) {
@@ -50,6 +51,9 @@ using KeyOperand = std::conditional_t<std::is_same_v<Element, BFloat16>, OneBFlo
 template <typename Element, int DEPTH>
 struct AssignTiles {
   static constexpr int kBuffers = DEPTH == 256 ? 1 : 2;
+  // Rows of 16 keys for each warp: two halve what is read of the codes for each key, where memory has room for both.
+  static constexpr int kMTiles = KeyOperand<Element>::kParts == 1 && DEPTH <= 128 ? 2 : 1;
+  static constexpr int kKeys = 16 * kMTiles * (kThreads / 32);
   using Keys = Tile<kKeys, DEPTH, KeyOperand<Element>::kParts>;
   using Codes = Tile<kTile, DEPTH, ThreeParts::kParts>;
   static constexpr size_t kBytes = Keys::kBytes + kBuffers * Codes::kBytes;
@@ -65,7 +69,8 @@ __global__ void __launch_bounds__(kThreads) assign(Assign p, bool rows_aligned) 
     const size_t before = Tiles::Keys::kBytes + tile % Tiles::kBuffers * Tiles::Codes::kBytes;
     return typename Tiles::Codes{reinterpret_cast<uint16_t*>(memory + before)};
   };
-  const int64_t head = blockIdx.y, batch = blockIdx.z, first = static_cast<int64_t>(blockIdx.x) * kKeys;
+  constexpr int kMTiles = Tiles::kMTiles;
+  const int64_t head = blockIdx.y, batch = blockIdx.z, first = static_cast<int64_t>(blockIdx.x) * Tiles::kKeys;
   const int64_t padded = padded_codes(p.codebook.codes);
   const auto fill_codes = [&](int tile) {
     const uint16_t* parts = p.codebook.parts + head * ThreeParts::kParts * padded * DEPTH;
@@ -79,8 +84,12 @@ __global__ void __launch_bounds__(kThreads) assign(Assign p, bool rows_aligned) 
   fill_codes(0);
 
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  float best[2] = {-INFINITY, -INFINITY};  // of rows lane / 4 and these + 8
-  int code[2] = {0, 0};
+  float best[kMTiles][2];  // of rows lane / 4 and these + 8
+  int code[kMTiles][2] = {};
+#pragma unroll
+  for (int m = 0; m < kMTiles; ++m) {
+    best[m][0] = best[m][1] = -INFINITY;
+  }
   const int tiles = static_cast<int>(divide_up(p.codebook.codes, kTile));
   for (int tile = 0; tile < tiles; ++tile) {
     if (Tiles::kBuffers == 2 && tile + 1 < tiles) {
@@ -90,17 +99,29 @@ __global__ void __launch_bounds__(kThreads) assign(Assign p, bool rows_aligned) 
       wait_for_copies<0>();
     }
     __syncthreads();
-    float scores[1][kTile / 8][4] = {};
-    multiply_rows<ThreeParts>(scores, keys, warp * 16, codes(tile));
+    TwoFloats norms[kTile / 8];  // asked for before the products, which don't wait for them
+#pragma unroll
+    for (int n = 0; n < kTile / 8; ++n) {
+      norms[n] = *reinterpret_cast<const TwoFloats*>(half_norms + tile * kTile + n * 8 + lane % 4 * 2);
+    }
+    float scores[kMTiles][kTile / 8][4] = {};
+    multiply_rows<ThreeParts>(scores, keys, warp * kMTiles * 16, codes(tile));
 #pragma unroll
     for (int n = 0; n < kTile / 8; ++n) {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int s = tile * kTile + n * 8 + lane % 4 * 2 + i % 2;
-        const float score = scores[0][n][i] - half_norms[s];
-        if (score > best[i / 2] && score < INFINITY) {  // of a key that is not finite no score is: code 0
-          best[i / 2] = score;
-          code[i / 2] = s;
+      for (int c = 0; c < 2; ++c) {
+        const int s = tile * kTile + n * 8 + lane % 4 * 2 + c;
+        const float half_norm = c == 0 ? norms[n].first : norms[n].second;
+#pragma unroll
+        for (int m = 0; m < kMTiles; ++m) {
+#pragma unroll
+          for (int half = 0; half < 2; ++half) {
+            const float score = scores[m][n][half * 2 + c] - half_norm;
+            if (score > best[m][half] && score < INFINITY) {  // of a key that is not finite no score is: code 0
+              best[m][half] = score;
+              code[m][half] = s;
+            }
+          }
         }
       }
     }
@@ -110,14 +131,17 @@ __global__ void __launch_bounds__(kThreads) assign(Assign p, bool rows_aligned) 
     }
   }
 #pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    for (int mask = 1; mask < 4; mask *= 2) {
-      const float other = shuffle_xor(best[i], mask);
-      keep_better(best[i], code[i], other, shuffle_xor(code[i], mask));
-    }
-    const int64_t row = first + warp * 16 + lane / 4 + i * 8;
-    if (lane % 4 == 0 && row < p.length) {
-      p.codes[(batch * p.codebook.heads + head) * p.length + row] = code[i];
+  for (int m = 0; m < kMTiles; ++m) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      for (int mask = 1; mask < 4; mask *= 2) {
+        const float other = shuffle_xor(best[m][half], mask);
+        keep_better(best[m][half], code[m][half], other, shuffle_xor(code[m][half], mask));
+      }
+      const int64_t row = first + (warp * kMTiles + m) * 16 + lane / 4 + half * 8;
+      if (lane % 4 == 0 && row < p.length) {
+        p.codes[(batch * p.codebook.heads + head) * p.length + row] = code[m][half];
+      }
     }
   }
 }
@@ -144,13 +168,13 @@ int longvq_cuda_assign(const Assign* problem, void* stream) {
   if (p.batch > kMaxGrid || p.codebook.heads > kMaxGrid) {
     return kNotCovered;
   }
-  const dim3 grid(
-      static_cast<unsigned>(divide_up(p.length, kKeys)), static_cast<unsigned>(p.codebook.heads),
-      static_cast<unsigned>(p.batch));
   const bool rows_aligned = aligned(p.keys, p.type, {p.batch_stride, p.head_stride, p.length_stride});
   return for_element(p.type, [&](auto element) {
     return for_depth(p.codebook.columns, [&](auto depth) {
       using Tiles = AssignTiles<decltype(element), depth.value>;
+      const dim3 grid(
+          static_cast<unsigned>(divide_up(p.length, Tiles::kKeys)), static_cast<unsigned>(p.codebook.heads),
+          static_cast<unsigned>(p.batch));
       return launch<assign<decltype(element), depth.value>>(grid, kThreads, Tiles::kBytes, stream, p, rows_aligned);
     });
   });

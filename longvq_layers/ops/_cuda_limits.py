@@ -15,8 +15,8 @@ _SEGMENT, _SEGMENT_OF_DOCUMENTS = 2_048, 1_024
 # numbers are in three parts of bfloat16, and by columns of keys, columns of values, groups of 16 modes.
 SHARED_BYTES: dict[str, dict[tuple, int]] = {
     "vq_assign": {
-        (False, 64): 36_864,
-        (False, 128): 69_632,
+        (False, 64): 46_080,
+        (False, 128): 87_040,
         (False, 256): 84_480,
         (True, 64): 55_296,
         (True, 128): 104_448,

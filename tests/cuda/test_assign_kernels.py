@@ -27,7 +27,8 @@ def assert_nearest(codes, keys, codebook):
 def test_nearest(kernels, data):
     torch.manual_seed(data.draw(st.integers(0, 2**16)))
     batch, heads = data.draw(st.integers(0, 2)), data.draw(st.integers(1, 2))
-    length, depth = data.draw(st.sampled_from([0, 1, 63, 64, 65, 130])), data.draw(st.sampled_from([1, 3, 64, 65, 130]))
+    length = data.draw(st.sampled_from([0, 1, 63, 64, 65, 128, 130]))
+    depth = data.draw(st.sampled_from([1, 3, 64, 65, 130]))
     codes = data.draw(st.sampled_from([1, 2, 31, 32, 33, 64, 65, 150]))
     dtype, scale = data.draw(st.sampled_from(DTYPES)), data.draw(st.sampled_from([1e-3, 1.0, 100.0]))
     keys = layout((torch.randn(batch, heads, length, depth) * scale).to(dtype), data.draw(st.sampled_from(LAYOUTS)))
