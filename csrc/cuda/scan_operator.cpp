@@ -36,11 +36,22 @@ void check_sizes(
       kOp, ": key_padding_mask must be (B, L), bool");
 }
 
-// As many pieces of a sequence at a time as fill a large GPU; each costs a second pass over its inputs.
+int64_t whole_tiles(int64_t length) { return (length + kScanTile - 1) / kScanTile * kScanTile; }
+
+// Into how many segments, which run at the same time, so many blocks' sequences of that length are cut: as many as take
+// the least time on a GPU that runs kAtATime blocks at a time. All but the last segments are passed over twice, the first
+// time in about half the time of the second; the tables of a block take about as long as one tile.
 int64_t segments_for(int64_t blocks, int64_t length) {
-  constexpr int64_t kBlocks = 256, kLeast = 4 * kScanTile;
-  const int64_t wanted = blocks >= kBlocks / 2 ? 1 : kBlocks / std::max<int64_t>(blocks, 1);
-  return std::max<int64_t>(1, std::min(wanted, length / kLeast));
+  constexpr int64_t kAtATime = 132, kLeast = 4 * kScanTile;
+  const auto time = [&](int64_t segments) {
+    const auto rounds = [&](int64_t count) { return (blocks * count + kAtATime - 1) / kAtATime; };
+    return (rounds(segments - 1) + 2 * rounds(segments)) * (whole_tiles((length + segments - 1) / segments) + kScanTile);
+  };
+  int64_t best = 1;
+  for (int64_t segments = 2; segments <= std::min(length / kLeast, 2 * kAtATime); ++segments) {
+    best = time(segments) < time(best) ? segments : best;
+  }
+  return best;
 }
 
 // The tensors of a call, as the kernels take them; what points into them lives as long.
@@ -76,8 +87,6 @@ struct ScanCall {
       p.ignored_batch = mask->stride(0), p.ignored_length = mask->stride(1);
     }
   }
-
-  static int64_t whole_tiles(int64_t length) { return (length + kScanTile - 1) / kScanTile * kScanTile; }
 
   // What is scanned.
   void read(const Tensor& u) {

@@ -116,8 +116,7 @@ inline const char* error_text(int error) { return cudaGetErrorString(static_cast
 // Runs the kernel; 0, or the error of the CUDA runtime.
 template <auto KERNEL, typename... Arguments>
 int launch(dim3 grid, int threads, size_t shared_bytes, void* stream, const Arguments&... arguments) {
-  constexpr size_t kWithoutAsking = 48 << 10;
-  if (shared_bytes > kWithoutAsking) {
+  if (shared_bytes > 0) {
     int device = 0, most = 0;
     cudaError_t error = cudaGetDevice(&device);
     if (error == cudaSuccess) {
@@ -129,6 +128,11 @@ int launch(dim3 grid, int threads, size_t shared_bytes, void* stream, const Argu
     if (error == cudaSuccess) {
       // A permission, of the function: as much as there is, since other threads may launch it with other sizes.
       error = cudaFuncSetAttribute(KERNEL, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
+    }
+    if (error == cudaSuccess) {
+      // So that all blocks which fit into it may run: the driver may keep more of it for a cache.
+      error = cudaFuncSetAttribute(
+          KERNEL, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
     }
     if (error != cudaSuccess) {
       cudaGetLastError();  // not to be found by the next launch

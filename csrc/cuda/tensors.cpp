@@ -18,11 +18,15 @@ namespace {
 
 // Of libtorch_cuda, which is there whenever there are CUDA tensors, but which this library must not need to be loaded.
 // Python loads it for itself alone, so that it has to be asked for by name.
-void* current_stream(int32_t device) {
-  using Function = int32_t (*)(int32_t, void**);
+using StreamOfDevice = int32_t (*)(int32_t, void**);
+StreamOfDevice find_stream_of_device() {
   void* library = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
-  const auto function = reinterpret_cast<Function>(
+  return reinterpret_cast<StreamOfDevice>(
       dlsym(library != nullptr ? library : RTLD_DEFAULT, "aoti_torch_get_current_cuda_stream"));
+}
+
+void* current_stream(int32_t device) {
+  static const StreamOfDevice function = find_stream_of_device();
   void* stream = nullptr;
   STD_TORCH_CHECK(
       function != nullptr && function(device, &stream) == 0, "longvq_layers: this torch doesn't tell its CUDA stream");
