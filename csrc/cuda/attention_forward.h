@@ -40,7 +40,6 @@ struct Forward : ForwardBlock<Element, DEPTH, VALUES> {
   // Products become scores: scaled, with what is added to those of a code or a pair.
   LONGVQ_DEVICE void finish_scores(
       Scores& scores, const Columns& columns, const float (&numbers)[kFragments][2]) const {
-    const int ahead = columns.first - first + lane % 4 * 2;  // of the first query
 #pragma unroll
     for (int n = 0; n < kFragments; ++n) {
 #pragma unroll
@@ -58,10 +57,25 @@ struct Forward : ForwardBlock<Element, DEPTH, VALUES> {
           for (int half = 0; half < 2; ++half) {
             float& score = scores[m][n][half * 2 + c];
             score = score * scale[m][half] + add;
-            if (!code) {
-              score = head.score_of_key(columns.kind, ahead + n * 8 + c - row(m, half), score);
-            }
           }
+        }
+      }
+    }
+    if (head.differ(columns, first, last)) {
+      look_at_pairs(scores, columns);
+    }
+  }
+
+  LONGVQ_DEVICE void look_at_pairs(Scores& scores, const Columns& columns) const {
+    const int ahead = columns.first - first + lane % 4 * 2;  // of the first query
+#pragma unroll
+    for (int n = 0; n < kFragments; ++n) {
+#pragma unroll
+      for (int m = 0; m < kMTiles; ++m) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          float& score = scores[m][n][i];
+          score = head.score_of_key(columns.kind, ahead + n * 8 + i % 2 - row(m, i / 2), score);
         }
       }
     }

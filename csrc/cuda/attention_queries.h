@@ -90,6 +90,16 @@ struct Head {
     return score;
   }
 
+  // Whether some of the pairs of these columns with queries first .. last need score_of_key: of codes none do, nor where
+  // all pairs are of their kind, and have no bias.
+  LONGVQ_DEVICE bool differ(const Columns& columns, int first, int last) const {
+    const int least = columns.first - last + 1, most = columns.last - 1 - first, window = static_cast<int>(p.window);
+    const bool all_outside = most <= -window || (!p.causal && least >= window);
+    const bool all_inside = inside(least) && inside(most) && p.bias == nullptr;
+    return columns.kind != Columns::kCodes && !(all_outside && columns.kind != Columns::kInside) &&
+           !(all_inside && columns.kind != Columns::kOutside);
+  }
+
   template <typename Element>
   LONGVQ_DEVICE Rows<Element> queries(bool far, bool rows_aligned) const {
     const auto* q = static_cast<const Element*>(p.q) + batch * p.q_batch + head * p.q_head + start * p.q_length;

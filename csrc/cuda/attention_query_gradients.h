@@ -71,6 +71,7 @@ struct QueryGradient : QueryGradientShape<Element, DEPTH, VALUES>::Block {
   LONGVQ_DEVICE void differentiate(
       float (&scores)[1][kFragments][4], const float (&dweights)[1][kFragments][4],
       const float (&numbers)[kFragments][2], const Columns& columns) const {
+    const bool differ = head.differ(columns, first, last);
 #pragma unroll
     for (int n = 0; n < kFragments; ++n) {
 #pragma unroll
@@ -84,7 +85,7 @@ struct QueryGradient : QueryGradientShape<Element, DEPTH, VALUES>::Block {
           const int query = first + row(0, half);
           float& score = scores[0][n][half * 2 + c];
           score *= scale[half];
-          if (!code && there) {
+          if (differ && there) {
             score = head.score_of_key(columns.kind, column - query, score);
           }
           const float dweight = dweights[0][n][half * 2 + c];
