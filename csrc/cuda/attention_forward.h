@@ -108,10 +108,12 @@ struct Forward : ForwardBlock<Element, DEPTH, VALUES> {
           }
         }
         total[m][half] = total[m][half] * shrink + sum;
+        if (ballot(shrink != 1.0f) != 0) {  // later tiles seldom have a new maximum
 #pragma unroll
-        for (int n = 0; n < VALUES / 8; ++n) {
-          out[m][n][half * 2] *= shrink;
-          out[m][n][half * 2 + 1] *= shrink;
+          for (int n = 0; n < VALUES / 8; ++n) {
+            out[m][n][half * 2] *= shrink;
+            out[m][n][half * 2 + 1] *= shrink;
+          }
         }
       }
     }
