@@ -90,8 +90,8 @@ struct Head {
     return score;
   }
 
-  // Whether some of the pairs of these columns with queries first .. last need score_of_key: of codes none do, nor where
-  // all pairs are of their kind, and have no bias.
+  // Whether some of the pairs of these columns with queries first .. last need score_of_key: of codes none do, nor
+  // where all pairs are of their kind, and have no bias.
   LONGVQ_DEVICE bool differ(const Columns& columns, int first, int last) const {
     const int least = columns.first - last + 1, most = columns.last - 1 - first, window = static_cast<int>(p.window);
     const bool all_outside = most <= -window || (!p.causal && least >= window);
@@ -190,8 +190,8 @@ struct QueryBlock {
   }
   LONGVQ_DEVICE int row(int m, int half) const { return (warp * MTILES + m) * 16 + lane / 4 + half * 8; }
 
-  // How many keys the columns of a tile stand for. Asked for before the products, which don't wait for it. Codes that
-  // don't exist have a place there, in which anything may be.
+  // How many keys the columns of a tile stand for. Asked for before the products, which don't wait for it. Codes
+  // that don't exist have a place there, in which anything may be.
   LONGVQ_DEVICE void load_numbers(float (&numbers)[kFragments][2], const Columns& columns) const {
     const float* from = head.numbers(first) + columns.first + lane % 4 * 2;
 #pragma unroll

@@ -106,8 +106,8 @@ struct ScanBlock {
            reinterpret_cast<uintptr_t>(first) % sizeof(Together) == 0;
   }
 
-  // Such channels of a tile: a lane has two steps of a chunk in each of so many rounds. The halves of a warp have chunks
-  // whose rows lie in different banks.
+  // Such channels of a tile: a lane has two steps of a chunk in each of so many rounds. The halves of a warp have
+  // chunks whose rows lie in different banks.
   static constexpr int kRounds = kScanTile / kThreads / 2;
   LONGVQ_DEVICE int chunk_of_round(int round) const { return round * kChannels + warp + lane / 16 * 16; }
   LONGVQ_DEVICE int first_of_round() const { return lane % 16 * 2; }

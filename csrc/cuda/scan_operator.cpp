@@ -38,14 +38,15 @@ void check_sizes(
 
 int64_t whole_tiles(int64_t length) { return (length + kScanTile - 1) / kScanTile * kScanTile; }
 
-// Into how many segments, which run at the same time, so many blocks' sequences of that length are cut: as many as take
-// the least time on a GPU that runs kAtATime blocks at a time. All but the last segments are passed over twice, the first
-// time in about half the time of the second; the tables of a block take about as long as one tile.
+// Into how many segments, which run at the same time, sequences of that length are cut that take so many blocks: as
+// many as take the least time on a GPU that runs kAtATime blocks at a time. All but the last segments are passed over
+// twice, the first time in about half the time of the second; the tables of a block take about as long as one tile.
 int64_t segments_for(int64_t blocks, int64_t length) {
   constexpr int64_t kAtATime = 132, kLeast = 4 * kScanTile;
   const auto time = [&](int64_t segments) {
     const auto rounds = [&](int64_t count) { return (blocks * count + kAtATime - 1) / kAtATime; };
-    return (rounds(segments - 1) + 2 * rounds(segments)) * (whole_tiles((length + segments - 1) / segments) + kScanTile);
+    const int64_t steps = whole_tiles((length + segments - 1) / segments);
+    return (rounds(segments - 1) + 2 * rounds(segments)) * (steps + kScanTile);
   };
   int64_t best = 1;
   for (int64_t segments = 2; segments <= std::min(length / kLeast, 2 * kAtATime); ++segments) {

@@ -23,7 +23,7 @@ constexpr size_t kGuard = 64;  // bytes on either side of shared memory that mus
 constexpr unsigned char kGuardByte = 0xA5;
 constexpr unsigned char kUnset = 0xFF;  // every 16-bit and 32-bit number of these bytes is NaN
 
-constexpr size_t kUnit = 16;            // bytes that a copy writes
+constexpr size_t kUnit = 16;  // bytes that a copy writes
 
 struct Copy {
   void* target;
@@ -290,8 +290,8 @@ bool starts(const char* mangled_name, size_t shared_bytes) {
 
 }  // namespace on_host
 
-// How threads, and blocks, are ordered from now on: 0 ascending, 1 descending, others the seed of a random order. If it is
-// odd, asynchronous copies are made early.
+// How threads, and blocks, are ordered from now on: 0 ascending, 1 descending, others the seed of a random order. If it
+// is odd, asynchronous copies are made early.
 LONGVQ_EXPORT void longvq_on_host_set_order(uint64_t order) { on_host::order_of_threads = order; }
 
 LONGVQ_EXPORT void longvq_on_host_begin_plan() {

@@ -4,9 +4,9 @@
 // the block, in a shuffle or a tensor core instruction for its warp. In between the order of the threads is the
 // caller's choice, ascending, descending or random: results that depend on it reveal a missing barrier. So is that of
 // blocks, which run one after the other: results that depend on it reveal blocks that count on each other. Asynchronous
-// copies are made as late as the kernel's waits allow, in some orders at once, and shared memory starts as NaN, so that a
-// value that is used before it is there, or replaced while it is needed, is noticed. Two copies to one place of which none
-// was waited for are an error. So is a barrier that not all threads reach: not a hang.
+// copies are made as late as the kernel's waits allow, in some orders at once, and shared memory starts as NaN, so that
+// a value that is used before it is there, or replaced while it is needed, is noticed. Two copies to one place of which
+// none was waited for are an error. So is a barrier that not all threads reach: not a hang.
 #pragma once
 
 #include <cstddef>
