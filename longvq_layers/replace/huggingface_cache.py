@@ -175,7 +175,7 @@ def _hidden(padding: Tensor, mask: Tensor, positions: int) -> tuple[Tensor, Tens
     """Which positions of padding (B, L) are hidden, of the first so many and of all: (B,) sums of a number for each.
 
     So what has to be kept doesn't grow, and another position shows as well as another number of them. Made once for
-    all layers of a forward, which get the same `mask`.
+    all layers of a forward, which get the same `mask` (of two axes: a dense one may be the user's, and change).
     """
     known = getattr(mask, _HIDDEN, None)
     if known is None or known[0] != (positions, padding.shape):
@@ -183,7 +183,8 @@ def _hidden(padding: Tensor, mask: Tensor, positions: int) -> tuple[Tensor, Tens
         number = (number ^ (number >> 29)) * 0x14057B7EF767814F
         hidden = torch.where(padding, number, 0)
         known = ((positions, padding.shape), hidden[:, :positions].sum(1), hidden.sum(1))
-        setattr(mask, _HIDDEN, known)
+        if mask.dim() == 2:
+            setattr(mask, _HIDDEN, known)
     return known[1:]
 
 
