@@ -89,20 +89,43 @@ struct CodeGradient : KeyBlock<Element, DEPTH, VALUES, MAKES> {
     fill_packed<kThreads>(
         this->keys(), head.template codewords<Operand::kParts, DEPTH>(), padded_codes(p.codebook.codes),
         [&](int row) { return first + row < p.codebook.codes ? first + row : -1; });
-    const int64_t length = head.length, begin = piece.index * g.code_segment;
-    const int64_t end = min(begin + g.code_segment, length);
-    if (p.all_far()) {
-      gather(begin, end, true);
-      give(g.dv_far, 0, g.code_values == nullptr ? length : 0);
-    } else {
-      const int64_t first_field = max(begin / kFarBlock, int64_t{p.causal}), fields = divide_up(end, kFarBlock);
-      for (int64_t field = fields - 1; field >= first_field; --field) {
-        gather(field * kFarBlock, min((field + 1) * kFarBlock, length), true);
-        give(g.dv_far, field > 0 ? before(field - 1) : 0, before(field));
-      }
-    }
+    const int64_t begin = piece.index * g.code_segment, end = min(begin + g.code_segment, int64_t{head.length});
     const int64_t segment = (head.batch * p.kv_heads + head.kv_head) * p.pieces(g.code_segment) +
                             piece.of.first_piece(p, g.code_segment) + piece.index;
+    // Keys before their queries, then those behind. One loop: of more, all with their products, registers spill.
+    for (bool ahead = false;; ahead = true) {
+      const int64_t least = p.all_far() ? 0 : max(begin / kFarBlock, int64_t{p.causal && !ahead});
+      const int64_t fields = p.all_far() ? 1 : divide_up(end, kFarBlock);
+      for (int64_t number = least; number < fields; ++number) {
+        const int64_t field = ahead ? number : least + fields - 1 - number;
+        past_field(field, begin, end, ahead);
+      }
+      if (!ahead) {
+        write_sums(segment);
+      }
+      if (ahead || MAKES == kKeysOnly || g.dv_ahead == nullptr) {
+        return;
+      }
+      Base::clear(dvalues);
+    }
+  }
+
+  LONGVQ_DEVICE void past_field(int64_t field, int64_t begin, int64_t end, bool ahead) {
+    const int64_t length = head.length;
+    if (!p.all_far()) {
+      begin = field * kFarBlock, end = min(begin + kFarBlock, length);
+    }
+    gather(begin, end, !ahead);
+    int64_t from = 0, to = g.code_values == nullptr ? length : 0;
+    if (ahead) {
+      from = behind(field), to = end < length ? behind(field + 1) : length;
+    } else if (!p.all_far()) {
+      from = field > 0 ? before(field - 1) : 0, to = before(field);
+    }
+    give(ahead ? g.dv_ahead : g.dv_far, from, to);
+  }
+
+  LONGVQ_DEVICE void write_sums(int64_t segment) const {
     const auto place_of = [&](float* array, int row, int64_t columns) {
       return first + row < p.codebook.codes ? array + (segment * p.codebook.codes + first + row) * columns : nullptr;
     };
@@ -115,14 +138,6 @@ struct CodeGradient : KeyBlock<Element, DEPTH, VALUES, MAKES> {
         return place == nullptr ? nullptr : place + first_value;
       };
       this->write(dvalues, this->columns_of_values(first_value), to, 1 / Base::kWeightScale);
-    }
-    if (MAKES != kKeysOnly && g.dv_ahead != nullptr) {
-      Base::clear(dvalues);
-      const int64_t all = divide_up(length, kFarBlock);
-      for (int64_t field = begin / kFarBlock; field < divide_up(end, kFarBlock); ++field) {
-        gather(field * kFarBlock, min((field + 1) * kFarBlock, length), false);
-        give(g.dv_ahead, behind(field), field + 1 < all ? behind(field + 1) : length);
-      }
     }
   }
 };

@@ -34,11 +34,14 @@ class Call(NamedTuple):
         rotation: (cos, sin) that its queries and keys are rotated with, or None.
         cache_layer: the `VQCacheLayer` to attend with, or None.
         eager: whether the original is transformers' eager attention, which sees the future where there is no mask.
+        skips_masks: whether transformers makes no mask for the original where it would be causal and nothing else, so
+            that the module itself says whether it is. By its name ("longvq") it gets one.
     """
 
     rotation: tuple[Tensor, Tensor] | None = None
     cache_layer: object | None = None
     eager: bool = False
+    skips_masks: bool = False
 
 
 def cloned(x: object, memo: dict | None = None) -> object:

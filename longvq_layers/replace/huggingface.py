@@ -61,7 +61,9 @@ class Installed:
             site.module.config = copies[id(config)]
             self.attached.append(site.module)
             site.module.longvq = seam
-            site.module.register_forward_pre_hook(calls.NoteCall(site.module, eager=eager), with_kwargs=True)
+            site.module.register_forward_pre_hook(
+                calls.NoteCall(site.module, eager=eager, skips_masks=not eager), with_kwargs=True
+            )
         for module, config in _sharing(model, sites, self.configs) if masks else ():
             self.configs.append((module, config))
             module.config = copies[id(config)]

@@ -61,12 +61,9 @@ def _attend(
     says = getattr(module, "is_causal", True) if is_causal is None else is_causal
     if call.eager and attention_mask is None:
         says = False  # the eager attention goes by masks alone, whatever the module says of itself
-    if attention_mask is not None and attention_mask.dim() == 2 and not (says or call.eager):
-        raise NotImplementedError(
-            f"longvq attention: {type(module).__name__}: got causal masks, but is_causal=False, by which the original "
-            "goes wherever it needs no mask; set is_causal=True, or use the class that is meant to be bidirectional"
-        )
     causal, padding = read_mask(attention_mask, causal=bool(says), q_len=q_len, k_len=k_len)
+    if causal and not says and call.skips_masks and attention_mask.dim() == 2 and q_len == k_len:
+        causal = padding is not None and bool(padding.any())
     if not causal and q_len == 1 and k_len == 1:  # of one token alone both are the same
         causal = True
     if padding is not None and padding.shape[0] != query.shape[0]:

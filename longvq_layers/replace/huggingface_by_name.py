@@ -74,7 +74,7 @@ def attach(module: nn.Module, query: Tensor, key: Tensor) -> SwappedAttention:
     with torch.random.fork_rng(devices=[]):  # a new codebook draws random codes
         attention = SwappedAttention(query.shape[1], key.shape[1], key.shape[3], dtype=query.dtype, **options)
     module.longvq = attention.to(query.device).train()
-    module.register_forward_pre_hook(calls.NoteCall(module, eager=False), with_kwargs=True)
+    module.register_forward_pre_hook(calls.NoteCall(module), with_kwargs=True)
     return module.longvq
 
 

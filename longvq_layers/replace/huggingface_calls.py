@@ -22,12 +22,12 @@ class NoteCall:
 
     Args:
         module: the module; only what is known of its class is kept.
-        eager: whether its own attention is transformers' eager one.
+        eager, skips_masks: of its own attention, as in `Call`.
     """
 
-    def __init__(self, module: nn.Module, *, eager: bool) -> None:
+    def __init__(self, module: nn.Module, *, eager: bool = False, skips_masks: bool = False) -> None:
         self.names = tuple(inspect.signature(inspect.unwrap(type(module).forward)).parameters)[1:]
-        self.eager = eager
+        self.eager, self.skips_masks = eager, skips_masks
         self.needs_keys = refusals.needs_keys(module) is not None
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
@@ -43,7 +43,7 @@ class NoteCall:
                 f"longvq attention: {EMBEDDINGS}: got None, expected (cos, sin) as codes have no positions"
             )
         layer = None if self.needs_keys else _cache_layer(module, seam, given)
-        note(seam, Call(None if seam.rotary is None else rotation, layer, self.eager))
+        note(seam, Call(None if seam.rotary is None else rotation, layer, self.eager, self.skips_masks))
 
 
 def _cache_layer(module: nn.Module, seam: nn.Module, given: dict) -> object | None:
@@ -81,7 +81,7 @@ def taken(seam: nn.Module) -> Call:
             "longvq attention: this module attends more than once with each key, which a cache of constant size can't "
             "serve; call it with use_cache=False"
         )
-    note(seam, Call(call.rotation, None if call.cache_layer is None else _FILLED, call.eager))
+    note(seam, call._replace(cache_layer=None if call.cache_layer is None else _FILLED))
     return call
 
 

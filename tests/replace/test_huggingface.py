@@ -185,6 +185,20 @@ def test_eager_attention_goes_by_its_masks_whatever_the_module_says():
     assert [layer.causal for layer in report.layers] == ["yes"] * 2
 
 
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_module_that_says_otherwise_than_its_masks(side):
+    """Where there is padding transformers makes the causal mask, and where there is none the module decides."""
+    model, inputs, ids = llama_that_sees_both_sides("modules"), padded(side), tokens()
+    ones = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    expected = [output(model, **batch, use_cache=False) for batch in (inputs, ones)]
+    report = replace_attention(model, **FINE, calibration=[inputs, ones], far_positions="rotated")
+    real = inputs["attention_mask"].bool()
+    assert_close(output(model, **inputs, use_cache=False)[real], expected[0][real], "with padding")
+    assert_close(output(model, **ones, use_cache=False), expected[1], "without")
+    assert [layer.causal for layer in report.layers] == ["per call"] * 2
+    assert not any("dense" in note for layer in report.layers for note in layer.notes)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_exports_with_any_length(family):
     class Plain(torch.nn.Module):
