@@ -3,6 +3,7 @@
 Every comparison is made without and with padding, and through a cache in two pieces where the model has one.
 """
 
+import sysconfig
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -239,5 +240,5 @@ def _count(text: str) -> int:
 
 
 def _line(error: BaseException) -> str:
-    text = " ".join(str(error).split())
+    text = " ".join(str(error).split()).replace(f"{sysconfig.get_path('purelib')}/", "")
     return f"{type(error).__name__}: {text}"[:200]
