@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from longvq_layers.benchmarks.architectures_check import BUG, EQUAL, NOT_BUILT, REFUSED, Verdict, verdict
+from longvq_layers.benchmarks.architectures_check import BUG, EQUAL, NOT_BUILT, REFUSED, Verdict, said, verdict
 
 KINDS = (EQUAL, REFUSED, NOT_BUILT, BUG)
 
@@ -103,7 +103,7 @@ def _verdict(model_type: str, seconds: int) -> tuple[str, Verdict]:
     except _TimeUp:
         first = Verdict(NOT_BUILT, f"it takes more than {seconds} s")
     except Exception as error:  # an import that needs another package
-        first = Verdict(NOT_BUILT, f"{type(error).__name__}: {' '.join(str(error).split())}"[:200])
+        first = Verdict(NOT_BUILT, said(error))
     return name, first
 
 

@@ -59,14 +59,14 @@ def _built(config_class: type, model_class: type) -> tuple[nn.Module, dict[str, 
                     raise config
                 model = architectures_tiny.build(model_class, config, stir=stir)
             except Exception as error:
-                reasons.append(_line(error))
+                reasons.append(said(error))
                 break
             finite = True
             for inputs in architectures_inputs.candidates(model):
                 try:
                     outputs = _run(model, inputs)
                 except Exception as error:
-                    reasons.append(_line(error))
+                    reasons.append(said(error))
                     continue
                 finite = all(x.isfinite().all() for x in outputs)
                 if outputs and finite:
@@ -92,9 +92,9 @@ def compare(model: nn.Module, inputs: dict[str, Tensor]) -> Verdict:
     except ValueError as error:
         if "nothing to replace" in str(error):
             return Verdict(REFUSED, _reasons(str(error)), attentions=_count(str(error)))
-        return Verdict(BUG, _line(error))
+        return Verdict(BUG, said(error))
     except Exception as error:
-        return Verdict(BUG, _line(error))
+        return Verdict(BUG, said(error))
     layers = [layer for layer in report.layers if layer.name in reached or layer.name == "(model)"]
     result = Verdict(EQUAL, "", len(report.replaced), len(layers))
     result.skipped = {layer.name: layer.skipped for layer in layers if layer.skipped}
@@ -117,7 +117,7 @@ def compare(model: nn.Module, inputs: dict[str, Tensor]) -> Verdict:
     except Bug as bug:
         return Verdict(BUG, str(bug), result.replaced, result.attentions, result.skipped)
     except Exception as error:
-        return Verdict(BUG, f"raised once replaced: {_line(error)}", result.replaced, result.attentions, result.skipped)
+        return Verdict(BUG, f"raised once replaced: {said(error)}", result.replaced, result.attentions, result.skipped)
     return result
 
 
@@ -205,7 +205,7 @@ def _same_in_pieces(model: nn.Module, pieces: list[dict], result: Verdict) -> No
     try:
         in_pieces = _run_pieces(model, pieces)
     except NotImplementedError as error:
-        result.detail = f"refuses its cache: {_line(error)}"
+        result.detail = f"refuses its cache: {said(error)}"
         return
     error = float("inf") if in_pieces is None else _differ([in_pieces], [whole[:, _SPLIT:]])
     if error:
@@ -239,6 +239,7 @@ def _count(text: str) -> int:
     return sum("filter_fn returned False" not in line for line in text.split("\n")[1:])
 
 
-def _line(error: BaseException) -> str:
+def said(error: BaseException) -> str:
+    """What an error says, in short, without the folder that packages are in."""
     text = " ".join(str(error).split()).replace(f"{sysconfig.get_path('purelib')}/", "")
     return f"{type(error).__name__}: {text}"[:200]
