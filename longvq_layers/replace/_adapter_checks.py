@@ -1,12 +1,13 @@
 """What an adapter passes to `attend`, and whether it does what its module does."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from longvq_layers.layers._inputs import flags, number
 from longvq_layers.ops import _checks as check
+from longvq_layers.replace._calls import tensors_of
 
 
 def check_call(
@@ -130,11 +131,7 @@ def _tolerance(dtype: torch.dtype) -> float:
 
 def _first_tensor(output: object) -> Tensor | None:
     # The output of the attention comes first, whatever else comes with it.
-    if isinstance(output, Mapping):  # transformers' ModelOutput too
-        output = tuple(output.values())
-    if isinstance(output, tuple | list):
-        output = next((x for x in output if isinstance(x, Tensor)), None)
-    return output if isinstance(output, Tensor) else None
+    return next(iter(tensors_of(output)), None)
 
 
 def _kind(x: object) -> str:

@@ -1,5 +1,6 @@
 """What passes between an attention module, its cache and the swapped attention."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -42,6 +43,14 @@ class Call(NamedTuple):
     cache_layer: object | None = None
     eager: bool = False
     skips_masks: bool = False
+
+
+def tensors_of(output: object) -> list[Tensor]:
+    """The tensors among what a module returned: itself, or those of a tuple, a dict or transformers' ModelOutput."""
+    if isinstance(output, Mapping):
+        output = tuple(output.values())
+    values = output if isinstance(output, tuple | list) else (output,)
+    return [x for x in values if isinstance(x, Tensor)]
 
 
 def cloned(x: object, memo: dict | None = None) -> object:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 
 from torch import Tensor, nn
 
-from longvq_layers.replace._calls import Call, Far, cloned
+from longvq_layers.replace._calls import Call, Far, cloned, tensors_of
 from longvq_layers.replace._original import full_attention
 from longvq_layers.replace._swapped import SwappedAttention
 
@@ -135,10 +135,7 @@ def call(model: nn.Module, batch: object) -> object:
 
 def first(output: object) -> Tensor:
     """The first tensor of what a module returned that may be its output: not a loss before it, nor its tokens."""
-    if isinstance(output, Tensor):
-        return output
-    values = output.values() if isinstance(output, Mapping) else output
-    tensors = [x for x in values if isinstance(x, Tensor)]
+    tensors = tensors_of(output)
     return next((x for x in tensors if x.dim() and x.is_floating_point()), tensors[0])
 
 

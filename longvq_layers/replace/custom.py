@@ -47,7 +47,8 @@ def register_adapter(
         check: True (default) compares, in calibration, what the adapter returns with attention to every key with what
             the module itself returns (the first of several), and raises ValueError if it is something else: a wrong
             mask, scale or projection would go unnoticed. For that both are called more often, once without padding and
-            once with it. False for a module that attends to less, on purpose.
+            once with it (if the output begins with batch and length in some order, or both in one). False for a module
+            that attends to less, on purpose.
 
     Raises:
         TypeError: cls isn't a class of modules, adapter or sizes can't be called, check isn't a bool.

@@ -11,8 +11,6 @@ from longvq_layers.replace import huggingface_refusals as refusals
 from longvq_layers.replace.calibration import Recorder
 from longvq_layers.replace.huggingface_masks import read_mask
 
-_NAME = "longvq"
-
 
 def longvq_attention(
     module: nn.Module,
@@ -32,7 +30,7 @@ def longvq_attention(
     Returns:
         output (B, q, H, E), and None for the attention weights.
     """
-    seam = module._modules.get(_NAME)
+    seam = module._modules.get(by_name.NAME)
     if seam is None:
         seam = by_name.attach(module, query, key)
     with seam.refusals() if isinstance(seam, Recorder) else contextlib.nullcontext():
