@@ -151,7 +151,7 @@ def _fails(model: nn.Module, inputs: dict) -> bool:
         before = _run(model, inputs)
         ids, mask = inputs["input_ids"], inputs["attention_mask"].bool()
         after = _run(model, {**inputs, "input_ids": torch.where(mask, ids, ids.flip(-1))})
-    except Exception:
+    except Exception:  # of the original: any of 625 classes, for any reason of its own
         return True
     return not before or not all(x.isfinite().all() for x in before) or _differ(before, after)
 
@@ -185,7 +185,7 @@ def _pieces(model: nn.Module, inputs: dict) -> list[dict] | None:
     try:
         in_pieces = _run_pieces(model, pieces)
         whole = _run(model, inputs)[0]
-    except Exception:
+    except Exception:  # of the original, which then has no pieces to compare with
         return None
     if in_pieces is None or whole.shape[:2] != ids.shape or _differ([in_pieces], [whole[:, _SPLIT:]]):
         return None

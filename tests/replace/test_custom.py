@@ -202,7 +202,6 @@ def test_a_residual_hides_nothing(size, wrong):
         replace_attention(Block().eval(), num_codes=6, window=4, calibration=[size * X])
 
 
-@pytest.mark.skipif(not hasattr(torch.backends, "fp32_precision"), reason="this torch has no such setting")
 def test_the_newer_way_to_set_precision(monkeypatch):
     monkeypatch.setattr(torch.backends, "fp32_precision", "tf32")
     replace_attention(Model().eval(), num_codes=6, window=4, calibration=[X])
