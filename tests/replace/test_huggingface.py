@@ -185,6 +185,15 @@ def test_eager_attention_goes_by_its_masks_whatever_the_module_says():
     assert [layer.causal for layer in report.layers] == ["yes"] * 2
 
 
+def test_positions_stay_off_once_keys_were_collected_without():
+    model, ids = llama(), tokens()
+    both = {"input_ids": ids, "attention_mask": torch.ones(2, 1, 37, 37, dtype=torch.bool)}
+    with pytest.raises(NotImplementedError, match='"rectified" needs causal attention, got a bidirectional call'):
+        replace_attention(model, **FINE, calibration=[ids, both])
+    report = replace_attention(model, **FINE, calibration=[ids, both], far_positions="rotated")
+    assert [layer.causal for layer in report.layers] == ["per call"] * 2
+
+
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_a_module_that_says_otherwise_than_its_masks(side):
     """Where there is padding transformers makes the causal mask, and where there is none the module decides."""
@@ -225,7 +234,7 @@ def test_exports_with_any_length(family):
 def test_a_decoder_that_was_made_bidirectional(way):
     model, ids = llama_that_sees_both_sides(way), tokens()
     expected = output(model, ids, use_cache=False)
-    report = replace_attention(model, **FINE, calibration=[ids])
+    report = replace_attention(model, **FINE, calibration=[ids, ids[:, :1]])  # one token alone says nothing
     assert_close(output(model, ids, use_cache=False), expected, way)
     assert [(layer.causal, layer.far_positions) for layer in report.layers] == [("no", "rotated")] * 2
     report.restore()
