@@ -4,10 +4,10 @@ import contextlib
 from collections.abc import Iterator
 
 import torch
-from strategies import NativeScanCase, in_precision
 from torch import Tensor
 
 from longvq_layers import ops
+from tests.strategies import NativeScanCase, in_precision
 
 CHANNEL_AXIS = {"y": 2, "state": 1, "u": 2, "log_decay": 0, "weight": 0, "skip": 0, "initial_state": 1}
 

@@ -5,10 +5,10 @@ from itertools import pairwise
 
 import torch
 from hypothesis import strategies as st
-from strategies import LAYOUTS, layout
 from torch import Tensor
 
 from longvq_layers import ops
+from tests.strategies import LAYOUTS, layout
 
 
 @dataclass

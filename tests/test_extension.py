@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import native_library
 import pytest
 
 import longvq_layers
@@ -215,11 +216,6 @@ def test_unknown_capability_is_refused():
 @pytest.mark.slow
 def test_a_capability_that_the_build_lacks_is_refused(package):
     """The same refusal as on a CPU that lacks it, from a library compiled without AVX2 and AVX-512."""
-    sys.path.insert(0, str(PACKAGE.parent / "csrc" / "build_support"))
-    try:
-        import native_library
-    finally:
-        sys.path.pop(0)
     torch = native_library.find_torch()
     assert torch is not None
     root = PACKAGE.parent

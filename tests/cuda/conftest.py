@@ -7,17 +7,13 @@ defines them (csrc/cuda/on_host). It says nothing of speed, and does not replace
 import contextlib
 import ctypes
 import io
-import sys
-from pathlib import Path
 
+import cuda_library
 import pytest
+import shared_memory
 import torch
 
 from longvq_layers import _extension
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "csrc" / "build_support"))
-import cuda_library
-import shared_memory
 
 
 @pytest.fixture(scope="session")

@@ -6,9 +6,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from strategies import AttentionCase, attention_cases
 
 from longvq_layers import ops
+from tests.strategies import AttentionCase, attention_cases
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 FLOOR = {torch.float32: 2e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}  # relative: rounding of the result

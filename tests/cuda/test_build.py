@@ -1,16 +1,13 @@
 """`csrc/build_support/cuda_library.py`: when the CUDA kernels are built, for what, and what it reads from ptxas."""
 
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import cuda_library
 import pytest
+from native_library import BuildError
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "csrc" / "build_support"))
-
-import cuda_library  # noqa: E402
-from native_library import BuildError  # noqa: E402
 
 
 @pytest.fixture

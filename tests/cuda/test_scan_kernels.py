@@ -6,8 +6,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from native import by_channel
-from strategies import NativeScanCase, in_precision, native_scan_cases
+
+from tests.native import by_channel
+from tests.strategies import NativeScanCase, in_precision, native_scan_cases
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Relative to the sum of the sizes of the terms: up to 31 steps with one rounded decay; in bfloat16 rounded tables.

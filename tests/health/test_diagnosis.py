@@ -5,11 +5,11 @@ import math
 
 import pytest
 import torch
-from small import KINDS, blocks, build, name, tokens, train
 from torch import nn
 
 from longvq_layers.health import THRESHOLDS, Monitor, diagnose
 from longvq_layers.layers import DiagonalSSM
+from tests.health.small import KINDS, blocks, build, name, tokens, train
 
 
 @pytest.fixture(scope="module")

@@ -8,13 +8,13 @@ import weakref
 
 import pytest
 import torch
-from small import KINDS, TASK, blocks, build, name, tokens, train
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from longvq_layers import commitment_loss
 from longvq_layers.health import Monitor
 from longvq_layers.train.evaluation import loss_of
+from tests.health.small import KINDS, TASK, blocks, build, name, tokens, train
 
 
 def mask(batch=2, length=20):

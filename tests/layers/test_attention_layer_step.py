@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from cases import WIDTH, trained
-from tolerances import assert_close
 
 from longvq_layers.layers import CodebookAttention, VQAttention
+from tests.layers.cases import WIDTH, trained
+from tests.tolerances import assert_close
 
 
 @pytest.mark.parametrize("name", ["vq", "vq_exact"])

@@ -4,7 +4,6 @@ import copy
 
 import pytest
 import torch
-from tolerances import assert_close
 from torch import nn
 from torch.nn import functional as F
 
@@ -17,6 +16,7 @@ from longvq_layers.layers import (
     commitment_loss,
     optimizer_groups,
 )
+from tests.tolerances import assert_close
 
 
 @pytest.mark.parametrize("causal", [True, False])

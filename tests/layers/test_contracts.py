@@ -7,11 +7,11 @@ import pickle
 
 import pytest
 import torch
-from cases import BARE, LAYERS, WIDTH, trained
-from tolerances import assert_close
 
 import longvq_layers.layers as layers_module
 from longvq_layers.layers import Codebook, commitment_loss
+from tests.layers.cases import BARE, LAYERS, WIDTH, trained
+from tests.tolerances import assert_close
 
 each_layer = pytest.mark.parametrize("name", LAYERS)
 each_direction = pytest.mark.parametrize("causal", [True, False], ids=["causal", "bidirectional"])

@@ -4,9 +4,9 @@ import itertools
 
 import pytest
 import torch
-from tolerances import assert_close
 
 from longvq_layers.layers import CrossAttention
+from tests.tolerances import assert_close
 
 
 def pair():

@@ -5,10 +5,10 @@ import math
 
 import pytest
 import torch
-from tolerances import assert_close
 
 from longvq_layers import ops
 from longvq_layers.layers import DampedEMA, optimizer_groups
+from tests.tolerances import assert_close
 
 each_direction = pytest.mark.parametrize("causal", [True, False], ids=["causal", "bidirectional"])
 

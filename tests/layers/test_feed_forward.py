@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from tolerances import assert_close
 from torch.nn import functional as F
 
 from longvq_layers.layers.feed_forward import FeatureDropout, FeedForward, make_dropout
+from tests.tolerances import assert_close
 
 
 @pytest.mark.parametrize("glu", [True, False])

@@ -6,11 +6,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from strategies import offsets
-from tolerances import assert_close
 
 from longvq_layers.layers import LocalAttention, LocalAttentionState, optimizer_groups
 from longvq_layers.layers._windowed import windowed_attention
+from tests.strategies import offsets
+from tests.tolerances import assert_close
 
 
 def dense(q, k, v, window, causal, bias=None, mask=None, cu_seqlens=None):

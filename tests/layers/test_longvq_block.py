@@ -6,7 +6,6 @@ import math
 
 import pytest
 import torch
-from tolerances import assert_close
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -19,6 +18,7 @@ from longvq_layers.layers import (
     commitment_loss,
     optimizer_groups,
 )
+from tests.tolerances import assert_close
 
 WIDTH, LENGTH, WINDOW = 6, 15, 3
 

@@ -4,11 +4,11 @@ import copy
 
 import pytest
 import torch
-from test_longvq_block import LENGTH, OPTIONS, WIDTH, block_of
-from tolerances import assert_close
 from torch.utils.checkpoint import checkpoint
 
 from longvq_layers.layers import LongVQBlock, commitment_loss
+from tests.layers.test_longvq_block import LENGTH, OPTIONS, WIDTH, block_of
+from tests.tolerances import assert_close
 
 
 def results_of_training(block, call, x, mask) -> list[torch.Tensor]:

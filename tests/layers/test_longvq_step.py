@@ -4,12 +4,12 @@ import copy
 
 import pytest
 import torch
-from cases import WIDTH, trained
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tolerances import assert_close
 
 from longvq_layers.layers import LongVQBlock, LongVQState
+from tests.layers.cases import WIDTH, trained
+from tests.tolerances import assert_close
 
 NAMES = ["longvq", "longvq_post", "longvq_rms_glu_ema", "longvq_post_scale"]
 each_block = pytest.mark.parametrize("name", NAMES)

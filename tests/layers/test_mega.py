@@ -4,14 +4,14 @@ import copy
 import itertools
 import math
 
-import published_mega
 import pytest
 import torch
-from tolerances import assert_close
 
 from longvq_layers.layers import MegaBlock, optimizer_groups
 from longvq_layers.layers.gated_attention import GatedAttention
 from longvq_layers.layers.relative_bias import RotaryRelativeBias, SimpleRelativeBias
+from tests.layers import published_mega
+from tests.tolerances import assert_close
 
 DIM, VALUE, CHUNK = 4, 5, 4
 each_activation = pytest.mark.parametrize("activation", ["softmax", "laplace", "relu2"])

@@ -1,11 +1,11 @@
 """Layers of the public Mega code: equal outputs, and refusals that name what does not fit."""
 
-import published_mega
 import pytest
 import torch
-from tolerances import assert_close
 
 from longvq_layers.layers import MegaBlock
+from tests.layers import published_mega
+from tests.tolerances import assert_close
 
 WIDTH = 6
 

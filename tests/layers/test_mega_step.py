@@ -6,9 +6,9 @@ import pickle
 
 import pytest
 import torch
-from tolerances import assert_close
 
 from longvq_layers.layers import MegaBlock, MegaState
+from tests.tolerances import assert_close
 
 WIDTH, CHUNK = 16, 5
 

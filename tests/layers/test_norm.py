@@ -4,11 +4,11 @@ import copy
 
 import pytest
 import torch
-from tolerances import assert_close
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from longvq_layers.layers.norm import NORMS, make_norm
+from tests.tolerances import assert_close
 
 each_kind = pytest.mark.parametrize("kind", NORMS)
 

@@ -5,10 +5,10 @@ import itertools
 
 import pytest
 import torch
-from cases import BARE, LAYERS, WIDTH, trained
-from tolerances import assert_close
 
 from longvq_layers.layers import Codebook, CodebookAttention
+from tests.layers.cases import BARE, LAYERS, WIDTH, trained
+from tests.tolerances import assert_close
 
 OFFSETS = torch.tensor([0, 9, 9, 10, 31, 40], dtype=torch.int32)
 SPANS = [slice(start, end) for start, end in itertools.pairwise(OFFSETS.tolist())]

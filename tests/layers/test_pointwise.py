@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from tolerances import assert_close
 from torch.nn import functional as F
 
 from longvq_layers.layers._pointwise import gated_residual, silu_product
+from tests.tolerances import assert_close
 
 
 def plain_silu_product(a, b):

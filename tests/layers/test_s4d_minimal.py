@@ -4,10 +4,10 @@ import copy
 
 import pytest
 import torch
-from tolerances import assert_close
 from torch import nn
 
 from longvq_layers.layers import S4DLayer
+from tests.tolerances import assert_close
 
 each_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 

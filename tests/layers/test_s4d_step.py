@@ -6,10 +6,10 @@ import pickle
 
 import pytest
 import torch
-from tolerances import assert_close
 
 from longvq_layers import ops
 from longvq_layers.layers import DiagonalSSM, S4DLayer
+from tests.tolerances import assert_close
 
 
 def make(**options):

@@ -6,9 +6,9 @@ import re
 
 import pytest
 import torch
-from tolerances import BOUND, assert_close
 
 from longvq_layers.layers import DiagonalSSM, S4DLayer, optimizer_groups
+from tests.tolerances import BOUND, assert_close
 
 SUBSETS = [(), ("A",), ("B",), ("dt",), ("A", "dt"), ("A", "B", "dt")]
 each_subset = pytest.mark.parametrize("trained", SUBSETS, ids="-".join)

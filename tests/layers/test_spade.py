@@ -4,9 +4,9 @@ import copy
 
 import pytest
 import torch
-from tolerances import assert_close
 
 from longvq_layers.layers import DiagonalSSM, SPADEBlock, optimizer_groups
+from tests.tolerances import assert_close
 
 
 def make(**options):

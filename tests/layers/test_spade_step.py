@@ -6,9 +6,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tolerances import assert_close
 
 from longvq_layers.layers import SPADEBlock, SPADEState
+from tests.tolerances import assert_close
 
 FORMS = (
     {},

@@ -5,11 +5,11 @@ import math
 import numpy
 import pytest
 import torch
-from tolerances import assert_close
 
 from longvq_layers import ops
 from longvq_layers.layers import DiagonalSSM, S4DLayer, optimizer_groups
 from longvq_layers.ops import _checks as check
+from tests.tolerances import assert_close
 
 each_init = pytest.mark.parametrize("init", ["lin", "inv", "real"])
 each_rule = pytest.mark.parametrize("rule", ["zoh", "bilinear"])

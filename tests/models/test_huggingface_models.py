@@ -8,8 +8,6 @@ import sys
 
 import pytest
 import torch
-from test_plain_models import SMALL
-from tolerances import assert_close
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -30,6 +28,8 @@ from longvq_layers.models.huggingface import (
     LongVQModel,
 )
 from longvq_layers.models.huggingface.cache_name import NAME
+from tests.models.test_plain_models import SMALL
+from tests.tolerances import assert_close
 
 VOCABULARY = 30
 each_kind = pytest.mark.parametrize("kind", list(BLOCKS))

@@ -6,7 +6,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tolerances import assert_close
 
 from longvq_layers.layers import Codebook, commitment_loss
 from longvq_layers.models import (
@@ -18,6 +17,7 @@ from longvq_layers.models import (
     TransformerBlock,
 )
 from longvq_layers.models.sequence import pool
+from tests.tolerances import assert_close
 
 WIDTH, VOCABULARY = 16, 30
 SMALL = {

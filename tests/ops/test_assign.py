@@ -4,9 +4,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from strategies import LAYOUTS, layout
 
 from longvq_layers import ops
+from tests.strategies import LAYOUTS, layout
 
 BACKENDS = ["reference", "torch", "auto"]
 

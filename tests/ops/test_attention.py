@@ -3,12 +3,12 @@
 import pytest
 import torch
 from hypothesis import given, settings
-from largest import LargestTensor
-from strategies import attention_cases
-from tolerances import assert_close
 from torch.nn.functional import scaled_dot_product_attention
 
 from longvq_layers import ops
+from tests.largest import LargestTensor
+from tests.strategies import attention_cases
+from tests.tolerances import assert_close
 
 
 def run(case, backend, dtype=torch.float64, codes=None):

@@ -4,10 +4,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from native import threads
-from strategies import attention_cases
 
 from longvq_layers import ops
+from tests.native import threads
+from tests.strategies import attention_cases
 
 EPSILON = {torch.bfloat16: 2**-8, torch.float16: 2**-11}
 

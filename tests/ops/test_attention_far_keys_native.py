@@ -4,10 +4,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from strategies import AttentionCase, attention_cases
-from tolerances import assert_close
 
 from longvq_layers import ops
+from tests.strategies import AttentionCase, attention_cases
+from tests.tolerances import assert_close
 
 LEAVES = ("q", "k", "v", "far_q", "far_k")
 

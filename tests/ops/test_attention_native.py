@@ -6,10 +6,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from native import threads
-from strategies import attention_cases
 
 from longvq_layers import ops
+from tests.native import threads
+from tests.strategies import attention_cases
 
 FLOOR = 2e-6  # relative: rounding of inputs and of the result itself
 

@@ -4,10 +4,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from stream import stream_cases
-from tolerances import assert_close
 
 from longvq_layers import ops
+from tests.stream import stream_cases
+from tests.tolerances import assert_close
 
 BACKENDS = ("reference", "torch")
 

@@ -4,10 +4,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from native import threads
-from stream import stream_cases
 
 from longvq_layers import ops
+from tests.native import threads
+from tests.stream import stream_cases
 
 FLOOR = 4e-6  # relative: rounding of inputs and of the result itself
 

@@ -4,12 +4,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from largest import LargestTensor
-from strategies import LAYOUTS, layout
-from tolerances import assert_close
 
 from longvq_layers import ops
 from longvq_layers.ops.torch.conv import fast_length
+from tests.largest import LargestTensor
+from tests.strategies import LAYOUTS, layout
+from tests.tolerances import assert_close
 
 HALF = (torch.float16, torch.bfloat16)
 DTYPES = (*HALF, torch.float32, torch.float64)

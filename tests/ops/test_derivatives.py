@@ -4,10 +4,10 @@ import itertools
 
 import pytest
 import torch
-from native import drawn
 from torch.utils.checkpoint import checkpoint
 
 from longvq_layers import LongVQBlock, S4DLayer, ops
+from tests.native import drawn
 
 BACKENDS = ("auto", "torch")
 U, MODES, WEIGHT = torch.randn(2, 40, 3), -torch.rand(3, 4), torch.randn(3, 4)

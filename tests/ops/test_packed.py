@@ -5,11 +5,11 @@ import itertools
 import pytest
 import torch
 from hypothesis import given, settings
-from strategies import attention_cases, scan_cases
-from tolerances import assert_close
 from torch import Tensor
 
 from longvq_layers import ops
+from tests.strategies import attention_cases, scan_cases
+from tests.tolerances import assert_close
 
 
 def spans(cu_seqlens: Tensor) -> list[slice]:

@@ -6,11 +6,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from native import assert_as_good_as_plain_float32, drawn, run, threads
-from strategies import NativeScanCase, attention_cases, native_scan_cases
 from torch import Tensor
 
 from longvq_layers import ops
+from tests.native import assert_as_good_as_plain_float32, drawn, run, threads
+from tests.strategies import NativeScanCase, attention_cases, native_scan_cases
 
 OF_A_DOCUMENT = {"y": 1, "u": 1, "state": 0, "initial_state": 0}  # the others are sums over documents
 

@@ -4,11 +4,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from largest import LargestTensor
-from strategies import scan_cases
-from tolerances import assert_close
 
 from longvq_layers import ops
+from tests.largest import LargestTensor
+from tests.strategies import scan_cases
+from tests.tolerances import assert_close
 
 
 def run(leaves, backend, options):

@@ -6,10 +6,10 @@ import threading
 
 import pytest
 import torch
-from native import drawn, run, threads
 from torch import Tensor
 
 from longvq_layers import ops
+from tests.native import drawn, run, threads
 
 
 def results(case) -> dict[str, Tensor]:

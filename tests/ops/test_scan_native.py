@@ -6,11 +6,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from native import assert_as_good_as_plain_float32, by_channel, drawn, in_absolute_values, run, threads
-from strategies import NativeScanCase, native_scan_cases
 from torch import Tensor
 
 from longvq_layers import ops
+from tests.native import assert_as_good_as_plain_float32, by_channel, drawn, in_absolute_values, run, threads
+from tests.strategies import NativeScanCase, native_scan_cases
 
 
 @given(native_scan_cases())

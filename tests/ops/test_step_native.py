@@ -4,10 +4,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from native import drawn, threads
-from strategies import any_layout, in_precision
 
 from longvq_layers import ops
+from tests.native import drawn, threads
+from tests.strategies import any_layout, in_precision
 
 
 @st.composite

@@ -5,11 +5,11 @@ import math
 
 import pytest
 import torch
-from largest import LargestTensor
 
 from longvq_layers import commitment_loss
 from longvq_layers.models.huggingface.cache_name import NAME
 from longvq_layers.replace import replace_attention, restore_attention
+from tests.largest import LargestTensor
 from tests.replace.models import CAUSAL, FAMILIES, bert, bert_config, gpt2, llama, output, padded, tokens
 from tests.tolerances import assert_close
 

@@ -8,11 +8,10 @@ import torch
 pytest.importorskip("numpy")
 pytest.importorskip("PIL")
 
-import made_files
-
 from longvq_layers import tasks
 from longvq_layers.tasks.base import SPLITS
 from longvq_layers.tasks.listops import tokenize
+from tests.tasks import made_files
 
 
 @pytest.fixture

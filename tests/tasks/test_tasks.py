@@ -14,10 +14,9 @@ import torch
 pytest.importorskip("sklearn")
 pytest.importorskip("PIL")
 
-from made_files import MAKERS
-
 from longvq_layers import tasks
 from longvq_layers.tasks.base import IGNORED, SPLITS
+from tests.tasks.made_files import MAKERS
 
 ROOT = Path(__file__).resolve().parents[2]
 OPTIONS = {

@@ -4,12 +4,12 @@ import contextlib
 
 import pytest
 import torch
-from test_trainer import TINY, curve, weights
 
 from longvq_layers.train import Trainer, TrainSettings
 from longvq_layers.train import __main__ as command
 from longvq_layers.train import trainer as trainer_module
 from longvq_layers.train.log import COLUMNS
+from tests.train.test_trainer import TINY, curve, weights
 
 SEEN = ("attention_entropy", "output_gate")
 
