@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from longvq_layers import _checks as check
 from longvq_layers.health import _text
-from longvq_layers.layers import _inputs
 from longvq_layers.layers.codebook import Codebook
 
 
@@ -75,7 +75,7 @@ def codebook_statistics(model: nn.Module, *, within: int = 10) -> CodebookTable:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"codebook_statistics: model must be a torch.nn.Module, got {type(model).__name__}")
-    _inputs.positive("codebook_statistics", within=within)
+    check.positive("codebook_statistics", within=within)
     books = [(name, book) for name, book in model.named_modules() if isinstance(book, Codebook)]
     return CodebookTable(row for name, book in books for row in _rows(name, book, within))
 

@@ -8,11 +8,11 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from longvq_layers import _checks as check
 from longvq_layers.health import _parts
 from longvq_layers.health._running import Reading, Running
 from longvq_layers.health.entropy import attention_entropy
 from longvq_layers.health.gradients import GradientTable, gradient_scales
-from longvq_layers.layers import _inputs
 from longvq_layers.layers._context import recomputing
 from longvq_layers.layers.codebook_attention import CodebookAttention
 from longvq_layers.layers.commitment import commitment_loss
@@ -53,7 +53,7 @@ class Monitor:
     def __init__(self, model: nn.Module, *, every: int = 1, queries: int = 64) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"Monitor: model must be a torch.nn.Module, got {type(model).__name__}")
-        _inputs.positive("Monitor", every=every, queries=queries)
+        check.positive("Monitor", every=every, queries=queries)
         self.model, self.every, self.queries = model, every, queries
         self._entropy: dict[str, Running] = {}
         self._output_gates: dict[str, Running] = {}
@@ -105,7 +105,7 @@ class Monitor:
             if task_loss.numel() != 1:
                 raise ValueError(f"Monitor: task_loss must have one element, got shape {tuple(task_loss.shape)}")
         elif task_loss is not None:
-            _inputs.number("Monitor", "task_loss", task_loss)
+            check.number("Monitor", "task_loss", task_loss)
         self._backwards += 1
         if (self._backwards - 1) % self.every:
             return

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from longvq_layers.layers import _inputs
+from longvq_layers import _checks as check
 
 
 class Threshold(NamedTuple):
@@ -41,6 +41,6 @@ def chosen(changes: Mapping[str, float] | None) -> dict[str, float]:
     for name, value in (changes or {}).items():
         if name not in values:
             raise ValueError(f"diagnose: thresholds must be named {', '.join(values)}; got {name!r}")
-        _inputs.number("diagnose", f"thresholds[{name!r}]", value)
+        check.number("diagnose", f"thresholds[{name!r}]", value)
         values[name] = float(value)
     return values

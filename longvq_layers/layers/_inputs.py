@@ -1,13 +1,9 @@
 """Checks of what a layer is called with, in the wording of the operators' checks."""
 
-from numbers import Real
-
 import torch
 from torch import Tensor
 
-from longvq_layers.ops import _checks as check
-
-_NUMBERS = (int, float, Real)  # Real: NumPy's scalars; the builtin types first, for its own check takes longer
+from longvq_layers import _checks as check
 
 
 def sequence(layer: str, name: str, x: object, width: int, parameter: Tensor, mask: Tensor | None) -> None:
@@ -43,42 +39,6 @@ def packed(layer: str, name: str, x: Tensor, cu_seqlens: object, axis: int = 1) 
     """`cu_seqlens` is None or the offsets of documents packed into the one row of x, whose length is that of `axis`."""
     if cu_seqlens is not None:
         check.cu_seqlens(layer, name, x, cu_seqlens, axis)
-
-
-def positive(layer: str, **sizes: int) -> None:
-    for name, value in sizes.items():
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise TypeError(f"{layer}: {name} must be an int, got {type(value).__name__}")
-        if value < 1:
-            raise ValueError(f"{layer}: {name} must be at least 1, got {value}")
-
-
-def flags(layer: str, **values: object) -> None:
-    for name, value in values.items():
-        if not isinstance(value, bool):
-            raise TypeError(f"{layer}: {name} must be a bool, got {value!r}")
-
-
-def floating(layer: str, dtype: object) -> None:
-    """`dtype` is None or a floating dtype."""
-    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-        raise TypeError(f"{layer}: dtype must be a floating torch dtype, got {dtype!r}")
-
-
-def number(layer: str, name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, _NUMBERS):
-        raise TypeError(f"{layer}: {name} must be a number, got {value!r}")
-
-
-def probability(layer: str, name: str, value: float) -> None:
-    number(layer, name, value)
-    if not 0 <= value < 1:
-        raise ValueError(f"{layer}: {name} must be at least 0 and below 1, got {value}")
-
-
-def divides(layer: str, name: str, value: int, of: str, total: int) -> None:
-    if total % value:
-        raise ValueError(f"{layer}: {of} must be a multiple of {name}, got {total} and {value}")
 
 
 def zero_padding(y: Tensor, mask: Tensor | None) -> Tensor:

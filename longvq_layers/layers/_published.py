@@ -4,7 +4,7 @@ from collections.abc import Callable, Collection, Mapping
 
 from torch import Tensor
 
-from longvq_layers.ops import _checks as check
+from longvq_layers import _checks as check
 
 
 def entries(caller: str, state_dict: object, prefix: object) -> dict[str, object]:

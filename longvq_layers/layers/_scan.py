@@ -5,10 +5,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from longvq_layers import _checks as check
 from longvq_layers import ops
 from longvq_layers.layers import _inputs
 from longvq_layers.layers._context import no_autocast
-from longvq_layers.ops import _checks as check
 
 
 def arithmetic(dtype: torch.dtype) -> torch.dtype:

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from longvq_layers.ops import _checks as check
+from longvq_layers import _checks as check
 
 
 def batch(name: str, value: object) -> None:

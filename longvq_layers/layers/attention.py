@@ -4,6 +4,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+from longvq_layers import _checks as check
 from longvq_layers import ops
 from longvq_layers.layers import _inputs, _steps
 from longvq_layers.layers.codebook_attention import CodebookAttention
@@ -82,12 +83,12 @@ class VQAttention(nn.Module):
     ) -> None:
         super().__init__()
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
-        _inputs.positive("VQAttention", embed_dim=embed_dim, num_heads=num_heads, num_kv_heads=num_kv_heads)
-        _inputs.divides("VQAttention", "num_heads", num_heads, "embed_dim", embed_dim)
-        _inputs.divides("VQAttention", "num_kv_heads", num_kv_heads, "num_heads", num_heads)
-        _inputs.floating("VQAttention", dtype)
-        _inputs.flags("VQAttention", causal=causal, bias=bias)
-        _inputs.probability("VQAttention", "dropout", dropout)
+        check.positive("VQAttention", embed_dim=embed_dim, num_heads=num_heads, num_kv_heads=num_kv_heads)
+        check.divides("VQAttention", "num_heads", num_heads, "embed_dim", embed_dim)
+        check.divides("VQAttention", "num_kv_heads", num_kv_heads, "num_heads", num_heads)
+        check.floating("VQAttention", dtype)
+        check.flags("VQAttention", causal=causal, bias=bias)
+        check.probability("VQAttention", "dropout", dropout)
         self.embed_dim, self.num_heads, self.num_kv_heads = embed_dim, num_heads, num_kv_heads
         self.head_dim = embed_dim // num_heads
         kv_dim = num_kv_heads * self.head_dim

@@ -3,13 +3,13 @@
 import torch
 from torch import Tensor
 
+from longvq_layers import _checks as check
 from longvq_layers import ops
 from longvq_layers.layers import _inputs, codebook_checkpoint
 from longvq_layers.layers._context import no_autocast, recomputing
 from longvq_layers.layers._distributed import Group
 from longvq_layers.layers._kmeans import code_sums, draw, kmeans, pick, spread
 from longvq_layers.layers._precision import KeepsFloat32, storage_dtype
-from longvq_layers.ops import _checks as check
 
 _SEED = 0x10C0DE
 _START_KEYS_PER_CODE = 64  # keys per code that the k-means start looks at; more only cost time
@@ -77,8 +77,8 @@ class Codebook(KeepsFloat32):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        _inputs.positive("Codebook", num_heads=num_heads, num_codes=num_codes, dim=dim)
-        _inputs.probability("Codebook", "decay", decay)
+        check.positive("Codebook", num_heads=num_heads, num_codes=num_codes, dim=dim)
+        check.probability("Codebook", "decay", decay)
         if revive_after is not None and revive_after < 1:
             raise ValueError(f"Codebook: revive_after must be at least 1 step, or None for never, got {revive_after}")
         if not 0 < eps < float("inf"):

@@ -3,13 +3,13 @@
 import torch
 from torch import Tensor
 
+from longvq_layers import _checks as check
 from longvq_layers import ops
 from longvq_layers.layers import _inputs, _steps
 from longvq_layers.layers._context import no_autocast, recomputing
 from longvq_layers.layers._kmeans import pick
 from longvq_layers.layers._window_bias import WindowBias
 from longvq_layers.layers.codebook import Codebook
-from longvq_layers.ops import _checks as check
 from longvq_layers.ops._dispatch import BACKENDS
 
 
@@ -73,17 +73,17 @@ class CodebookAttention(WindowBias):
         super().__init__()
         name = "CodebookAttention"
         value_dim = head_dim if value_dim is None else value_dim
-        _inputs.positive(name, num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim, value_dim=value_dim)
-        _inputs.positive(name, num_codes=num_codes)
-        _inputs.divides(name, "num_kv_heads", num_kv_heads, "num_heads", num_heads)
+        check.positive(name, num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim, value_dim=value_dim)
+        check.positive(name, num_codes=num_codes)
+        check.divides(name, "num_kv_heads", num_kv_heads, "num_heads", num_heads)
         check.window(name, window)
         check.one_of(name, "local_keys", local_keys, ("quantized", "exact"))
         check.one_of(name, "key_grad", key_grad, ("cluster", "window"))
         check.one_of(name, "activation", activation, ("softmax", "laplace"))
         check.one_of(name, "backend", backend, BACKENDS)
-        _inputs.number(name, "commitment", commitment)
-        _inputs.floating(name, dtype)
-        _inputs.flags(name, causal=causal, window_bias=window_bias)
+        check.number(name, "commitment", commitment)
+        check.floating(name, dtype)
+        check.flags(name, causal=causal, window_bias=window_bias)
         if not 0 <= commitment < float("inf"):
             raise ValueError(f"{name}: commitment must be a finite number, at least 0, got {commitment}")
         self.num_heads, self.num_kv_heads, self.head_dim, self.value_dim = num_heads, num_kv_heads, head_dim, value_dim

@@ -4,8 +4,8 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+from longvq_layers import _checks as check
 from longvq_layers.layers import _inputs
-from longvq_layers.ops import _checks as check
 
 
 class CrossAttention(nn.Module):
@@ -46,11 +46,11 @@ class CrossAttention(nn.Module):
     ) -> None:
         super().__init__()
         name = "CrossAttention"
-        _inputs.positive(name, embed_dim=embed_dim, num_heads=num_heads)
-        _inputs.divides(name, "num_heads", num_heads, "embed_dim", embed_dim)
-        _inputs.floating(name, dtype)
-        _inputs.flags(name, bias=bias)
-        _inputs.probability(name, "dropout", dropout)
+        check.positive(name, embed_dim=embed_dim, num_heads=num_heads)
+        check.divides(name, "num_heads", num_heads, "embed_dim", embed_dim)
+        check.floating(name, dtype)
+        check.flags(name, bias=bias)
+        check.probability(name, "dropout", dropout)
         self.embed_dim, self.num_heads = embed_dim, num_heads
         factory = {"device": device, "dtype": dtype}
         self.q_proj = nn.Linear(embed_dim, embed_dim, bias, **factory)

@@ -3,10 +3,10 @@
 import torch
 from torch import Tensor, nn
 
+from longvq_layers import _checks as check
 from longvq_layers.layers import _inputs
 from longvq_layers.layers._context import no_autocast
 from longvq_layers.layers._window_bias import WindowBias
-from longvq_layers.ops import _checks as check
 
 
 class DenseAttention(WindowBias):
@@ -55,11 +55,11 @@ class DenseAttention(WindowBias):
         super().__init__()
         name = "DenseAttention"
         value_dim = head_dim if value_dim is None else value_dim
-        _inputs.positive(name, num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim, value_dim=value_dim)
-        _inputs.divides(name, "num_kv_heads", num_kv_heads, "num_heads", num_heads)
+        check.positive(name, num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim, value_dim=value_dim)
+        check.divides(name, "num_kv_heads", num_kv_heads, "num_heads", num_heads)
         check.window(name, window)
-        _inputs.floating(name, dtype)
-        _inputs.flags(name, causal=causal, window_bias=window_bias)
+        check.floating(name, dtype)
+        check.flags(name, causal=causal, window_bias=window_bias)
         self.num_heads, self.num_kv_heads, self.head_dim, self.value_dim = num_heads, num_kv_heads, head_dim, value_dim
         self.window, self.causal = window, causal
         self._add_window_bias(window_bias, num_heads, window, causal, device, dtype)

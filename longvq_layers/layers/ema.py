@@ -5,11 +5,11 @@ import math
 import torch
 from torch import Tensor, nn
 
+from longvq_layers import _checks as check
 from longvq_layers import ops
 from longvq_layers.layers import _inputs, _scan, _steps
 from longvq_layers.layers._context import no_autocast
 from longvq_layers.layers._precision import KeepsFloat32, storage_dtype
-from longvq_layers.ops import _checks as check
 from longvq_layers.ops._dispatch import BACKENDS
 
 
@@ -61,9 +61,9 @@ class DampedEMA(KeepsFloat32):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        _inputs.positive("DampedEMA", channels=channels, ndim=ndim)
-        _inputs.floating("DampedEMA", dtype)
-        _inputs.flags("DampedEMA", causal=causal)
+        check.positive("DampedEMA", channels=channels, ndim=ndim)
+        check.floating("DampedEMA", dtype)
+        check.flags("DampedEMA", causal=causal)
         check.one_of("DampedEMA", "backend", backend, BACKENDS)
         self.channels, self.ndim, self.causal, self.backend = channels, ndim, causal, backend
         real = {"device": device, "dtype": storage_dtype(dtype)}

@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor, nn
 
+from longvq_layers import _checks as check
 from longvq_layers.layers import _inputs
 from longvq_layers.layers._pointwise import silu_product
-from longvq_layers.ops import _checks as check
 
 ACTIVATIONS = {"silu": nn.functional.silu, "gelu": nn.functional.gelu, "relu": nn.functional.relu}
 
@@ -82,11 +82,11 @@ class FeedForward(nn.Module):
     ) -> None:
         super().__init__()
         name = "FeedForward"
-        _inputs.positive(name, d_model=d_model, d_ff=d_ff)
-        _inputs.flags(name, glu=glu)
+        check.positive(name, d_model=d_model, d_ff=d_ff)
+        check.flags(name, glu=glu)
         hidden_dropout = dropout if hidden_dropout is None else hidden_dropout
-        _inputs.probability(name, "dropout", dropout)
-        _inputs.probability(name, "hidden_dropout", hidden_dropout)
+        check.probability(name, "dropout", dropout)
+        check.probability(name, "hidden_dropout", hidden_dropout)
         check.one_of(name, "activation", activation, tuple(ACTIVATIONS))
         self.d_model, self.d_ff, self.activation, self.glu = d_model, d_ff, activation, glu
         self.dropout_type = dropout_type

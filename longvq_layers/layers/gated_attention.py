@@ -5,9 +5,9 @@ import itertools
 import torch
 from torch import Tensor, nn
 
+from longvq_layers import _checks as check
 from longvq_layers.layers import _chunks, _inputs
 from longvq_layers.layers.relative_bias import make_relative_bias
-from longvq_layers.ops import _checks as check
 from longvq_layers.ops.torch.scores import laplace
 
 ATTENTION = ("softmax", "laplace", "relu2")
@@ -60,9 +60,9 @@ class GatedAttention(nn.Module):
     ) -> None:
         super().__init__()
         name = "GatedAttention"
-        _inputs.positive(name, dim=dim, max_positions=max_positions, **({} if chunk is None else {"chunk": chunk}))
-        _inputs.flags(name, causal=causal)
-        _inputs.probability(name, "dropout", dropout)
+        check.positive(name, dim=dim, max_positions=max_positions, **({} if chunk is None else {"chunk": chunk}))
+        check.flags(name, causal=causal)
+        check.probability(name, "dropout", dropout)
         check.one_of(name, "activation", activation, ATTENTION)
         self.dim, self.chunk, self.causal, self.activation = dim, chunk, causal, activation
         self.rel_pos_bias, self.max_positions, self.dropout = rel_pos_bias, max_positions, dropout

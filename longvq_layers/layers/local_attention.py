@@ -4,11 +4,11 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+from longvq_layers import _checks as check
 from longvq_layers.layers import _inputs, _steps
 from longvq_layers.layers._window_bias import WindowBias
 from longvq_layers.layers._windowed import windowed_attention
 from longvq_layers.layers.local_state import LocalAttentionState
-from longvq_layers.ops import _checks as check
 
 
 class LocalAttention(WindowBias):
@@ -64,12 +64,12 @@ class LocalAttention(WindowBias):
         super().__init__()
         name = "LocalAttention"
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
-        _inputs.positive(name, embed_dim=embed_dim, num_heads=num_heads, num_kv_heads=num_kv_heads, window=window)
-        _inputs.divides(name, "num_heads", num_heads, "embed_dim", embed_dim)
-        _inputs.divides(name, "num_kv_heads", num_kv_heads, "num_heads", num_heads)
-        _inputs.floating(name, dtype)
-        _inputs.flags(name, causal=causal, bias=bias, window_bias=window_bias)
-        _inputs.probability(name, "dropout", dropout)
+        check.positive(name, embed_dim=embed_dim, num_heads=num_heads, num_kv_heads=num_kv_heads, window=window)
+        check.divides(name, "num_heads", num_heads, "embed_dim", embed_dim)
+        check.divides(name, "num_kv_heads", num_kv_heads, "num_heads", num_heads)
+        check.floating(name, dtype)
+        check.flags(name, causal=causal, bias=bias, window_bias=window_bias)
+        check.probability(name, "dropout", dropout)
         self.embed_dim, self.num_heads, self.num_kv_heads = embed_dim, num_heads, num_kv_heads
         self.head_dim, self.window, self.causal = embed_dim // num_heads, window, causal
         kv_dim = num_kv_heads * self.head_dim

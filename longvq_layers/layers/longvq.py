@@ -7,6 +7,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from longvq_layers import _checks as check
 from longvq_layers.layers import _inputs, _steps
 from longvq_layers.layers._pieces import advance
 from longvq_layers.layers._pointwise import gated_residual, silu_product
@@ -17,7 +18,6 @@ from longvq_layers.layers.feed_forward import ACTIVATIONS, FeedForward, make_dro
 from longvq_layers.layers.longvq_state import LongVQState
 from longvq_layers.layers.norm import make_norm
 from longvq_layers.layers.ssm import DiagonalSSM
-from longvq_layers.ops import _checks as check
 
 
 class LongVQBlock(nn.Module):
@@ -126,18 +126,18 @@ class LongVQBlock(nn.Module):
     ) -> None:
         super().__init__()
         name = "LongVQBlock"
-        _inputs.positive(name, d_model=d_model, num_heads=num_heads)
+        check.positive(name, d_model=d_model, num_heads=num_heads)
         d_attn = _round_up(d_model / 2, num_heads) if d_attn is None else d_attn
         d_value = _round_up(d_model, num_heads) if d_value is None else d_value
         d_ff = 2 * d_model if d_ff is None else d_ff
         hidden_dropout = dropout if hidden_dropout is None else hidden_dropout
-        _inputs.positive(name, d_attn=d_attn, d_value=d_value, d_state=d_state, ema_dim=ema_dim)
-        _inputs.divides(name, "num_heads", num_heads, "d_attn", d_attn)
-        _inputs.divides(name, "num_heads", num_heads, "d_value", d_value)
-        _inputs.floating(name, dtype)
-        _inputs.flags(name, window_bias=window_bias, ssm_gate=ssm_gate, glu=glu, causal=causal, recompute=recompute)
-        _inputs.probability(name, "dropout", dropout)
-        _inputs.probability(name, "hidden_dropout", hidden_dropout)
+        check.positive(name, d_attn=d_attn, d_value=d_value, d_state=d_state, ema_dim=ema_dim)
+        check.divides(name, "num_heads", num_heads, "d_attn", d_attn)
+        check.divides(name, "num_heads", num_heads, "d_value", d_value)
+        check.floating(name, dtype)
+        check.flags(name, window_bias=window_bias, ssm_gate=ssm_gate, glu=glu, causal=causal, recompute=recompute)
+        check.probability(name, "dropout", dropout)
+        check.probability(name, "hidden_dropout", hidden_dropout)
         check.one_of(name, "norm", norm, ("pre", "post"))
         check.one_of(name, "ssm", ssm, ("s4d", "ema"))
         check.one_of(name, "ffn_activation", ffn_activation, tuple(ACTIVATIONS))
@@ -147,7 +147,7 @@ class LongVQBlock(nn.Module):
         if num_codes is None and activation != "softmax":
             raise ValueError(f"{name}: activation must be 'softmax' with num_codes=None, got {activation!r}")
         if d_ff is False or d_ff != 0:  # False equals 0
-            _inputs.positive(name, d_ff=d_ff)
+            check.positive(name, d_ff=d_ff)
         self.d_model, self.num_heads, self.num_codes, self.causal = d_model, num_heads, num_codes, causal
         self.window, self.window_bias, self.activation = window, window_bias, activation
         self.d_state, self.ema_dim, self.ssm_gate = d_state, ema_dim, ssm_gate

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from longvq_layers import _checks as check
 from longvq_layers.layers import _inputs, _steps, mega_checkpoint
 from longvq_layers.layers._pieces import advance
 from longvq_layers.layers.ema import DampedEMA
@@ -13,7 +14,6 @@ from longvq_layers.layers.gated_attention import GatedAttention
 from longvq_layers.layers.mega_state import MegaState
 from longvq_layers.layers.mega_step import attention_step
 from longvq_layers.layers.norm import make_norm
-from longvq_layers.ops import _checks as check
 
 _NORM_EPS = 1e-5  # of every norm type, as published
 
@@ -105,19 +105,19 @@ class MegaBlock(nn.Module):
     ) -> None:
         super().__init__()
         name = "MegaBlock"
-        _inputs.positive(name, d_model=d_model)
+        check.positive(name, d_model=d_model)
         d_attn = -(-d_model // 4) * 2 if d_attn is None else d_attn
         d_value = 2 * d_model if d_value is None else d_value
         d_ff = 2 * d_model if d_ff is None else d_ff
-        _inputs.positive(name, d_attn=d_attn, d_value=d_value, ema_dim=ema_dim)
+        check.positive(name, d_attn=d_attn, d_value=d_value, ema_dim=ema_dim)
         if d_ff != 0:
-            _inputs.positive(name, d_ff=d_ff)
-        _inputs.floating(name, dtype)
-        _inputs.flags(name, causal=causal, glu=glu)
+            check.positive(name, d_ff=d_ff)
+        check.floating(name, dtype)
+        check.flags(name, causal=causal, glu=glu)
         check.one_of(name, "norm", norm, ("pre", "post"))
         hidden_dropout = dropout if hidden_dropout is None else hidden_dropout
         for option, p in (("dropout", dropout), ("hidden_dropout", hidden_dropout)):
-            _inputs.probability(name, option, p)
+            check.probability(name, option, p)
         self.d_model, self.d_attn, self.d_value, self.d_ff = d_model, d_attn, d_value, int(d_ff)
         self.norm, self.norm_type, self.dropout_type = norm, norm_type, dropout_type
         self.ffn_activation, self.glu = ffn_activation, glu

@@ -5,9 +5,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from longvq_layers import _checks as check
 from longvq_layers.layers._context import recomputing
 from longvq_layers.layers._precision import KeepsFloat32, storage_dtype
-from longvq_layers.ops import _checks as check
 
 
 class LayerNorm(nn.LayerNorm):

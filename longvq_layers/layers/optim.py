@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
-from longvq_layers.layers import _inputs
+from longvq_layers import _checks as check
 from longvq_layers.layers.ssm import TRAINABLE
 
 _SSM_LR = 1e-3
@@ -60,7 +60,7 @@ def optimizer_groups(
     given = {f"ssm_lr[{kind!r}]": rate for kind, rate in ssm_lr.items()} if split else {"ssm_lr": ssm_lr}
     for name, value in {"lr": lr, "weight_decay": weight_decay, **given}.items():
         if not (isinstance(value, Tensor) and value.numel() == 1):  # torch's optimisers take those as well
-            _inputs.number("optimizer_groups", name, value)
+            check.number("optimizer_groups", name, value)
         if not 0 <= value < float("inf"):
             raise ValueError(f"optimizer_groups: {name} must be a finite number, at least 0, got {value}")
     settings = {name: (min(lr, rate), 0.0) for name, rate in slow.items()}

@@ -5,8 +5,8 @@ import math
 import torch
 from torch import Tensor, nn
 
+from longvq_layers import _checks as check
 from longvq_layers.layers import _inputs
-from longvq_layers.ops import _checks as check
 
 
 class RelativeBias(nn.Module):
@@ -43,7 +43,7 @@ class SimpleRelativeBias(RelativeBias):
         self, max_positions: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> None:
         super().__init__()
-        _inputs.positive("SimpleRelativeBias", max_positions=max_positions)
+        check.positive("SimpleRelativeBias", max_positions=max_positions)
         self.max_positions = max_positions
         self.rel_pos_bias = nn.Parameter(torch.empty(2 * max_positions - 1, device=device, dtype=dtype))
         self.reset_parameters()
@@ -84,7 +84,7 @@ class RotaryRelativeBias(RelativeBias):
 
     def __init__(self, dim: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> None:
         super().__init__()
-        _inputs.positive("RotaryRelativeBias", dim=dim)
+        check.positive("RotaryRelativeBias", dim=dim)
         if dim % 2:
             raise ValueError(f"RotaryRelativeBias: dim must be even (pairs are rotated), got {dim}")
         self.dim = dim

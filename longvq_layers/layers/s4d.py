@@ -5,9 +5,9 @@ from collections.abc import Collection, Mapping
 import torch
 from torch import Tensor, nn
 
+from longvq_layers import _checks as check
 from longvq_layers.layers import _inputs, s4d_checkpoint
 from longvq_layers.layers.ssm import DiagonalSSM
-from longvq_layers.ops import _checks as check
 
 _ACTIVATIONS = {"gelu": nn.GELU, "silu": nn.SiLU, "relu": nn.ReLU, "identity": nn.Identity}
 
@@ -63,10 +63,10 @@ class S4DLayer(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        _inputs.positive("S4DLayer", d_model=d_model)
-        _inputs.floating("S4DLayer", dtype)
-        _inputs.flags("S4DLayer", causal=causal, glu=glu)
-        _inputs.probability("S4DLayer", "dropout", dropout)
+        check.positive("S4DLayer", d_model=d_model)
+        check.floating("S4DLayer", dtype)
+        check.flags("S4DLayer", causal=causal, glu=glu)
+        check.probability("S4DLayer", "dropout", dropout)
         check.one_of("S4DLayer", "activation", activation, tuple(_ACTIVATIONS))
         self.d_model, self.activation, self.glu = d_model, activation, glu
         self.ssm = DiagonalSSM(

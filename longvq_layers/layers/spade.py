@@ -5,6 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from longvq_layers import _checks as check
 from longvq_layers.layers import _inputs, _steps
 from longvq_layers.layers._pieces import advance
 from longvq_layers.layers.cross_attention import CrossAttention
@@ -13,7 +14,6 @@ from longvq_layers.layers.local_attention import LocalAttention
 from longvq_layers.layers.norm import make_norm
 from longvq_layers.layers.spade_state import SPADEState
 from longvq_layers.layers.ssm import DiagonalSSM
-from longvq_layers.ops import _checks as check
 
 COMBINE = ("concat", "add", "stack")
 
@@ -94,13 +94,13 @@ class SPADEBlock(nn.Module):
     ) -> None:
         super().__init__()
         name = "SPADEBlock"
-        _inputs.positive(name, d_model=d_model, num_heads=num_heads, window=window, d_state=d_state)
+        check.positive(name, d_model=d_model, num_heads=num_heads, window=window, d_state=d_state)
         d_ff = 4 * d_model if d_ff is None else d_ff
-        _inputs.positive(name, d_ff=d_ff)
-        _inputs.divides(name, "num_heads", num_heads, "d_model", d_model)
-        _inputs.floating(name, dtype)
-        _inputs.flags(name, global_ssm=global_ssm, glu=glu, causal=causal, cross_attention=cross_attention)
-        _inputs.probability(name, "dropout", dropout)
+        check.positive(name, d_ff=d_ff)
+        check.divides(name, "num_heads", num_heads, "d_model", d_model)
+        check.floating(name, dtype)
+        check.flags(name, global_ssm=global_ssm, glu=glu, causal=causal, cross_attention=cross_attention)
+        check.probability(name, "dropout", dropout)
         check.one_of(name, "combine", combine, COMBINE)
         check.one_of(name, "norm", norm, ("pre", "post"))
         self.d_model, self.num_heads, self.combine, self.d_state = d_model, num_heads, combine, d_state

@@ -7,11 +7,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from longvq_layers import _checks as check
 from longvq_layers import ops
 from longvq_layers.layers import _inputs, _scan, _steps
 from longvq_layers.layers._context import no_autocast
 from longvq_layers.layers._precision import KeepsFloat32, storage_dtype
-from longvq_layers.ops import _checks as check
 from longvq_layers.ops._dispatch import BACKENDS
 
 TRAINABLE = {"A": ("log_A_real", "A_imag"), "B": ("B",), "dt": ("log_dt",)}  # what `trained` may name
@@ -81,16 +81,16 @@ class DiagonalSSM(KeepsFloat32):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        _inputs.positive("DiagonalSSM", channels=channels, d_state=d_state)
-        _inputs.floating("DiagonalSSM", dtype)
-        _inputs.flags("DiagonalSSM", causal=causal)
+        check.positive("DiagonalSSM", channels=channels, d_state=d_state)
+        check.floating("DiagonalSSM", dtype)
+        check.flags("DiagonalSSM", causal=causal)
         if d_state % 2:
             raise ValueError(f"DiagonalSSM: d_state must be even (conjugate pairs), got {d_state}")
         check.one_of("DiagonalSSM", "init", init, ("lin", "inv", "real"))
         check.one_of("DiagonalSSM", "discretization", discretization, ("zoh", "bilinear"))
         check.one_of("DiagonalSSM", "backend", backend, BACKENDS)
-        _inputs.number("DiagonalSSM", "dt_min", dt_min)
-        _inputs.number("DiagonalSSM", "dt_max", dt_max)
+        check.number("DiagonalSSM", "dt_min", dt_min)
+        check.number("DiagonalSSM", "dt_max", dt_max)
         if not 0 < dt_min <= dt_max < float("inf"):
             raise ValueError(f"DiagonalSSM: dt_min and dt_max must be 0 < dt_min <= dt_max, got {dt_min}, {dt_max}")
         self.channels, self.d_state, self.causal = channels, d_state, causal
@@ -301,7 +301,7 @@ def _names(trained: object) -> tuple[str, ...]:
 
 
 def _check_rate(rate: object) -> None:
-    _inputs.number("DiagonalSSM", "rate", rate)
+    check.number("DiagonalSSM", "rate", rate)
     if not 0 < rate < math.inf:
         raise ValueError(f"DiagonalSSM: rate must be a finite number above 0, got {rate}")
 

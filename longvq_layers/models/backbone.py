@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from longvq_layers import _checks as check
 from longvq_layers.layers import _inputs, _steps
 from longvq_layers.layers.longvq import LongVQBlock
 from longvq_layers.layers.mega import MegaBlock
@@ -15,7 +16,6 @@ from longvq_layers.layers.norm import make_norm
 from longvq_layers.layers.spade import SPADEBlock
 from longvq_layers.models.s4d_block import S4DBlock
 from longvq_layers.models.transformer_block import TransformerBlock
-from longvq_layers.ops import _checks as check
 from longvq_layers.ops._state import State
 
 
@@ -90,9 +90,9 @@ class SequenceBackbone(nn.Module):
     ) -> None:
         super().__init__()
         name = "SequenceBackbone"
-        _inputs.positive(name, d_model=d_model, depth=depth)
+        check.positive(name, d_model=d_model, depth=depth)
         check.one_of(name, "block", block, tuple(BLOCKS))
-        _inputs.flags(name, causal=causal, gradient_checkpointing=gradient_checkpointing)
+        check.flags(name, causal=causal, gradient_checkpointing=gradient_checkpointing)
         own = {"causal": causal, "norm_type": norm_type, "device": device, "dtype": dtype}
         _check_options(name, block_options, ("d_model", "layer", *own))
         self.d_model, self.depth, self.block, self.causal = d_model, depth, block, causal

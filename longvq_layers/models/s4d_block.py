@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from longvq_layers import _checks as check
 from longvq_layers.layers import _inputs, _steps
 from longvq_layers.layers._pieces import advance
 from longvq_layers.layers.feed_forward import FeedForward, make_dropout
@@ -73,8 +74,8 @@ class S4DBlock(nn.Module):
     ) -> None:
         super().__init__()
         name = "S4DBlock"
-        _inputs.positive(name, d_model=d_model)
-        _inputs.flags(name, causal=causal)
+        check.positive(name, d_model=d_model)
+        check.flags(name, causal=causal)
         d_ff = 2 * d_model if d_ff is None else d_ff
         factory = {"device": device, "dtype": dtype}
         self.d_model, self.causal = d_model, causal

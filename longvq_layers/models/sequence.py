@@ -5,9 +5,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from longvq_layers import _checks as check
 from longvq_layers.layers import _inputs
 from longvq_layers.models.backbone import BackboneState, SequenceBackbone
-from longvq_layers.ops import _checks as check
 
 
 class SequenceEncoder(nn.Module):
@@ -54,16 +54,16 @@ class SequenceEncoder(nn.Module):
                 f"{name}: give num_inputs for tokens or input_dim for vectors, got num_inputs={num_inputs} and "
                 f"input_dim={input_dim}"
             )
-        _inputs.positive(name, d_model=d_model)
-        _inputs.probability(name, "dropout", dropout)
+        check.positive(name, d_model=d_model)
+        check.probability(name, "dropout", dropout)
         self.num_inputs, self.input_dim, self.d_model = num_inputs, input_dim, d_model
         factory = {"device": device, "dtype": dtype}
         if num_inputs is not None:
-            _inputs.positive(name, num_inputs=num_inputs)
+            check.positive(name, num_inputs=num_inputs)
             self.embedding = nn.Embedding(num_inputs, d_model, **factory)
             nn.init.normal_(self.embedding.weight, std=d_model**-0.5)  # a vector of length about 1
         else:
-            _inputs.positive(name, input_dim=input_dim)
+            check.positive(name, input_dim=input_dim)
             self.embedding = nn.Linear(input_dim, d_model, **factory)
         self.dropout = nn.Dropout(dropout)
         options = {"dropout": dropout, **block_options} if isinstance(block_options, Mapping) else block_options
@@ -136,7 +136,7 @@ class SequenceClassifier(nn.Module):
 
     def __init__(self, encoder: SequenceEncoder, num_outputs: int, *, pooling: str = "mean") -> None:
         super().__init__()
-        _inputs.positive("SequenceClassifier", num_outputs=num_outputs)
+        check.positive("SequenceClassifier", num_outputs=num_outputs)
         check.one_of("SequenceClassifier", "pooling", pooling, ("mean", "last"))
         self.encoder, self.pooling = encoder, pooling
         self.head = linear_head(encoder, num_outputs)
@@ -169,7 +169,7 @@ class SequenceLM(nn.Module):
 
     def __init__(self, encoder: SequenceEncoder, num_outputs: int) -> None:
         super().__init__()
-        _inputs.positive("SequenceLM", num_outputs=num_outputs)
+        check.positive("SequenceLM", num_outputs=num_outputs)
         self.encoder = encoder
         self.head = linear_head(encoder, num_outputs)
 

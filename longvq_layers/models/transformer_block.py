@@ -4,10 +4,10 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+from longvq_layers import _checks as check
 from longvq_layers.layers import _inputs
 from longvq_layers.layers.feed_forward import FeedForward, make_dropout
 from longvq_layers.layers.norm import make_norm
-from longvq_layers.ops import _checks as check
 
 
 class TransformerBlock(nn.Module):
@@ -59,10 +59,10 @@ class TransformerBlock(nn.Module):
     ) -> None:
         super().__init__()
         name = "TransformerBlock"
-        _inputs.positive(name, d_model=d_model, num_heads=num_heads)
-        _inputs.divides(name, "2 num_heads", 2 * num_heads, "d_model", d_model)
-        _inputs.flags(name, causal=causal)
-        _inputs.probability(name, "dropout", dropout)
+        check.positive(name, d_model=d_model, num_heads=num_heads)
+        check.divides(name, "2 num_heads", 2 * num_heads, "d_model", d_model)
+        check.flags(name, causal=causal)
+        check.probability(name, "dropout", dropout)
         check.one_of(name, "attention", attention, ("fused", "dense"))
         factory = {"device": device, "dtype": dtype}
         self.d_model, self.num_heads, self.causal, self.attention = d_model, num_heads, causal, attention

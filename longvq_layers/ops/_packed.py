@@ -4,7 +4,7 @@ import itertools
 
 from torch import Tensor
 
-from longvq_layers.ops import _checks as check
+from longvq_layers import _checks as check
 
 
 def documents(op: str, cu_seqlens: Tensor, length: int) -> list[slice]:

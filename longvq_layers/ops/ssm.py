@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from longvq_layers.ops import _checks as check
+from longvq_layers import _checks as check
 from longvq_layers.ops import _cuda_limits as cuda
 from longvq_layers.ops import _schema  # noqa: F401  defines the operators
 from longvq_layers.ops._derivatives import refuse_forward_mode

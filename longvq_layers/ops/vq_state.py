@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from longvq_layers.ops import _checks as check
+from longvq_layers import _checks as check
 from longvq_layers.ops._state import State
 
 
@@ -93,11 +93,8 @@ def vq_attention_state(
     check.one_of(op, "local_keys", local_keys, ("quantized", "exact"))
     heads, codes, width = codebook.shape
     value_dim = width if value_dim is None else value_dim
-    for name, value, least in (("batch", batch, 0), ("value_dim", value_dim, 1)):
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise TypeError(f"{op}: {name} must be an int, got {type(value).__name__}")
-        if value < least:
-            raise ValueError(f"{op}: {name} must be at least {least}, got {value}")
+    check.integer(op, "batch", batch, 0)
+    check.integer(op, "value_dim", value_dim, 1)
     reach = max(window - 1, 0)
     real = {"dtype": torch.promote_types(codebook.dtype, torch.float32), "device": codebook.device}
     count = {"dtype": torch.int64, "device": codebook.device}

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from longvq_layers.ops import _checks as check
+from longvq_layers import _checks as check
 from longvq_layers.ops import vq  # defines the operators
 from longvq_layers.ops._derivatives import refuse_forward_mode
 from longvq_layers.ops._dispatch import choose

@@ -5,8 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from longvq_layers.layers._inputs import flags, number
-from longvq_layers.ops import _checks as check
+from longvq_layers import _checks as check
 from longvq_layers.replace._calls import tensors_of
 
 
@@ -45,12 +44,12 @@ def check_call(
             "can't be replaced"
         )
     check.same_device(adapter, "q", q, k=k, v=v)
-    flags(adapter, causal=causal)
+    check.flags(adapter, causal=causal)
     if key_padding_mask is not None:
         check.key_padding_mask(adapter, key_padding_mask, batch, length)
         check.same_device(adapter, "q", q, key_padding_mask=key_padding_mask)
     if scale is not None:
-        number(adapter, "scale", scale)
+        check.number(adapter, "scale", scale)
 
 
 def check_output(

@@ -8,8 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from longvq_layers.layers import _inputs
-from longvq_layers.ops import _checks as check
+from longvq_layers import _checks as check
 
 SPLITS = ("train", "val", "test")
 IGNORED = -100  # what torch's cross entropy leaves out
@@ -77,12 +76,9 @@ class Task:
             batch_size: at least 1.
             seed: of the drawing or shuffling, default 0.
         """
-        _inputs.positive(self.name, batch_size=batch_size)
-        for name, value in (("step", step), ("seed", seed)):
-            if isinstance(value, bool) or not isinstance(value, int):
-                raise TypeError(f"{self.name}: {name} must be an int, got {type(value).__name__}")
-        if step < 0:
-            raise ValueError(f"{self.name}: step must be at least 0, got {step}")
+        check.positive(self.name, batch_size=batch_size)
+        check.integer(self.name, "step", step, 0)
+        check.integer(self.name, "seed", seed)
         size = self.size(split)
         if size is None:
             return self._draw(split, batch_size, stream(self.name, split, seed, step))
@@ -96,9 +92,9 @@ class Task:
 
         A split without end needs `examples`; they are then those of `batch` with seed 0, rounded up to whole batches.
         """
-        _inputs.positive(self.name, batch_size=batch_size)
+        check.positive(self.name, batch_size=batch_size)
         if examples is not None:
-            _inputs.positive(self.name, examples=examples)
+            check.positive(self.name, examples=examples)
         size = self.size(split)
         if size is None and examples is None:
             raise ValueError(f"{self.name}: {split} has no end: say how many examples with examples=, or use batch()")

@@ -2,7 +2,7 @@
 
 import torch
 
-from longvq_layers.layers import _inputs
+from longvq_layers import _checks as check
 from longvq_layers.tasks.base import IGNORED, Batch, Task
 
 
@@ -33,7 +33,7 @@ class SelectiveCopying(Task):
     kind = "label"
 
     def __init__(self, *, length: int = 256, memorise: int = 16, vocab: int = 16) -> None:
-        _inputs.positive(self.name, length=length, memorise=memorise, vocab=vocab)
+        check.positive(self.name, length=length, memorise=memorise, vocab=vocab)
         if 2 * memorise > length:
             raise ValueError(
                 f"selective-copying: memorise must be at most length/2, got memorise {memorise}, length {length}"

@@ -5,8 +5,7 @@ import functools
 import torch
 from torch import Tensor
 
-from longvq_layers.layers import _inputs
-from longvq_layers.ops import _checks as check
+from longvq_layers import _checks as check
 from longvq_layers.tasks._requirements import need
 from longvq_layers.tasks.base import SPLITS, Batch, Task, stream
 
@@ -37,7 +36,7 @@ class Digits(Task):
     random_accuracy = 0.1
 
     def __init__(self, *, upsample: int = 1) -> None:
-        _inputs.positive(self.name, upsample=upsample)
+        check.positive(self.name, upsample=upsample)
         self.upsample = upsample
         self.length = 64 * upsample**2
         _pictures()  # a missing package shows up here and not in the first batch

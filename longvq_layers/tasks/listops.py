@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from longvq_layers.layers import _inputs
+from longvq_layers import _checks as check
 from longvq_layers.tasks.base import Batch, Task
 from longvq_layers.tasks.listops_trees import Forest, evaluate, grow, layout
 
@@ -50,8 +50,8 @@ class ListOps(Task):
     def __init__(
         self, *, min_length: int = 500, max_length: int = 2000, max_depth: int = 10, max_args: int = 10
     ) -> None:
-        _inputs.positive(self.name, min_length=min_length, max_length=max_length, max_depth=max_depth)
-        _inputs.positive(self.name, max_args=max_args)
+        check.positive(self.name, min_length=min_length, max_length=max_length, max_depth=max_depth)
+        check.positive(self.name, max_args=max_args)
         if max_args < 2:
             raise ValueError(f"{self.name}: max_args must be at least 2, got {max_args}")
         longest = 1

@@ -8,7 +8,7 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
-from longvq_layers.ops import _checks as check
+from longvq_layers import _checks as check
 from longvq_layers.tasks import lra_files
 from longvq_layers.tasks._requirements import need
 from longvq_layers.tasks.base import SPLITS, Batch, Task

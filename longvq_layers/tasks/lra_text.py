@@ -6,8 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from longvq_layers.layers import _inputs
-from longvq_layers.ops import _checks as check
+from longvq_layers import _checks as check
 from longvq_layers.tasks import listops, lra_files
 from longvq_layers.tasks.base import SPLITS, Batch, Task, padded
 from longvq_layers.tasks.standard_library import bucket
@@ -38,7 +37,7 @@ class LRAText(Task):
     random_accuracy = 0.5
 
     def __init__(self, *, data_dir: str | PathLike, length: int = 4096) -> None:
-        _inputs.positive(self.name, length=length)
+        check.positive(self.name, length=length)
         self.length = length
         self.root = lra_files.folder_with(self.name, data_dir, "train/pos", "aclImdb")
         train, test = ([*self._reviews(part, "neg"), *self._reviews(part, "pos")] for part in ("train", "test"))
@@ -85,7 +84,7 @@ class LRARetrieval(Task):
     random_accuracy = 0.5
 
     def __init__(self, *, data_dir: str | PathLike, length: int = 4000, layout: str = "joined") -> None:
-        _inputs.positive(self.name, length=length)
+        check.positive(self.name, length=length)
         check.one_of(self.name, "layout", layout, ("joined", "pairs"))
         self.text_length, self.layout = length, layout
         self.length = 2 * length + 1 if layout == "joined" else length
@@ -148,7 +147,7 @@ class LRAListOps(Task):
     random_accuracy = 0.1
 
     def __init__(self, *, data_dir: str | PathLike, length: int = 2000) -> None:
-        _inputs.positive(self.name, length=length)
+        check.positive(self.name, length=length)
         self.length = length
         inside = ("listops-1000", "lra_release/listops-1000")
         folder = lra_files.folder_with(self.name, data_dir, "basic_train.tsv", *inside)

@@ -5,8 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from longvq_layers.layers import _inputs
-from longvq_layers.ops import _checks as check
+from longvq_layers import _checks as check
 from longvq_layers.tasks import standard_library
 from longvq_layers.tasks.base import SPLITS, Batch, Task
 
@@ -37,7 +36,7 @@ class BytesLM(Task):
     random_accuracy = 1 / 256
 
     def __init__(self, *, length: int = 1024) -> None:
-        _inputs.positive(self.name, length=length)
+        check.positive(self.name, length=length)
         self.length = length
         shortest = min(len(standard_library.split_bytes(split)) for split in SPLITS)
         if length >= shortest:
@@ -87,7 +86,7 @@ class BytesClassify(Task):
     num_inputs = 256
 
     def __init__(self, *, length: int = 512, classes: int = 8) -> None:
-        _inputs.positive(self.name, length=length, classes=classes)
+        check.positive(self.name, length=length, classes=classes)
         if classes < 2:
             raise ValueError(f"bytes-classify: classes must be at least 2, got {classes}")
         packages = standard_library.package_bytes(classes)

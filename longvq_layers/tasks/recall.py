@@ -3,8 +3,7 @@
 import torch
 from torch import Tensor
 
-from longvq_layers.layers import _inputs
-from longvq_layers.ops import _checks as check
+from longvq_layers import _checks as check
 from longvq_layers.tasks.base import IGNORED, Batch, Task
 
 FILLS = ("unrelated", "any", "zero")
@@ -43,14 +42,14 @@ class MQAR(Task):
     def __init__(
         self, *, length: int = 256, pairs: int = 16, vocab: int = 512, power: float = 0.01, fill: str = "unrelated"
     ) -> None:
-        _inputs.positive(self.name, length=length, pairs=pairs, vocab=vocab)
+        check.positive(self.name, length=length, pairs=pairs, vocab=vocab)
         check.one_of(self.name, "fill", fill, FILLS)
         if 4 * pairs > length or pairs > vocab // 2 - 1:
             raise ValueError(
                 f"mqar: pairs must be at most length/4 and vocab/2 - 1, got pairs {pairs}, length {length}, vocab "
                 f"{vocab}"
             )
-        _inputs.number(self.name, "power", power)
+        check.number(self.name, "power", power)
         if not 0 < power <= 1:
             raise ValueError(f"mqar: power must be above 0 and at most 1, got {power}")
         self.length, self.pairs, self.power, self.fill = length, pairs, power, fill

@@ -5,7 +5,7 @@ import os
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
-from longvq_layers.layers import _inputs
+from longvq_layers import _checks as check
 
 
 @dataclass(frozen=True)
@@ -60,16 +60,16 @@ class TrainSettings:
 
     def __post_init__(self) -> None:
         name = "TrainSettings"
-        _inputs.positive(name, steps=self.steps, batch_size=self.batch_size, eval_every=self.eval_every)
+        check.positive(name, steps=self.steps, batch_size=self.batch_size, eval_every=self.eval_every)
         for option in ("warmup", "eval_batches", "checkpoint_every"):
             if getattr(self, option) < 0:
                 raise ValueError(f"{name}: {option} must be 0 or more, got {getattr(self, option)}")
         if self.parameters is not None:
-            _inputs.positive(name, parameters=self.parameters)
+            check.positive(name, parameters=self.parameters)
             if "d_ff" in self.block_options:
                 raise ValueError(f"{name}: give parameters, which chooses d_ff, or d_ff in block_options, not both")
         if self.threads is not None:
-            _inputs.positive(name, threads=self.threads)
+            check.positive(name, threads=self.threads)
         for option in ("lr", "grad_clip", "seconds"):
             if getattr(self, option) is not None and not getattr(self, option) > 0:
                 raise ValueError(f"{name}: {option} must be above 0, got {getattr(self, option)}")

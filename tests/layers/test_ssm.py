@@ -6,9 +6,9 @@ import numpy
 import pytest
 import torch
 
+from longvq_layers import _checks as check
 from longvq_layers import ops
 from longvq_layers.layers import DiagonalSSM, S4DLayer, optimizer_groups
-from longvq_layers.ops import _checks as check
 from tests.tolerances import assert_close
 
 each_init = pytest.mark.parametrize("init", ["lin", "inv", "real"])

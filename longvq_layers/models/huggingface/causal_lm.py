@@ -5,12 +5,12 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, GenerationMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from longvq_layers import _checks as check
 from longvq_layers.layers.commitment import commitment_loss
 from longvq_layers.models.huggingface import cache_name
 from longvq_layers.models.huggingface.cache import LongVQCache
 from longvq_layers.models.huggingface.configuration import LongVQConfig
 from longvq_layers.models.huggingface.modeling import LongVQModel, LongVQPreTrainedModel
-from longvq_layers.ops import _checks as check
 
 _IGNORED = -100  # labels that count for nothing
 

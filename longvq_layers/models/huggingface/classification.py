@@ -3,11 +3,11 @@
 from torch import Tensor, nn
 from transformers.modeling_outputs import SequenceClassifierOutput
 
+from longvq_layers import _checks as check
 from longvq_layers.layers.commitment import commitment_loss
 from longvq_layers.models.huggingface.configuration import LongVQConfig
 from longvq_layers.models.huggingface.modeling import LongVQModel, LongVQPreTrainedModel
 from longvq_layers.models.sequence import pool
-from longvq_layers.ops import _checks as check
 
 
 class LongVQForSequenceClassification(LongVQPreTrainedModel):

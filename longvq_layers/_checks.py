@@ -1,14 +1,96 @@
-"""Argument checks shared by the operators. Messages read: operation, argument, what was expected, what was got."""
+"""Checks of arguments, for every public function and layer.
+
+Every message has one grammar: ``operation: argument must be …, got …``. A wrong type raises TypeError, a wrong value
+ValueError.
+"""
 
 import itertools
 import math
+import os
+from collections.abc import Sequence
+from numbers import Real
 
 import torch
 from torch import Tensor
 
+_NUMBERS = (int, float, Real)  # Real covers NumPy's scalars; the builtin types come first because its check is slow
 
-def shape_text(x: Tensor) -> str:
-    return f"{tuple(x.shape)} {str(x.dtype).removeprefix('torch.')}"
+
+# ---- plain values ---------------------------------------------------------------------------------------------------
+
+
+def integer(op: str, name: str, value: object, least: int | None = None) -> None:
+    """``value`` is an int, and at least ``least`` if that is given."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{op}: {name} must be an int, got {type(value).__name__}")
+    if least is not None and value < least:
+        raise ValueError(f"{op}: {name} must be at least {least}, got {value}")
+
+
+def positive(op: str, **values: object) -> None:
+    """Each value is an int of at least 1."""
+    for name, value in values.items():
+        integer(op, name, value, 1)
+
+
+def number(op: str, name: str, value: object) -> None:
+    """``value`` is a real number and no bool."""
+    if isinstance(value, bool) or not isinstance(value, _NUMBERS):
+        raise TypeError(f"{op}: {name} must be a number, got {value!r}")
+
+
+def probability(op: str, name: str, value: object) -> None:
+    """``value`` is a number in [0, 1)."""
+    number(op, name, value)
+    if not 0 <= value < 1:
+        raise ValueError(f"{op}: {name} must be at least 0 and below 1, got {value}")
+
+
+def flags(op: str, **values: object) -> None:
+    """Each value is True or False."""
+    for name, value in values.items():
+        if not isinstance(value, bool):
+            raise TypeError(f"{op}: {name} must be a bool, got {value!r}")
+
+
+def function(op: str, name: str, value: object, optional: bool = True) -> None:
+    """``value`` can be called, or is None where it is optional."""
+    if not callable(value) and not (optional and value is None):
+        wanted = "a callable or None" if optional else "a callable"
+        raise TypeError(f"{op}: {name} must be {wanted}, got {type(value).__name__}")
+
+
+def path(op: str, name: str, value: object) -> None:
+    """``value`` is a path, as a string or an object."""
+    if not isinstance(value, str | os.PathLike):
+        raise TypeError(f"{op}: {name} must be a path, got {type(value).__name__}")
+
+
+def module(op: str, name: str, value: object) -> None:
+    """``value`` is a module of PyTorch."""
+    if not isinstance(value, torch.nn.Module):
+        raise TypeError(f"{op}: {name} must be a torch.nn.Module, got {type(value).__name__}")
+
+
+def one_of(op: str, name: str, value: object, choices: Sequence[str]) -> None:
+    """``value`` is one of the choices."""
+    if value not in choices:
+        raise ValueError(f"{op}: {name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+def divides(op: str, name: str, value: int, of: str, total: int) -> None:
+    """``total``, called ``of``, is a multiple of ``value``."""
+    if total % value:
+        raise ValueError(f"{op}: {of} must be a multiple of {name}, got {total} and {value}")
+
+
+def floating(op: str, dtype: object) -> None:
+    """``dtype`` is None or a floating dtype."""
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise TypeError(f"{op}: dtype must be a floating torch dtype, got {dtype!r}")
+
+
+# ---- tensors --------------------------------------------------------------------------------------------------------
 
 
 def tensor(op: str, name: str, x: object, dims: str) -> None:
@@ -82,11 +164,6 @@ def window(op: str, value: object) -> None:
         raise TypeError(f"{op}: window must be an int, in positions, got {type(value).__name__}")
     if value < 0:
         raise ValueError(f"{op}: window must be 0 (none) or more positions, got {value}")
-
-
-def one_of(op: str, name: str, value: object, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"{op}: {name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
 
 
 def values_are_readable(x: Tensor) -> bool:
