@@ -11,7 +11,7 @@ TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
-EXTRAS := test,demo,hf,tasks
+EXTRAS := test,lint,demo,hf,tasks
 
 # What the installation depends on: with these unchanged nothing is built again.
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f -not -path "*/__pycache__/*")

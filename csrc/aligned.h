@@ -11,8 +11,8 @@ namespace longvq {
 
 constexpr int64_t kAlignment = 64;  // bytes: one AVX-512 register, one cache line
 
-// Not aligned new: glibc before 2.38 can't use the place of a freed aligned block for another of the same size, so that a
-// loop which makes and frees arrays takes ever more memory. Where the block begins stands before the array.
+// Not aligned new: glibc before 2.38 can't use the place of a freed aligned block for another of the same size, so that
+// a loop which makes and frees arrays takes ever more memory. Where the block begins stands before the array.
 struct AlignedDelete {
   void operator()(void* array) const { ::operator delete(static_cast<void**>(array)[-1]); }
 };

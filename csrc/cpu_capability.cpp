@@ -65,7 +65,9 @@ const Selection& selection() {
 
 }  // namespace
 
-CpuCapability cpu_capability() { return selection().capability; }
+CpuCapability cpu_capability() {
+  return selection().capability;
+}
 
 const char* cpu_capability_error() {
   const std::string& error = selection().error;
@@ -91,4 +93,6 @@ LONGVQ_EXPORT const char* longvq_cpu_capability() {
   return longvq::cpu_capability_name(longvq::cpu_capability());
 }
 
-LONGVQ_EXPORT const char* longvq_cpu_capability_error() { return longvq::cpu_capability_error(); }
+LONGVQ_EXPORT const char* longvq_cpu_capability_error() {
+  return longvq::cpu_capability_error();
+}

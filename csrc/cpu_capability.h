@@ -29,12 +29,12 @@ const char* cpu_capability_name(CpuCapability capability);
 #endif
 
 // Defines kernel_of_this_cpu(): the one of NAME_default, NAME_avx2 and NAME_avx512, each a TYPE, that serves.
-#define LONGVQ_DEFINE_KERNEL_OF_THIS_CPU(TYPE, NAME)                          \
-  const TYPE& kernel_of_this_cpu() {                                          \
-    switch (cpu_capability()) {                                               \
-      LONGVQ_IF_AVX512(case CpuCapability::kAvx512 : return NAME##_avx512;)   \
-      LONGVQ_IF_AVX2(case CpuCapability::kAvx2 : return NAME##_avx2;)         \
-      default:                                                                \
-        return NAME##_default;                                                \
-    }                                                                         \
+#define LONGVQ_DEFINE_KERNEL_OF_THIS_CPU(TYPE, NAME)                        \
+  const TYPE& kernel_of_this_cpu() {                                        \
+    switch (cpu_capability()) {                                             \
+      LONGVQ_IF_AVX512(case CpuCapability::kAvx512 : return NAME##_avx512;) \
+      LONGVQ_IF_AVX2(case CpuCapability::kAvx2 : return NAME##_avx2;)       \
+      default:                                                              \
+        return NAME##_default;                                              \
+    }                                                                       \
   }

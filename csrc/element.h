@@ -20,7 +20,9 @@ inline void* element_at(void* data, ElementType type, int64_t index) {
   return static_cast<char*>(data) + index * element_size(type);
 }
 
-inline Floats from_bfloat16(Shorts x) { return reinterpret_cast<Floats>(__builtin_convertvector(x, Words) << 16); }
+inline Floats from_bfloat16(Shorts x) {
+  return reinterpret_cast<Floats>(__builtin_convertvector(x, Words) << 16);
+}
 
 inline Shorts to_bfloat16(Floats x) {
   const Words bits = reinterpret_cast<Words>(x);
@@ -34,8 +36,7 @@ inline Floats from_half(Shorts x) {
   const Words h = __builtin_convertvector(x, Words);
   const SignedWords magnitude = reinterpret_cast<SignedWords>(h & 0x7fffu);
   const SignedWords normal = (magnitude << 13) + (112 << 23);  // another 112 in the exponent
-  const SignedWords subnormal =
-      reinterpret_cast<SignedWords>(__builtin_convertvector(magnitude, Floats) * 0x1p-24f);
+  const SignedWords subnormal = reinterpret_cast<SignedWords>(__builtin_convertvector(magnitude, Floats) * 0x1p-24f);
   SignedWords bits = magnitude < 0x400 ? subnormal : normal;
   bits |= magnitude >= 0x7c00 ? SignedWords{} + 0x7f800000 : SignedWords{};
   return reinterpret_cast<Floats>(reinterpret_cast<Words>(bits) | (h & 0x8000u) << 16);
@@ -49,8 +50,8 @@ inline Shorts to_half(Floats x) {
   const SignedWords normal =
       reinterpret_cast<SignedWords>((positive - (112u << 23) + 0xfffu + ((positive >> 13) & 1u)) >> 13);
   // Below 2^-14: adding 0.5 leaves multiples of 2^-24, rounded to even, in the low bits.
-  const SignedWords subnormal = reinterpret_cast<SignedWords>(
-      reinterpret_cast<Words>(reinterpret_cast<Floats>(positive) + 0.5f) - 0x3f000000u);
+  const SignedWords subnormal =
+      reinterpret_cast<SignedWords>(reinterpret_cast<Words>(reinterpret_cast<Floats>(positive) + 0.5f) - 0x3f000000u);
   const SignedWords infinite = magnitude > 0x7f800000 ? SignedWords{} + 0x7e00 : SignedWords{} + 0x7c00;
   SignedWords half = magnitude < (113 << 23) ? subnormal : normal;
   half = magnitude >= 0x477ff000 ? infinite : half;  // 65520 and more

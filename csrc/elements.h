@@ -7,6 +7,8 @@ namespace longvq {
 
 enum class ElementType : int32_t { kFloat, kBFloat16, kHalf };
 
-constexpr int64_t element_size(ElementType type) { return type == ElementType::kFloat ? 4 : 2; }
+constexpr int64_t element_size(ElementType type) {
+  return type == ElementType::kFloat ? 4 : 2;
+}
 
 }  // namespace longvq

@@ -8,8 +8,8 @@
 
 namespace longvq {
 
-// call(item, scratch) for items 0 .. items: threads take the next one when they are free, each with a scratch of its own
-// made by `setup`. What an item computes must not depend on who does it, nor on the scratch's past.
+// call(item, scratch) for items 0 .. items: threads take the next one when they are free, each with a scratch of its
+// own made by `setup`. What an item computes must not depend on who does it, nor on the scratch's past.
 template <typename Setup, typename Call>
 void share_out(int64_t items, const Setup& setup, const Call& call) {
   std::atomic<int64_t> next{0};

@@ -12,7 +12,8 @@ int longvq_cuda_attention(const Attention* problem, void* stream) {
   if (p.batch == 0 || p.heads == 0 || p.length == 0 || p.values == 0) {
     return 0;
   }
-  if (p.length > (int64_t{1} << 30) || p.batch > kMaxGrid || p.heads * p.values > kMaxGrid) {  // more than slices of values, and simpler
+  if (p.length > (int64_t{1} << 30) || p.batch > kMaxGrid ||
+      p.heads * p.values > kMaxGrid) {  // more than slices of values, and simpler
     return kNotCovered;
   }
   switch (p.type) {

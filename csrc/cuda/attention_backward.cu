@@ -137,7 +137,9 @@ __global__ void __launch_bounds__(kThreads) finish_keys(FinishKeys p) {
   }
 }
 
-dim3 rows(int64_t count) { return dim3(static_cast<unsigned>(divide_up(count, kWarps))); }
+dim3 rows(int64_t count) {
+  return dim3(static_cast<unsigned>(divide_up(count, kWarps)));
+}
 
 }  // namespace
 

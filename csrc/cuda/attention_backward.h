@@ -13,8 +13,7 @@ int differentiate_keys(const AttentionGradients& g, Alignment alignment, void* s
   using Keys = KeyBlock<Element, DEPTH, VALUES, MAKES>;
   const int64_t slices = MAKES == kValuesOnly ? divide_up(p.values, VALUES) : 1;
   const auto grid = [&](int64_t blocks, int64_t rows) {
-    return dim3(
-        static_cast<unsigned>(blocks), static_cast<unsigned>(p.kv_heads * slices), static_cast<unsigned>(rows));
+    return dim3(static_cast<unsigned>(blocks), static_cast<unsigned>(p.kv_heads * slices), static_cast<unsigned>(rows));
   };
   constexpr auto codes = differentiate_codes<Element, DEPTH, VALUES, MAKES>;
   const dim3 of_codes = grid(divide_up(p.codebook.codes, Keys::kRows), p.batch * p.pieces(g.code_segment));
@@ -31,8 +30,7 @@ int differentiate(const AttentionGradients& g, Alignment alignment, void* stream
   using Queries = typename QueryGradientShape<Element, DEPTH, VALUES>::Block;
   static_assert(Queries::kRows == kGradientRows, "as the workspace of the bias has them");
   const dim3 grid(
-      static_cast<unsigned>(p.pieces(Queries::kRows)), static_cast<unsigned>(p.heads),
-      static_cast<unsigned>(p.batch));
+      static_cast<unsigned>(p.pieces(Queries::kRows)), static_cast<unsigned>(p.heads), static_cast<unsigned>(p.batch));
   constexpr auto queries = differentiate_queries<Element, DEPTH, VALUES>;
   if (const int error = launch<queries>(grid, kThreads, Queries::kBytes, stream, g, alignment)) {
     return error;

@@ -2,6 +2,8 @@
 
 namespace longvq::cuda {
 
-int attention_bfloat16(const Attention& problem, void* stream) { return attend_as<BFloat16>(problem, stream); }
+int attention_bfloat16(const Attention& problem, void* stream) {
+  return attend_as<BFloat16>(problem, stream);
+}
 
 }  // namespace longvq::cuda

@@ -26,7 +26,7 @@ struct ColumnTiles {
     const int block = first / static_cast<int>(kFarBlock) * static_cast<int>(kFarBlock);
     const int before = max(block - reach + 1, 0);  // keys from here are not in the far field
     const int behind = p.causal ? last : min(block + static_cast<int>(kFarBlock) - 1 + reach, length);  // here again
-        exact = p.exact;
+    exact = p.exact;
     begin[0] = 0, end[0] = p.causal && block == 0 ? 0 : static_cast<int>(p.codebook.codes);
     if (exact) {
       // Outside on either side; of a window narrower than the block the two sides meet.

@@ -2,6 +2,8 @@
 
 namespace longvq::cuda {
 
-int attention_float(const Attention& problem, void* stream) { return attend_as<float>(problem, stream); }
+int attention_float(const Attention& problem, void* stream) {
+  return attend_as<float>(problem, stream);
+}
 
 }  // namespace longvq::cuda

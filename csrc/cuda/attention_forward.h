@@ -119,8 +119,7 @@ struct Forward : ForwardBlock<Element, DEPTH, VALUES> {
     }
   }
 
-  LONGVQ_DEVICE void weigh_by_laplace(
-      Scores& scores, const float (&numbers)[kFragments][2]) const {
+  LONGVQ_DEVICE void weigh_by_laplace(Scores& scores, const float (&numbers)[kFragments][2]) const {
 #pragma unroll
     for (int m = 0; m < kMTiles; ++m) {
 #pragma unroll

@@ -2,6 +2,8 @@
 
 namespace longvq::cuda {
 
-int attention_half(const Attention& problem, void* stream) { return attend_as<Half>(problem, stream); }
+int attention_half(const Attention& problem, void* stream) {
+  return attend_as<Half>(problem, stream);
+}
 
 }  // namespace longvq::cuda

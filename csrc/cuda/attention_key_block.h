@@ -128,8 +128,8 @@ struct KeyBlock {
   // fill_values(slice): puts other columns of the values into place.
   template <typename Score, typename FillValues>
   LONGVQ_DEVICE void weigh(
-      Pairs& weights, Pairs& dscores, const Head& of, int64_t begin, int64_t end, int tile,
-      const float (&numbers)[2], const Score& score_of, const FillValues& fill_values) const {
+      Pairs& weights, Pairs& dscores, const Head& of, int64_t begin, int64_t end, int tile, const float (&numbers)[2],
+      const Score& score_of, const FillValues& fill_values) const {
     multiply_rows<Operand>(weights, keys(), warp * 16, queries(tile));
     for (int64_t slice = 0; MAKES != kValuesOnly && slice < p.values; slice += VALUES) {
       if (p.values > VALUES) {

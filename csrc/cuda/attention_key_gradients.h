@@ -6,15 +6,15 @@
 namespace longvq::cuda {
 namespace {
 
-// Codewords, past the queries of a segment from the last to the first: when a key stops being far, what has been gathered
-// for its code comes from queries that saw it from afar, and is the gradient of its value. For keys behind the other way
-// round. Keys get what comes from other segments of queries afterwards.
+// Codewords, past the queries of a segment from the last to the first: when a key stops being far, what has been
+// gathered for its code comes from queries that saw it from afar, and is the gradient of its value. For keys behind the
+// other way round. Keys get what comes from other segments of queries afterwards.
 template <typename Element, int DEPTH, int VALUES, Makes MAKES>
 struct CodeGradient : KeyBlock<Element, DEPTH, VALUES, MAKES> {
   using Base = KeyBlock<Element, DEPTH, VALUES, MAKES>;
   using Operand = typename Base::Operand;
-  using typename Base::Pairs;
   using Base::Base, Base::dkeys, Base::dvalues, Base::first, Base::first_value, Base::g, Base::head, Base::p;
+  using typename Base::Pairs;
 
   LONGVQ_DEVICE int64_t reach() const { return max(p.window, int64_t{1}); }
   LONGVQ_DEVICE int64_t before(int64_t field) const {
@@ -147,8 +147,8 @@ template <typename Element, int DEPTH, int VALUES, Makes MAKES>
 struct NearGradient : KeyBlock<Element, DEPTH, VALUES, MAKES> {
   using Base = KeyBlock<Element, DEPTH, VALUES, MAKES>;
   using Operand = typename Base::Operand;
-  using typename Base::Pairs;
   using Base::Base, Base::dkeys, Base::dvalues, Base::first, Base::first_value, Base::g, Base::head, Base::p;
+  using typename Base::Pairs;
 
   LONGVQ_DEVICE int last() const { return min(first + Base::kRows, head.length); }
 

@@ -17,19 +17,18 @@ void check_sizes(
       ": expected q (B, H, L, D), k (B, Hkv, L, D), v (B, Hkv, L, E), codebook (Hkv, S, D) and codes (B, Hkv, L)");
   const int64_t batch = q.size(0), heads = q.size(1), length = q.size(2), depth = q.size(3), kv_heads = k.size(1);
   STD_TORCH_CHECK(
-      k.size(0) == batch && k.size(2) == length && k.size(3) == depth && v.size(0) == batch &&
-          v.size(1) == kv_heads && v.size(2) == length && codebook.size(0) == kv_heads && codebook.size(1) >= 1 &&
-          codebook.size(2) == depth && codes.size(0) == batch && codes.size(1) == kv_heads &&
-          codes.size(2) == length && kv_heads > 0 && heads % kv_heads == 0,
+      k.size(0) == batch && k.size(2) == length && k.size(3) == depth && v.size(0) == batch && v.size(1) == kv_heads &&
+          v.size(2) == length && codebook.size(0) == kv_heads && codebook.size(1) >= 1 && codebook.size(2) == depth &&
+          codes.size(0) == batch && codes.size(1) == kv_heads && codes.size(2) == length && kv_heads > 0 &&
+          heads % kv_heads == 0,
       kOp, ": q, k, v, codebook and codes don't belong together");
   STD_TORCH_CHECK(
-      q.scalar_type() == k.scalar_type() && q.scalar_type() == v.scalar_type(), kOp,
-      ": q, k and v must have one type");
+      q.scalar_type() == k.scalar_type() && q.scalar_type() == v.scalar_type(), kOp, ": q, k and v must have one type");
   STD_TORCH_CHECK(codes.scalar_type() == ScalarType::Long, kOp, ": codes must be int64");
   STD_TORCH_CHECK(window >= 0 && near_dim >= 0 && near_dim <= depth, kOp, ": window and near_dim out of range");
   STD_TORCH_CHECK(
-      !bias.has_value() || (bias->dim() == 2 && bias->size(0) == heads &&
-                            bias->size(1) == (causal ? window : 2 * window - 1)),
+      !bias.has_value() ||
+          (bias->dim() == 2 && bias->size(0) == heads && bias->size(1) == (causal ? window : 2 * window - 1)),
       kOp, ": bias must be (H, W), bidirectional (H, 2 W - 1)");
   STD_TORCH_CHECK(
       !mask.has_value() || (mask->dim() == 2 && mask->size(0) == batch && mask->size(1) == length &&
@@ -37,7 +36,8 @@ void check_sizes(
       kOp, ": key_padding_mask must be (B, L), bool");
 }
 
-// How many queries each block of codes goes past: with few heads of keys not all, so that a large GPU has enough blocks.
+// How many queries each block of codes goes past: with few heads of keys not all, so that a large GPU has enough
+// blocks.
 int64_t code_segment_for(const Attention& p) {
   constexpr int64_t kBlocks = 256, kLeast = 8 * kFarBlock;
   const int64_t blocks = p.sequences() * p.kv_heads * (padded_codes(p.codebook.codes) / kCodeUnit);
@@ -78,9 +78,7 @@ Call::Call(
     const Tensor& codes_given, const OptionalTensor& bias_given, const OptionalTensor& mask,
     const OptionalTensor& cu_seqlens, double scale, bool causal, int64_t window, const std::string& activation,
     const std::string& local_keys, int64_t near_dim)
-    : q(with_dense_rows(q_given)),
-      k(with_dense_rows(k_given)),
-      v(with_dense_rows(v_given)),
+    : q(with_dense_rows(q_given)), k(with_dense_rows(k_given)), v(with_dense_rows(v_given)),
       codes(torch::stable::contiguous(codes_given)) {
   check_sizes(q, k, v, codebook, codes, bias_given, mask, causal, window, near_dim);
   check_devices(kOp, q, {k, v, codebook, codes, bias_given, mask, cu_seqlens});
@@ -145,12 +143,11 @@ void Call::prepare(const Tensor& codebook, bool logarithms, void* stream) {
 
 std::tuple<Tensor, Tensor> vq_attention(
     const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& codebook, const Tensor& codes,
-    const OptionalTensor& bias, const OptionalTensor& mask, const OptionalTensor& cu_seqlens, double scale,
-    bool causal, int64_t window, const std::string& activation, const std::string& local_keys, const std::string&,
+    const OptionalTensor& bias, const OptionalTensor& mask, const OptionalTensor& cu_seqlens, double scale, bool causal,
+    int64_t window, const std::string& activation, const std::string& local_keys, const std::string&,
     int64_t near_dim) {
   const OnDeviceOf device(kOp, q);
-  Call call(
-      q, k, v, codebook, codes, bias, mask, cu_seqlens, scale, causal, window, activation, local_keys, near_dim);
+  Call call(q, k, v, codebook, codes, bias, mask, cu_seqlens, scale, causal, window, activation, local_keys, near_dim);
   Attention& p = call.p;
   Tensor out = torch::stable::new_empty(v, {p.batch, p.heads, p.length, p.values}, v.scalar_type());
   Tensor normalizers = torch::stable::new_empty(q, {p.batch, p.heads, p.length, 2}, ScalarType::Float);
@@ -171,8 +168,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> vq_attention_backward(
     const std::string& activation, const std::string& local_keys, const std::string& key_grad, int64_t near_dim) {
   const OnDeviceOf device(kOp, q);
   void* stream = device.stream();
-  Call call(
-      q, k, v, codebook, codes, bias, mask, cu_seqlens, scale, causal, window, activation, local_keys, near_dim);
+  Call call(q, k, v, codebook, codes, bias, mask, cu_seqlens, scale, causal, window, activation, local_keys, near_dim);
   Attention& p = call.p;
   const auto empty = [&](std::initializer_list<int64_t> sizes, ScalarType type) {
     return torch::stable::new_empty(q, sizes, type);
@@ -208,8 +204,20 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> vq_attention_backward(
     const Tensor normalizers = torch::stable::contiguous(normalizers_given);
     const Tensor deltas = empty({p.batch, p.heads, p.length}, ScalarType::Float);
     const Deltas before{
-        p.type, p.batch, p.heads, p.length, p.values, grad.const_data_ptr(), out.const_data_ptr(), grad.stride(0),
-        grad.stride(1), grad.stride(2), p.ignored, p.ignored_batch, p.ignored_length, data_of<float>(deltas)};
+        p.type,
+        p.batch,
+        p.heads,
+        p.length,
+        p.values,
+        grad.const_data_ptr(),
+        out.const_data_ptr(),
+        grad.stride(0),
+        grad.stride(1),
+        grad.stride(2),
+        p.ignored,
+        p.ignored_batch,
+        p.ignored_length,
+        data_of<float>(deltas)};
     check_launch(kOp, longvq_cuda_deltas(&before, stream));
 
     p.normalizers = const_cast<float*>(const_data_of<float>(normalizers));  // read only

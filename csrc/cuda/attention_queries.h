@@ -24,8 +24,8 @@ struct Alignment {
 inline Alignment alignment_of(const Attention& p) {
   return {
       aligned(p.q, p.type, {p.q_batch, p.q_head, p.q_length, p.far_first}),
-      aligned(p.k, p.type, {p.k_batch, p.k_head, p.k_length}),
-      aligned(p.v, p.type, {p.v_batch, p.v_head, p.v_length}), false};
+      aligned(p.k, p.type, {p.k_batch, p.k_head, p.k_length}), aligned(p.v, p.type, {p.v_batch, p.v_head, p.v_length}),
+      false};
 }
 
 // One head of one sequence, in which queries and keys are counted.
@@ -136,7 +136,9 @@ LONGVQ_DEVICE Rows<Element> grads_of(
 }
 
 // Mega's attention function, ½ (1 + erf((x − μ) / (σ √2))) with μ = √½, σ = √(1 / 4π), and its derivative.
-LONGVQ_DEVICE float laplace(float x) { return 0.5f * erfcf((0.70710678f - x) * 2.50662827f); }
+LONGVQ_DEVICE float laplace(float x) {
+  return 0.5f * erfcf((0.70710678f - x) * 2.50662827f);
+}
 LONGVQ_DEVICE float laplace_slope(float x) {
   const float y = (x - 0.70710678f) * 2.50662827f;
   return 1.41421356f * expf(-y * y);
@@ -182,9 +184,7 @@ struct QueryBlock {
     return more() + MORE + number % BUFFERS * (Keys::kBytes + Values::kBytes);
   }
   LONGVQ_DEVICE Keys keys(int number) const { return {reinterpret_cast<uint16_t*>(buffer(number))}; }
-  LONGVQ_DEVICE Values values(int number) const {
-    return {reinterpret_cast<uint16_t*>(buffer(number) + Keys::kBytes)};
-  }
+  LONGVQ_DEVICE Values values(int number) const { return {reinterpret_cast<uint16_t*>(buffer(number) + Keys::kBytes)}; }
   LONGVQ_DEVICE int columns_of_values(int64_t slice) const {
     return static_cast<int>(min(p.values - slice, int64_t{VALUES}));
   }
@@ -211,9 +211,7 @@ struct QueryBlock {
   }
 
   LONGVQ_DEVICE void fill_columns(const Columns& columns, int number) const {
-    const auto row_of = [&](int row) {
-      return columns.first + row < columns.last ? columns.first + row : -1;
-    };
+    const auto row_of = [&](int row) { return columns.first + row < columns.last ? columns.first + row : -1; };
     if (columns.kind == Columns::kInside) {
       fill<Operand, kThreads>(keys(number), head.keys<Element>(aligned.k), row_of);
     } else {
@@ -231,9 +229,8 @@ struct QueryBlock {
     const int count = columns_of_values(slice);
     const auto rows = columns.kind == Columns::kCodes ? head.means<Element>(first, slice, count)
                                                       : head.values<Element>(slice, count, aligned.v);
-    fill<Operand, kThreads>(values(number), rows, [&](int row) {
-      return columns.first + row < columns.last ? columns.first + row : -1;
-    });
+    fill<Operand, kThreads>(
+        values(number), rows, [&](int row) { return columns.first + row < columns.last ? columns.first + row : -1; });
   }
 
   // Calls visit(columns, number) for every tile when it is in shared memory, and turn() once between the far queries
@@ -249,7 +246,8 @@ struct QueryBlock {
     commit_copies();
     for (int number = 0; number < count; ++number) {
       const Columns columns = tiles.at(number, kTile);
-      forget(head.batch), forget(head.start), forget(head.kv_head), forget(lane);  // addresses are made again for each tile
+      forget(head.batch), forget(head.start), forget(head.kv_head),
+          forget(lane);  // addresses are made again for each tile
       if (BUFFERS == 2 && number + 1 < count) {
         fill_columns(tiles.at(number + 1, kTile), number + 1);
       }

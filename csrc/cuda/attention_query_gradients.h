@@ -47,9 +47,8 @@ struct QueryGradient : QueryGradientShape<Element, DEPTH, VALUES>::Block {
 
   LONGVQ_DEVICE void fill_grads(int64_t slice) const {
     const Rows<Element> rows = grads_of<Element>(g, head, slice, this->columns_of_values(slice), this->aligned.grad);
-    fill<Operand, kThreads>(grads(), rows, [&](int row) {
-      return first + row < last && !head.ignored(first + row) ? first + row : -1;
-    });
+    fill<Operand, kThreads>(
+        grads(), rows, [&](int row) { return first + row < last && !head.ignored(first + row) ? first + row : -1; });
   }
 
   // Gradients of outputs times values: of one slice of columns both are there, others take each other's place.

@@ -53,6 +53,8 @@ inline bool aligned(const void* data, ElementType type, std::initializer_list<in
 // A grid has so many blocks along y and z.
 constexpr int64_t kMaxGrid = 65535;
 
-constexpr int64_t divide_up(int64_t x, int64_t unit) { return (x + unit - 1) / unit; }
+constexpr int64_t divide_up(int64_t x, int64_t unit) {
+  return (x + unit - 1) / unit;
+}
 
 }  // namespace longvq::cuda

@@ -3,6 +3,8 @@
 
 namespace longvq::cuda {
 
-const char* longvq_cuda_error_text(int error) { return error_text(error); }
+const char* longvq_cuda_error_text(int error) {
+  return error_text(error);
+}
 
 }  // namespace longvq::cuda

@@ -145,7 +145,8 @@ struct Sums {
     });
   }
 
-  // Of 32 keys from `begin` those with codes of this warp, in their order; some values are on their way at the same time.
+  // Of 32 keys from `begin` those with codes of this warp, in their order; some values are on their way at the same
+  // time.
   template <typename ValueOf>
   LONGVQ_DEVICE void add_keys_of_warp(int begin, int count, const ValueOf& value_of) const {
     constexpr int kInFlight = 4;
@@ -177,8 +178,8 @@ struct Sums {
   // Adds the keys of steps begin .. end of the walk.
   LONGVQ_DEVICE void add_keys(const Walk& walk, int64_t begin, int64_t end) const {
     const int64_t* codes = p.code_of_key + (of.batch * p.heads + head) * p.length + of.start;
-    const Element* values = static_cast<const Element*>(p.v) + of.batch * p.v_batch + head * p.v_head +
-                            of.start * p.v_length + column();
+    const Element* values =
+        static_cast<const Element*>(p.v) + of.batch * p.v_batch + head * p.v_head + of.start * p.v_length + column();
     for (int64_t first = begin; first < end; first += kKeys) {
       const int count = static_cast<int>(min(end - first, int64_t{kKeys}));
       __syncthreads();

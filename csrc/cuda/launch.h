@@ -9,15 +9,17 @@
 
 namespace longvq::cuda {
 
-constexpr int kNotCovered = -1;      // there is no kernel for these sizes
-constexpr int64_t kMaxDepth = 256;   // columns of keys and codewords
+constexpr int kNotCovered = -1;     // there is no kernel for these sizes
+constexpr int64_t kMaxDepth = 256;  // columns of keys and codewords
 constexpr int64_t kMaxAttentionDepth = 128;
-constexpr int64_t kCodeUnit = 64;    // codes are padded to a multiple of it
+constexpr int64_t kCodeUnit = 64;  // codes are padded to a multiple of it
 
 constexpr int64_t padded_depth(int64_t depth) {
   return depth <= 64 ? 64 : depth <= 128 ? 128 : 256;
 }
-constexpr int64_t padded_codes(int64_t codes) { return (codes + kCodeUnit - 1) / kCodeUnit * kCodeUnit; }
+constexpr int64_t padded_codes(int64_t codes) {
+  return (codes + kCodeUnit - 1) / kCodeUnit * kCodeUnit;
+}
 
 // A codebook as tensor cores take it.
 struct Codebook {
@@ -59,15 +61,15 @@ struct Sequences {
 };
 
 // Far fields: for every kFarBlock queries the number and the mean value, for each code, of the keys that are outside
-// the window of all of them. Keys before them and, bidirectional, behind them; without a window and bidirectional all keys,
-// and one far field serves everybody.
+// the window of all of them. Keys before them and, bidirectional, behind them; without a window and bidirectional all
+// keys, and one far field serves everybody.
 constexpr int64_t kFarBlock = 128;
 constexpr int64_t kFarSegment = 16;  // far fields that one block of threads makes, the next one out of each
 
 struct FarField : Sequences {
-  ElementType type;  // of values and means
-  int64_t heads, codes, values;                 // heads of keys
-  bool causal, logarithm;                       // whether `numbers` are logarithms
+  ElementType type;              // of values and means
+  int64_t heads, codes, values;  // heads of keys
+  bool causal, logarithm;        // whether `numbers` are logarithms
   int64_t window;
   const int64_t* code_of_key;  // (batch, heads, length)
   const void* v;               // (batch, heads, length, values), values innermost and contiguous
@@ -94,7 +96,9 @@ struct FarField : Sequences {
   constexpr bool all_far() const { return window == 0 && !causal; }
 };
 
-constexpr int64_t value_pitch(int64_t values) { return (values + 7) / 8 * 8; }
+constexpr int64_t value_pitch(int64_t values) {
+  return (values + 7) / 8 * 8;
+}
 
 struct Attention : Sequences {
   ElementType type;  // of q, k, v, means, out
@@ -134,22 +138,22 @@ struct AttentionGradients {
   // What codes get from the queries of each segment of so many, a multiple of kFarBlock: gradients of codewords, and of
   // the values that they stand for, if no sequence has two segments null.
   int64_t code_segment;
-  float* dcodes;         // (batch, kv_heads, segments, codes, far_depth); then of a sequence's first segment the sum
-  float* code_values;    // (batch, kv_heads, segments, codes, values)
-  float* dv_far;      // (batch, kv_heads, length, values), zero before: from queries behind their keys, or of all
-  float* dv_ahead;    // the same from queries before their keys, null if there are none
-  float* dv_near;     // the same size
-  float* dk_inside;   // (batch, kv_heads, length, near_depth)
-  float* dk_outside;  // (batch, kv_heads, length, far_depth): of pairs near, but outside the window
+  float* dcodes;       // (batch, kv_heads, segments, codes, far_depth); then of a sequence's first segment the sum
+  float* code_values;  // (batch, kv_heads, segments, codes, values)
+  float* dv_far;       // (batch, kv_heads, length, values), zero before: from queries behind their keys, or of all
+  float* dv_ahead;     // the same from queries before their keys, null if there are none
+  float* dv_near;      // the same size
+  float* dk_inside;    // (batch, kv_heads, length, near_depth)
+  float* dk_outside;   // (batch, kv_heads, length, far_depth): of pairs near, but outside the window
 };
 constexpr int64_t kGradientRows = 64;
 
 // What codes got from the queries of all segments, and, of values, from those of later and earlier ones alone.
 struct SumSegments : Sequences {
   int64_t heads, codes, far_depth, values, code_segment;
-  float* dcodes;        // as above, of which the sum takes the first segment's place
-  float* later;         // what is in code_values, replaced; of one far field for all the sum of all
-  float* earlier;       // the same size, or null
+  float* dcodes;   // as above, of which the sum takes the first segment's place
+  float* later;    // what is in code_values, replaced; of one far field for all the sum of all
+  float* earlier;  // the same size, or null
   bool all_far;
 
   constexpr int64_t segments() const { return pieces(code_segment); }
@@ -179,7 +183,7 @@ struct FinishKeys : Sequences {
   const float *later, *earlier;
   int64_t window, code_segment;
   bool all_far;
-  void *dk, *dv;                          // (batch, heads, length, columns)
+  void *dk, *dv;  // (batch, heads, length, columns)
 };
 
 // For attention with laplace: one over the number of keys that each query may attend.
@@ -196,7 +200,9 @@ constexpr int64_t kScanTile = kScanSteps * kScanChunks;  // steps that a warp ha
 constexpr int64_t kScanGroup = 16;                       // complex modes at a time
 constexpr int64_t kScanMaxModes = 32;                    // d_state = 64; more tables don't fit
 
-constexpr int64_t padded_modes(int64_t modes) { return (modes + kScanGroup - 1) / kScanGroup * kScanGroup; }
+constexpr int64_t padded_modes(int64_t modes) {
+  return (modes + kScanGroup - 1) / kScanGroup * kScanGroup;
+}
 
 struct ScanModes {
   int64_t channels, modes;
@@ -249,7 +255,7 @@ struct Scan : Sequences {
 
 // Gradients of the parameters, of every segment by itself.
 struct ScanGradients {
-  Scan scan;  // its inputs, states, segments and tables; no outputs
+  Scan scan;         // its inputs, states, segments and tables; no outputs
   const void* grad;  // of y, (batch, length, channels)
   int64_t grad_batch, grad_length, grad_channel;
   const float* grad_state;  // (sequences, channels, modes)

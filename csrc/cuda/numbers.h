@@ -16,19 +16,33 @@ struct Half {
   uint16_t bits;
 };
 
-LONGVQ_DEVICE float to_float(float x) { return x; }
-LONGVQ_DEVICE float to_float(BFloat16 x) { return from_bits(static_cast<uint32_t>(x.bits) << 16); }
-LONGVQ_DEVICE float to_float(Half x) { return half_to_float(x.bits); }
+LONGVQ_DEVICE float to_float(float x) {
+  return x;
+}
+LONGVQ_DEVICE float to_float(BFloat16 x) {
+  return from_bits(static_cast<uint32_t>(x.bits) << 16);
+}
+LONGVQ_DEVICE float to_float(Half x) {
+  return half_to_float(x.bits);
+}
 
-LONGVQ_DEVICE void store(float* out, float x) { *out = x; }
-LONGVQ_DEVICE void store(BFloat16* out, float x) { out->bits = static_cast<uint16_t>(round_to_bfloat16(x, 0.0f)); }
-LONGVQ_DEVICE void store(Half* out, float x) { out->bits = static_cast<uint16_t>(round_to_half(x, 0.0f)); }
+LONGVQ_DEVICE void store(float* out, float x) {
+  *out = x;
+}
+LONGVQ_DEVICE void store(BFloat16* out, float x) {
+  out->bits = static_cast<uint16_t>(round_to_bfloat16(x, 0.0f));
+}
+LONGVQ_DEVICE void store(Half* out, float x) {
+  out->bits = static_cast<uint16_t>(round_to_half(x, 0.0f));
+}
 
 // Two numbers side by side in one access, at a multiple of their size.
 struct alignas(8) TwoFloats {
   float first, second;
 };
-LONGVQ_DEVICE void store_pair(float* out, float x, float y) { *reinterpret_cast<TwoFloats*>(out) = {x, y}; }
+LONGVQ_DEVICE void store_pair(float* out, float x, float y) {
+  *reinterpret_cast<TwoFloats*>(out) = {x, y};
+}
 LONGVQ_DEVICE void store_pair(BFloat16* out, float x, float y) {
   *reinterpret_cast<uint32_t*>(out) = round_to_bfloat16(x, y);
 }

@@ -17,11 +17,10 @@ std::tuple<Tensor, Tensor> vq_attention(
     const std::string& key_grad, int64_t near_dim);
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> vq_attention_backward(
-    const Tensor& grad, const Tensor& out, const Tensor& normalizers, const Tensor& q, const Tensor& k,
-    const Tensor& v, const Tensor& codebook, const Tensor& codes, const OptionalTensor& bias,
-    const OptionalTensor& key_padding_mask, const OptionalTensor& cu_seqlens, double scale, bool causal,
-    int64_t window, const std::string& activation, const std::string& local_keys, const std::string& key_grad,
-    int64_t near_dim);
+    const Tensor& grad, const Tensor& out, const Tensor& normalizers, const Tensor& q, const Tensor& k, const Tensor& v,
+    const Tensor& codebook, const Tensor& codes, const OptionalTensor& bias, const OptionalTensor& key_padding_mask,
+    const OptionalTensor& cu_seqlens, double scale, bool causal, int64_t window, const std::string& activation,
+    const std::string& local_keys, const std::string& key_grad, int64_t near_dim);
 
 std::tuple<Tensor, Tensor> ssm_scan(
     const Tensor& u, const Tensor& log_decay, const Tensor& weight, const OptionalTensor& skip,

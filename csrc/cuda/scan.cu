@@ -19,9 +19,9 @@ using ScanningBlock = ScanBlock<Element, ScanOperand<Element>::kParts == 1 ? 8 :
 template <typename Element>
 struct Scanning : ScanningBlock<Element> {
   using Base = ScanningBlock<Element>;
+  using Base::begin, Base::channel, Base::count, Base::end, Base::first_channel, Base::has_channel, Base::lane,
+      Base::of, Base::p, Base::padded, Base::warp;
   using typename Base::Chunks, typename Base::Layout, typename Base::Operand;
-  using Base::begin, Base::channel, Base::count, Base::end, Base::first_channel, Base::has_channel,
-      Base::lane, Base::of, Base::p, Base::padded, Base::warp;
   static constexpr int kParts = Base::kParts, kChannels = Base::kChannels, kThreads = Base::kThreads;
 
   static size_t bytes(int64_t modes) {

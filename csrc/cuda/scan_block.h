@@ -178,7 +178,7 @@ struct ScanBlock {
   // Half of the rows of a product.
   template <int NTILES>
   LONGVQ_DEVICE static float (&half_of(float (&x)[2][NTILES][4], int m))[1][NTILES][4] {
-    return reinterpret_cast<float(&)[1][NTILES][4]>(x[m]);
+    return reinterpret_cast<float (&)[1][NTILES][4]>(x[m]);
   }
 
   // out = chunks · table, its columns from `column`: what each chunk gives to each.
@@ -217,8 +217,8 @@ struct ScanBlock {
   }
 };
 
-// Launches a kernel over the segments of `p`; if they have states, which are in `problem`, those are made before, by the
-// kernel itself and ENTER.
+// Launches a kernel over the segments of `p`; if they have states, which are in `problem`, those are made before, by
+// the kernel itself and ENTER.
 template <auto KERNEL, auto ENTER, typename Block, typename Problem>
 int run_segments(const Scan& p, const Problem& problem, const float* segment_states, size_t bytes, void* stream) {
   const dim3 grid(
@@ -236,7 +236,9 @@ int run_segments(const Scan& p, const Problem& problem, const float* segment_sta
   return launch<KERNEL>(grid, Block::kThreads, bytes, stream, problem, Pass::kResults);
 }
 
-LONGVQ_DEVICE Number number_from_below(Number x, int by) { return {shuffle_up(x.re, by), shuffle_up(x.im, by)}; }
+LONGVQ_DEVICE Number number_from_below(Number x, int by) {
+  return {shuffle_up(x.re, by), shuffle_up(x.im, by)};
+}
 
 }  // namespace
 }  // namespace longvq::cuda

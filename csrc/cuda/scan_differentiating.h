@@ -35,9 +35,9 @@ LONGVQ_DEVICE Pair move(Number power, float steps, Pair from, Pair given) {
 template <typename Element>
 struct ScanDifferentiating : DifferentiatingBlock<Element> {
   using Base = DifferentiatingBlock<Element>;
-  using typename Base::Chunks, typename Base::Layout, typename Base::Operand;
   using Base::begin, Base::channel, Base::end, Base::has_channel, Base::lane, Base::of, Base::p, Base::padded,
       Base::warp;
+  using typename Base::Chunks, typename Base::Layout, typename Base::Operand;
   static constexpr int kParts = Base::kParts, kChannels = Base::kChannels, kThreads = Base::kThreads;
   static constexpr int kSteps = kScanSteps, kSums = 4;  // of a mode: of weight and log_decay, real and imaginary
 
@@ -71,7 +71,8 @@ struct ScanDifferentiating : DifferentiatingBlock<Element> {
 
   LONGVQ_DEVICE Number* segment_states(int64_t mode) const {
     const int64_t row = of.batch * p.modes.channels + channel;
-    return reinterpret_cast<Number*>(g.segment_states) + ((row * p.segments() + this->segment_of_row()) * p.modes.modes + mode) * 2;
+    return reinterpret_cast<Number*>(g.segment_states) +
+           ((row * p.segments() + this->segment_of_row()) * p.modes.modes + mode) * 2;
   }
 
   LONGVQ_DEVICE void start(Pass pass) const {
@@ -158,8 +159,7 @@ struct ScanDifferentiating : DifferentiatingBlock<Element> {
   }
 
   // Adds Σ_chunks Q X and Σ_chunks (Q Z + Q' X) of a group of modes.
-  LONGVQ_DEVICE void add_products(
-      const float (&x)[2][kTiles][4], const float (&z)[2][kTiles][4], int group) const {
+  LONGVQ_DEVICE void add_products(const float (&x)[2][kTiles][4], const float (&z)[2][kTiles][4], int group) const {
     constexpr int kPair = 2;  // tiles at a time: more take too many registers
 #pragma unroll
     for (int first = 0; first < kTiles; first += kPair) {

@@ -7,7 +7,9 @@ namespace {
 
 constexpr const char* kOp = "ssm_scan";
 
-bool is_complex(const Tensor& x) { return x.scalar_type() == ScalarType::ComplexFloat; }
+bool is_complex(const Tensor& x) {
+  return x.scalar_type() == ScalarType::ComplexFloat;
+}
 
 void check_sizes(
     const Tensor& u, const Tensor& log_decay, const Tensor& weight, const OptionalTensor& skip,
@@ -22,8 +24,7 @@ void check_sizes(
           weight.size(1) == modes && weight.scalar_type() == log_decay.scalar_type(),
       kOp, ": weight and log_decay must both be (H, N) and of one type");
   STD_TORCH_CHECK(
-      !skip.has_value() ||
-          (skip->dim() == 1 && skip->size(0) == channels && skip->scalar_type() == ScalarType::Float),
+      !skip.has_value() || (skip->dim() == 1 && skip->size(0) == channels && skip->scalar_type() == ScalarType::Float),
       kOp, ": skip must be (H,), float32");
   STD_TORCH_CHECK(
       !initial_state.has_value() ||
@@ -36,7 +37,9 @@ void check_sizes(
       kOp, ": key_padding_mask must be (B, L), bool");
 }
 
-int64_t whole_tiles(int64_t length) { return (length + kScanTile - 1) / kScanTile * kScanTile; }
+int64_t whole_tiles(int64_t length) {
+  return (length + kScanTile - 1) / kScanTile * kScanTile;
+}
 
 // Into how many segments, which run at the same time, sequences of that length are cut that take so many blocks: as
 // many as take the least time on a GPU that runs kAtATime blocks at a time. All but the last segments are passed over
@@ -71,8 +74,12 @@ struct ScanCall {
     static_cast<Sequences&>(p) = sequences_of(kOp, u.size(0), u.size(1), cu_seqlens, offsets);
     check_sizes(u, log_decay, weight, skip_given, initial_given, mask, p.sequences());
     p.type = type_of(kOp, u);
-    p.modes = {u.size(2),          log_decay.size(1), is_complex(log_decay), const_data_of<float>(log_decay),
-               const_data_of<float>(weight), nullptr};
+    p.modes = {u.size(2),
+               log_decay.size(1),
+               is_complex(log_decay),
+               const_data_of<float>(log_decay),
+               const_data_of<float>(weight),
+               nullptr};
     if (skip_given.has_value()) {
       skip = torch::stable::contiguous(*skip_given);
       p.modes.skip = const_data_of<float>(*skip);
@@ -200,12 +207,23 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> ssm_scan_backward(
     copy_or_clear(dmodes, std::nullopt);
     copy_or_clear(dskips, std::nullopt);
     const ScanGradients g{
-        p, grad_y.const_data_ptr(), grad_y.stride(0), grad_y.stride(1), grad_y.stride(2),
-        const_data_of<float>(first_state), segment_states.numel() > 0 ? data_of<float>(segment_states) : nullptr,
-        data_of<double>(dmodes), data_of<double>(dskips)};
+        p,
+        grad_y.const_data_ptr(),
+        grad_y.stride(0),
+        grad_y.stride(1),
+        grad_y.stride(2),
+        const_data_of<float>(first_state),
+        segment_states.numel() > 0 ? data_of<float>(segment_states) : nullptr,
+        data_of<double>(dmodes),
+        data_of<double>(dskips)};
     check_launch(kOp, longvq_cuda_scan_gradients(&g, device.stream()));
     const SumScanGradients sum{
-        p.modes, segments, g.dmodes, g.dskip, data_of<float>(dweight), data_of<float>(dlog_decay),
+        p.modes,
+        segments,
+        g.dmodes,
+        g.dskip,
+        data_of<float>(dweight),
+        data_of<float>(dlog_decay),
         skip.has_value() ? data_of<float>(dskip) : nullptr};
     check_launch(kOp, longvq_cuda_sum_scan_gradients(&sum, device.stream()));
   }

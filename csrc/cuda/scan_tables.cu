@@ -14,7 +14,9 @@ constexpr int kThreads = 32;
 constexpr int kSteps = kScanSteps;
 using Number = Complex<double>;
 
-LONGVQ_DEVICE Number multiply(Number x, Number y) { return multiply_add(x, y, {0, 0}); }
+LONGVQ_DEVICE Number multiply(Number x, Number y) {
+  return multiply_add(x, y, {0, 0});
+}
 
 template <typename Operand, typename T>
 LONGVQ_DEVICE void set(const T& tile, int row, int column, double x) {
@@ -49,8 +51,7 @@ LONGVQ_DEVICE void set_powers(
     } else {
       const bool adjoint = use == ScanUse::kAdjoint;
       const Number left = adjoint ? power : multiply(weight, next);
-      set_pair<Operand>(
-          Layout::in(tables, group), kSteps - 1 - t, column, adjoint ? multiply(weight, next) : power);
+      set_pair<Operand>(Layout::in(tables, group), kSteps - 1 - t, column, adjoint ? multiply(weight, next) : power);
       set<Operand>(Layout::out(tables, group), column, t, left.re);
       set<Operand>(Layout::out(tables, group), column + 1, t, -left.im);
       if (kernel != nullptr) {
@@ -66,8 +67,8 @@ __global__ void __launch_bounds__(kThreads) make_tables(ScanTables p) {
   using Layout = ScanLayout<Operand::kParts>;
   const int64_t channel = blockIdx.x, modes = p.modes.modes, padded = padded_modes(modes);
   const bool gradients = p.use == ScanUse::kGradients;
-  const int64_t size = gradients ? scan_gradient_table_size(modes, Operand::kParts)
-                                 : scan_table_size(modes, Operand::kParts);
+  const int64_t size =
+      gradients ? scan_gradient_table_size(modes, Operand::kParts) : scan_table_size(modes, Operand::kParts);
   uint16_t* tables = p.tables + channel * size;
   double* kernel = reinterpret_cast<double*>(shared_memory());  // of each thread, (kThreads, kSteps)
   double* mine = kernel + threadIdx.x * kSteps;

@@ -1,7 +1,7 @@
 // Pieces of sequences: what a block of threads takes of a row of the batch or of a document, see Sequences.
 //
-// Pieces of document n begin at number n + ⌊offsets[n] / unit⌋. Since ⌈(b − a) / unit⌉ ≤ ⌊b / unit⌋ − ⌊a / unit⌋ + 1, each
-// has as many as it needs before the next one's, and no sum over the documents before is needed to find them.
+// Pieces of document n begin at number n + ⌊offsets[n] / unit⌋. Since ⌈(b − a) / unit⌉ ≤ ⌊b / unit⌋ − ⌊a / unit⌋ + 1,
+// each has as many as it needs before the next one's, and no sum over the documents before is needed to find them.
 #pragma once
 
 #include "launch.h"

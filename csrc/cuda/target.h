@@ -26,30 +26,58 @@ LONGVQ_DEVICE uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
-LONGVQ_DEVICE float shuffle_xor(float x, int mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
+LONGVQ_DEVICE float shuffle_xor(float x, int mask) {
+  return __shfl_xor_sync(0xffffffffu, x, mask);
+}
 // From the lane `by` below; the lowest lanes keep their own.
-LONGVQ_DEVICE float shuffle_up(float x, int by) { return __shfl_up_sync(0xffffffffu, x, by); }
-LONGVQ_DEVICE float shuffle_from(float x, int lane) { return __shfl_sync(0xffffffffu, x, lane); }
-LONGVQ_DEVICE int shuffle_from(int x, int lane) { return __shfl_sync(0xffffffffu, x, lane); }
-LONGVQ_DEVICE int shuffle_xor(int x, int mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
+LONGVQ_DEVICE float shuffle_up(float x, int by) {
+  return __shfl_up_sync(0xffffffffu, x, by);
+}
+LONGVQ_DEVICE float shuffle_from(float x, int lane) {
+  return __shfl_sync(0xffffffffu, x, lane);
+}
+LONGVQ_DEVICE int shuffle_from(int x, int lane) {
+  return __shfl_sync(0xffffffffu, x, lane);
+}
+LONGVQ_DEVICE int shuffle_xor(int x, int mask) {
+  return __shfl_xor_sync(0xffffffffu, x, mask);
+}
 
 // A bit for each lane of the warp.
-LONGVQ_DEVICE uint32_t ballot(bool x) { return __ballot_sync(0xffffffffu, x); }
+LONGVQ_DEVICE uint32_t ballot(bool x) {
+  return __ballot_sync(0xffffffffu, x);
+}
 // The number of the lowest bit that is set, −1 if none is.
-LONGVQ_DEVICE int lowest_bit(uint32_t bits) { return __ffs(static_cast<int>(bits)) - 1; }
+LONGVQ_DEVICE int lowest_bit(uint32_t bits) {
+  return __ffs(static_cast<int>(bits)) - 1;
+}
 
-LONGVQ_DEVICE void synchronize_warp() { __syncwarp(); }
+LONGVQ_DEVICE void synchronize_warp() {
+  __syncwarp();
+}
 
 // The compiler must take x for another number than before: what is computed from it isn't kept in registers meanwhile.
-LONGVQ_DEVICE void forget(int& x) { asm volatile("" : "+r"(x)); }
+LONGVQ_DEVICE void forget(int& x) {
+  asm volatile("" : "+r"(x));
+}
 
-LONGVQ_DEVICE float fast_exponential(float x) { return __expf(x); }  // to about 2^-22 (2 + |x|)
+LONGVQ_DEVICE float fast_exponential(float x) {
+  return __expf(x);
+}  // to about 2^-22 (2 + |x|)
 
-LONGVQ_DEVICE double cosine_of_pi(double x) { return cospi(x); }
-LONGVQ_DEVICE double sine_of_pi(double x) { return sinpi(x); }
+LONGVQ_DEVICE double cosine_of_pi(double x) {
+  return cospi(x);
+}
+LONGVQ_DEVICE double sine_of_pi(double x) {
+  return sinpi(x);
+}
 
-LONGVQ_DEVICE float from_bits(uint32_t bits) { return __uint_as_float(bits); }
-LONGVQ_DEVICE uint32_t to_bits(float x) { return __float_as_uint(x); }
+LONGVQ_DEVICE float from_bits(uint32_t bits) {
+  return __uint_as_float(bits);
+}
+LONGVQ_DEVICE uint32_t to_bits(float x) {
+  return __float_as_uint(x);
+}
 
 // 16 bytes of global memory in one access, at a multiple of 16.
 LONGVQ_DEVICE void store_together(void* to, const uint32_t (&x)[4]) {
@@ -62,7 +90,9 @@ LONGVQ_DEVICE void copy_later(void* target, const void* source, int bytes) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(target)), "l"(source), "r"(bytes)
                : "memory");
 }
-LONGVQ_DEVICE void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+LONGVQ_DEVICE void commit_copies() {
+  asm volatile("cp.async.commit_group;" ::: "memory");
+}
 template <int NEWEST>
 LONGVQ_DEVICE void wait_for_copies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(NEWEST) : "memory");
@@ -82,13 +112,15 @@ LONGVQ_DEVICE void load_matrices_transposed(uint32_t (&out)[4], const void* row)
 }
 
 LONGVQ_DEVICE void multiply_add_bfloat16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
       "{%0, %1, %2, %3};"
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 LONGVQ_DEVICE void multiply_add_half(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
       "{%0, %1, %2, %3};"
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
@@ -111,7 +143,9 @@ LONGVQ_DEVICE float half_to_float(uint16_t bits) {
   return out;
 }
 
-inline const char* error_text(int error) { return cudaGetErrorString(static_cast<cudaError_t>(error)); }
+inline const char* error_text(int error) {
+  return cudaGetErrorString(static_cast<cudaError_t>(error));
+}
 
 // Runs the kernel; 0, or the error of the CUDA runtime.
 template <auto KERNEL, typename... Arguments>
@@ -131,8 +165,8 @@ int launch(dim3 grid, int threads, size_t shared_bytes, void* stream, const Argu
     }
     if (error == cudaSuccess) {
       // So that all blocks which fit into it may run: the driver may keep more of it for a cache.
-      error = cudaFuncSetAttribute(
-          KERNEL, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
+      error =
+          cudaFuncSetAttribute(KERNEL, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
     }
     if (error != cudaSuccess) {
       cudaGetLastError();  // not to be found by the next launch

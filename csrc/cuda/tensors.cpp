@@ -47,8 +47,7 @@ OnDeviceOf::OnDeviceOf(const char* op, const Tensor& x) {
 void check_devices(const char* op, const Tensor& x, std::initializer_list<OptionalTensor> others) {
   for (const OptionalTensor& other : others) {
     STD_TORCH_CHECK(
-        !other.has_value() ||
-            (other->is_cuda() == x.is_cuda() && other->get_device_index() == x.get_device_index()),
+        !other.has_value() || (other->is_cuda() == x.is_cuda() && other->get_device_index() == x.get_device_index()),
         op, ": all tensors must be on one device");
   }
 }
@@ -83,7 +82,11 @@ PackedCodebook::PackedCodebook(
   codebook = {heads, codes, values.size(2) - first, columns, data_of<uint16_t>(parts), data_of<float>(half_norms)};
   const PackCodebook problem{
       static_cast<const float*>(values.const_data_ptr()) + first * values.stride(2),
-      values.stride(0), values.stride(1), values.stride(2), type, codebook};
+      values.stride(0),
+      values.stride(1),
+      values.stride(2),
+      type,
+      codebook};
   if (heads > 0) {
     check_launch(op, longvq_cuda_pack_codebook(&problem, stream));
   }

@@ -70,8 +70,8 @@ LONGVQ_DEVICE void add_fragments(float (&out)[MTILES][NTILES][4], int n, const f
 }
 
 // out += left · right, two fragments side by side from n; load(b, j) reads part j of them. Tensor cores cut off what is
-// below the last bit of the largest term, so that products of small parts have sums of their own, into which larger ones
-// come later, and what has been summed so far is added as other numbers are.
+// below the last bit of the largest term, so that products of small parts have sums of their own, into which larger
+// ones come later, and what has been summed so far is added as other numbers are.
 template <typename Operand, int RIGHT, int LEFT, int MTILES, int NTILES, typename Load>
 LONGVQ_DEVICE void multiply_pair(
     float (&out)[MTILES][NTILES][4], int n, const uint32_t (&left)[LEFT][MTILES][4], const Load& load) {

@@ -9,7 +9,7 @@ namespace {
 
 constexpr int kRows = kLanes == 16 ? 4 : 6;  // chunks that share a pass over a panel: kRows * kPanel accumulators
 
-constexpr int kSegment = 3 * kRows;          // chunks that are computed together, a multiple of kRows
+constexpr int kSegment = 3 * kRows;  // chunks that are computed together, a multiple of kRows
 constexpr int kSegmentSteps = kSegment * kChunk;
 
 template <int VALUE>

@@ -15,10 +15,12 @@
 namespace longvq {
 namespace {
 
-constexpr int kChunk = 32;                         // T: the work inside a chunk grows with it, that between falls
-constexpr int kPanel = kLanes == 16 ? 4 : 2;       // columns of a panel: one pass over the rows computes these
+constexpr int kChunk = 32;                    // T: the work inside a chunk grows with it, that between falls
+constexpr int kPanel = kLanes == 16 ? 4 : 2;  // columns of a panel: one pass over the rows computes these
 
-inline int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
+inline int64_t round_up(int64_t value, int64_t multiple) {
+  return (value + multiple - 1) / multiple * multiple;
+}
 
 // Hands out pieces of the scratch memory; started at 0 it measures how much is needed.
 struct Arena {

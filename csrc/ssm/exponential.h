@@ -10,7 +10,9 @@ namespace {
 
 constexpr double kRound = 6755399441055744.0;  // 1.5 * 2^52: adding it leaves the nearest integer in the low bits
 
-inline Doubles broadcast(double value) { return Doubles{} + value; }
+inline Doubles broadcast(double value) {
+  return Doubles{} + value;
+}
 
 // exp(x) for x <= 0; below -708, where doubles end, it is 0.
 inline Doubles exp_negative(Doubles x) {
@@ -22,10 +24,20 @@ inline Doubles exp_negative(Doubles x) {
   const Doubles k = shifted - kRound;
   const Doubles r = (x - k * kLn2High) - k * kLn2Low;  // |r| <= ln 2 / 2
   Doubles p = broadcast(1.0 / 6227020800.0);           // Taylor to r^13: the rest is below 1e-17
-  constexpr double kInverseFactorial[] = {1.0 / 479001600.0, 1.0 / 39916800.0, 1.0 / 3628800.0, 1.0 / 362880.0,
-                                          1.0 / 40320.0,     1.0 / 5040.0,     1.0 / 720.0,     1.0 / 120.0,
-                                          1.0 / 24.0,        1.0 / 6.0,        0.5,             1.0,
-                                          1.0};
+  constexpr double kInverseFactorial[] = {
+      1.0 / 479001600.0,
+      1.0 / 39916800.0,
+      1.0 / 3628800.0,
+      1.0 / 362880.0,
+      1.0 / 40320.0,
+      1.0 / 5040.0,
+      1.0 / 720.0,
+      1.0 / 120.0,
+      1.0 / 24.0,
+      1.0 / 6.0,
+      0.5,
+      1.0,
+      1.0};
   for (const double coefficient : kInverseFactorial) {
     p = p * r + coefficient;
   }
@@ -58,8 +70,8 @@ inline void sincos(Doubles x, Doubles& sine, Doubles& cosine) {
   // Taylor to r^17 and r^16: the rest is below 1e-17
   constexpr double kSine[] = {-1.0 / 1307674368000.0, 1.0 / 6227020800.0, -1.0 / 39916800.0, 1.0 / 362880.0,
                               -1.0 / 5040.0,          1.0 / 120.0,        -1.0 / 6.0};
-  constexpr double kCosine[] = {-1.0 / 87178291200.0, 1.0 / 479001600.0, -1.0 / 3628800.0, 1.0 / 40320.0,
-                                -1.0 / 720.0,         1.0 / 24.0,        -0.5};
+  constexpr double kCosine[] = {
+      -1.0 / 87178291200.0, 1.0 / 479001600.0, -1.0 / 3628800.0, 1.0 / 40320.0, -1.0 / 720.0, 1.0 / 24.0, -0.5};
   Doubles s = broadcast(1.0 / 355687428096000.0), c = broadcast(1.0 / 20922789888000.0);
   for (const double coefficient : kSine) {
     s = s * r2 + coefficient;

@@ -28,7 +28,9 @@ ElementType series_type(const Tensor& x) {
   return *type;
 }
 
-void* data_of(const Tensor& x) { return const_cast<void*>(x.const_data_ptr()); }
+void* data_of(const Tensor& x) {
+  return const_cast<void*>(x.const_data_ptr());
+}
 
 // A tensor (..., H, N) of modes from channel `channel` of its row on.
 ModeMatrix modes_of(const Tensor& x, int64_t row, int64_t channel) {
@@ -61,9 +63,11 @@ struct Arguments {
     const ScalarType family = log_decay.scalar_type();
     complex_modes = family == ScalarType::ComplexFloat;
     STD_TORCH_CHECK(
-        complex_modes || family == ScalarType::Float, "ssm_scan: the compiled CPU kernel takes float32 or complex64 modes");
+        complex_modes || family == ScalarType::Float,
+        "ssm_scan: the compiled CPU kernel takes float32 or complex64 modes");
     series_type(u);
-    STD_TORCH_CHECK(log_decay.size(0) == channels && modes >= 1, "ssm_scan: log_decay must be (H, N) for this u, N >= 1");
+    STD_TORCH_CHECK(
+        log_decay.size(0) == channels && modes >= 1, "ssm_scan: log_decay must be (H, N) for this u, N >= 1");
     documents = documents_of("ssm_scan", batch, length, cu_seqlens);
     for (const Document& document : documents) {
       longest = std::max(longest, document.length);
@@ -74,8 +78,8 @@ struct Arguments {
       check_state(*initial_state, "initial_state");
     }
     STD_TORCH_CHECK(
-        !skip.has_value() ||
-            (skip->is_cpu() && skip->dim() == 1 && skip->size(0) == channels && skip->scalar_type() == ScalarType::Float),
+        !skip.has_value() || (skip->is_cpu() && skip->dim() == 1 && skip->size(0) == channels &&
+                              skip->scalar_type() == ScalarType::Float),
         "ssm_scan: skip must be (H,), float32 on the CPU");
     STD_TORCH_CHECK(
         !key_padding_mask.has_value() ||
@@ -98,7 +102,8 @@ struct Arguments {
   void check_state(const Tensor& x, const char* name) const {
     check_modes(x, name);
     STD_TORCH_CHECK(
-        x.dim() == 3 && x.size(0) == rows(), "ssm_scan: ", name, " must be (B, H, N), with cu_seqlens one per document");
+        x.dim() == 3 && x.size(0) == rows(), "ssm_scan: ", name,
+        " must be (B, H, N), with cu_seqlens one per document");
   }
 
   void check_series(const Tensor& x, const char* name) const {

@@ -2,11 +2,12 @@
 //
 // With x the states and z_t = lambda (z_{t-1} + x_{t-1}) their derivative by log_decay,
 //     dL/dw = sum_t g_t x_t,    dL/dlog_decay = w sum_t g_t z_t,
-// both by chunks again: K's part needs only the products of g and u within a chunk, by lag; the part of the entry states
-// X, Z of a chunk needs Q = sum_t lambda^(t+1) g_t and Q' = sum_t (t+1) lambda^(t+1) g_t:
+// both by chunks again: K's part needs only the products of g and u within a chunk, by lag; the part of the entry
+// states X, Z of a chunk needs Q = sum_t lambda^(t+1) g_t and Q' = sum_t (t+1) lambda^(t+1) g_t:
 //     dL/dw: sum_l lambda^l c_l + sum_c Q X,    dL/dlog_decay: w (sum_l l lambda^l c_l + sum_c (Q Z + Q' X))
 // and Z moves on by lambda^T (Z + T X) + sum_t (T-1-t) lambda^(T-1-t) u_t. All four sums over a chunk go over the table
-// `into`, since lambda^(t+1) is lambda times that table backwards. One pass in the order of the sequence, no states kept.
+// `into`, since lambda^(t+1) is lambda times that table backwards. One pass in the order of the sequence, no states
+// kept.
 #pragma once
 
 #include "../simd.h"
@@ -20,10 +21,10 @@ enum Role { kU, kWeightedU, kG, kWeightedG, kRoles };  // g in reverse order; we
 // Of one register of channels.
 struct GradientGroup {
   ChunkTables tables;
-  Doubles *x, *z;         // states
-  Doubles *by_x, *by_z;   // sum Q X and sum Q Z + Q' X
-  Doubles* by_end;        // through the last state
-  Doubles* by_lag;        // (kChunk, halves) c_l
+  Doubles *x, *z;        // states
+  Doubles *by_x, *by_z;  // sum Q X and sum Q Z + Q' X
+  Doubles* by_end;       // through the last state
+  Doubles* by_lag;       // (kChunk, halves) c_l
 
   void allocate(int64_t modes, bool complex_modes, Arena& arena) {
     tables.allocate(modes, complex_modes, arena);
@@ -126,8 +127,7 @@ void carry_and_add(GradientGroup& group, const Floats* sums, int64_t n, int64_t 
 }
 
 template <bool COMPLEX>
-void add_segment(
-    GradientGroup& group, Floats* u, Floats* g, int64_t steps, Floats* inputs, Floats* sums) {
+void add_segment(GradientGroup& group, Floats* u, Floats* g, int64_t steps, Floats* inputs, Floats* sums) {
   const ChunkTables& tables = group.tables;
   constexpr int kColumns = COMPLEX ? 2 : 1;  // of a mode
   const int64_t whole = steps / kChunk, unfinished = steps % kChunk, chunks = whole + (unfinished != 0);
@@ -200,16 +200,18 @@ void add_row(const ScanModel& model, const ScanGradientRow& row, GradientScratch
     read_steps(row.u, model.channels, mask, first, steps, scratch.u, kSegmentSteps);
     read_steps(row.grad_y, model.channels, mask, first, steps, scratch.g, kSegmentSteps);
     for (int g = 0; g < groups; ++g) {
-      add_segment<COMPLEX>(scratch.groups[g], scratch.u + g * kSegmentSteps, scratch.g + g * kSegmentSteps, steps,
-                           scratch.inputs, scratch.sums);
+      add_segment<COMPLEX>(
+          scratch.groups[g], scratch.u + g * kSegmentSteps, scratch.g + g * kSegmentSteps, steps, scratch.inputs,
+          scratch.sums);
     }
   }
   if (row.grad_state.data != nullptr) {
     const int64_t rest = row.length % kChunk;
     const int64_t tail = (row.length - rest) % kSegmentSteps;  // where the unfinished chunk still lies
     for (int g = 0; g < groups; ++g) {
-      add_end<COMPLEX>(scratch.groups[g], part_of(row.grad_state, g), channels_of(model.channels, g),
-                       scratch.u + g * kSegmentSteps + tail, rest);
+      add_end<COMPLEX>(
+          scratch.groups[g], part_of(row.grad_state, g), channels_of(model.channels, g),
+          scratch.u + g * kSegmentSteps + tail, rest);
     }
   }
 }

@@ -1,8 +1,8 @@
 // Compiled once per instruction set, with LONGVQ_ISA set to its name; see simd.h for what it may include.
 //
-// The diagonal recurrence by chunks (chunk_tables.h). Sixteen (AVX-512), eight or four channels lie across the lanes, so
-// each product is a small matrix product whose elements are registers, with a matrix of its own in every lane. What a
-// segment of chunks needs stays in the cache; from chunk to chunk only the state is carried, in double precision, so
+// The diagonal recurrence by chunks (chunk_tables.h). Sixteen (AVX-512), eight or four channels lie across the lanes,
+// so each product is a small matrix product whose elements are registers, with a matrix of its own in every lane. What
+// a segment of chunks needs stays in the cache; from chunk to chunk only the state is carried, in double precision, so
 // that neither length nor slow decay costs accuracy. Nothing depends on threads or on what was computed before.
 #include "scan_kernel.h"
 
@@ -115,7 +115,8 @@ void finish(ScanGroup& group, const ModeMatrix& final_state, int64_t channels, i
     for (int h = 0; h < 2; ++h) {
       Complex x = tables.get(group.state, n, h);
       if (rest) {
-        x = plus_product<true>(read_column(group.added + column, tables.complex_modes, h), tables.get(tables.rest, n, h), x);
+        x = plus_product<true>(
+            read_column(group.added + column, tables.complex_modes, h), tables.get(tables.rest, n, h), x);
       }
       x.im *= adjoint ? -1.0 : 1.0;
       write_mode(final_state, channels, n, tables.complex_modes, h, x);
@@ -140,15 +141,15 @@ void scan(const ScanModel& model, bool adjoint, const ScanRow* rows, int64_t cou
       const int64_t steps = row->length - first < kSegmentSteps ? row->length - first : kSegmentSteps;
       read_steps(row->in, model.channels, mask, first, steps, scratch.inputs, kSegmentSteps);
       for (int g = 0; g < groups; ++g) {
-        scan_segment(
-            scratch.groups[g], scratch.inputs + g * kSegmentSteps, steps, scratch.results + g * kSegmentSteps);
+        scan_segment(scratch.groups[g], scratch.inputs + g * kSegmentSteps, steps, scratch.results + g * kSegmentSteps);
       }
       write_steps(row->out, model.channels, mask, first, steps, scratch.results, kSegmentSteps);
     }
     if (row->final_state.data != nullptr) {
       for (int g = 0; g < groups; ++g) {
-        finish(scratch.groups[g], part_of(row->final_state, g), channels_of(model.channels, g), row->length % kChunk,
-               adjoint);
+        finish(
+            scratch.groups[g], part_of(row->final_state, g), channels_of(model.channels, g), row->length % kChunk,
+            adjoint);
       }
     }
   }

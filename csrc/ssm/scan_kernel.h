@@ -55,7 +55,7 @@ struct ScanGradients {
 };
 
 struct ScanKernel {
-  int64_t line;  // channels
+  int64_t line;                                                 // channels
   int64_t (*scratch_bytes)(int64_t modes, bool complex_modes);  // aligned to 64 bytes, one per thread
   // The recurrence; or its adjoint, which maps dL/dy to dL/du and dL/d(last state) to dL/d(initial state) when its rows
   // run the other way.

@@ -7,9 +7,9 @@
 namespace longvq {
 namespace {
 
-constexpr int kLine = 16;                  // channels that are read and written together: floats of a cache line
-constexpr int kGroups = kLine / kLanes;    // registers of a line
-constexpr int64_t kPrefetch = 16;          // steps; neighbours in time are too far apart for the hardware to guess
+constexpr int kLine = 16;                // channels that are read and written together: floats of a cache line
+constexpr int kGroups = kLine / kLanes;  // registers of a line
+constexpr int64_t kPrefetch = 16;        // steps; neighbours in time are too far apart for the hardware to guess
 
 // Channels that are there among those of register `group` of a line with `channels`.
 inline int64_t channels_of(int64_t channels, int group) {
@@ -97,17 +97,13 @@ void write_as(
 inline void read_steps(
     const Series& series, int64_t channels, const Mask& mask, int64_t first, int64_t count, Floats* out,
     int64_t out_stride) {
-  for_type(series.type, [&](auto type) {
-    read_as<type.value>(series, channels, mask, first, count, out, out_stride);
-  });
+  for_type(series.type, [&](auto type) { read_as<type.value>(series, channels, mask, first, count, out, out_stride); });
 }
 
 inline void write_steps(
     const Series& series, int64_t channels, const Mask& mask, int64_t first, int64_t count, Floats* in,
     int64_t in_stride) {
-  for_type(series.type, [&](auto type) {
-    write_as<type.value>(series, channels, mask, first, count, in, in_stride);
-  });
+  for_type(series.type, [&](auto type) { write_as<type.value>(series, channels, mask, first, count, in, in_stride); });
 }
 
 }  // namespace

@@ -41,8 +41,9 @@ void step(
     for (int64_t i = begin; i < end; ++i) {
       const int64_t row = i / channels, channel = i % channels;
       const float input = static_cast<float>(inputs[row * row_stride + channel * channel_stride]);
-      float sum = call(decays + channel * floats, weights + channel * floats, states + i * floats, input, modes,
-                       new_states + i * floats);
+      float sum = call(
+          decays + channel * floats, weights + channel * floats, states + i * floats, input, modes,
+          new_states + i * floats);
       if (skips != nullptr) {
         sum += skips[channel * skip_stride] * input;
       }

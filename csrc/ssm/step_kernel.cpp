@@ -79,8 +79,7 @@ float complex_step(
   return y;
 }
 
-float real_step(
-    const float* decay, const float* weight, const float* state, float u, int64_t modes, float* new_state) {
+float real_step(const float* decay, const float* weight, const float* state, float u, int64_t modes, float* new_state) {
   const Floats inputs = Floats{} + u;
   Floats total{};
   int64_t i = 0;

@@ -17,9 +17,11 @@ namespace {
 
 using torch::stable::Tensor;
 
-constexpr int64_t kBlockRows = 96;              // keys that go over the codebook together, see assign_block
+constexpr int64_t kBlockRows = 96;  // keys that go over the codebook together, see assign_block
 
-int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
+int64_t round_up(int64_t value, int64_t multiple) {
+  return (value + multiple - 1) / multiple * multiple;
+}
 
 LONGVQ_DEFINE_KERNEL_OF_THIS_CPU(AssignKernel, assign_kernel)
 
@@ -52,8 +54,8 @@ float half_square(const float* code, int64_t stride, int64_t depth) {
 }
 
 void pack_panel(
-    const AssignCodebook& codebook, const AssignShape& shape, const AssignKernel& kernel, int64_t head, int64_t first_code,
-    PackedCodebook& packed) {
+    const AssignCodebook& codebook, const AssignShape& shape, const AssignKernel& kernel, int64_t head,
+    int64_t first_code, PackedCodebook& packed) {
   const int64_t width = std::min(kernel.panel, packed.codes - first_code);
   const int64_t present = std::min(width, shape.codes - first_code);
   const float* codes = codebook.data + head * codebook.head_stride + first_code * codebook.code_stride;
@@ -117,8 +119,8 @@ struct Scratch {
   }
 };
 
-// Keys first_row .. first_row + rows of one head. Together they stay in the L2 cache while each panel of the codebook is
-// read from memory once and from the L1 cache rows / row_step times.
+// Keys first_row .. first_row + rows of one head. Together they stay in the L2 cache while each panel of the codebook
+// is read from memory once and from the L1 cache rows / row_step times.
 void assign_block(
     const AssignKeys& keys, const PackedCodebook& packed, const AssignShape& shape, const AssignKernel& kernel,
     int64_t head, int64_t first_row, int64_t rows, Scratch& scratch, int64_t* codes) {
@@ -168,8 +170,7 @@ void assign_many_keys(
 }
 
 // A codebook of any type in float32; `copy` keeps it if it had to be converted.
-AssignCodebook as_float(
-    const Tensor& codebook, ElementType type, const AssignShape& shape, AlignedArray<float>& copy) {
+AssignCodebook as_float(const Tensor& codebook, ElementType type, const AssignShape& shape, AlignedArray<float>& copy) {
   const void* data = codebook.const_data_ptr();
   if (type == ElementType::kFloat) {
     return {static_cast<const float*>(data), codebook.stride(0), codebook.stride(1), codebook.stride(2)};

@@ -7,7 +7,6 @@
 namespace longvq {
 
 // At most kFewKeys rows a head.
-void assign_few_keys(
-    const AssignKeys& keys, const AssignCodebook& codebook, const AssignShape& shape, int64_t* codes);
+void assign_few_keys(const AssignKeys& keys, const AssignCodebook& codebook, const AssignShape& shape, int64_t* codes);
 
 }  // namespace longvq

@@ -20,8 +20,7 @@ void copy_codes(const AssignCodebook& codebook, int64_t head, int64_t codes, int
 
 }  // namespace
 
-void assign_few_keys(
-    const AssignKeys& keys, const AssignCodebook& codebook, const AssignShape& shape, int64_t* codes) {
+void assign_few_keys(const AssignKeys& keys, const AssignCodebook& codebook, const AssignShape& shape, int64_t* codes) {
   const AssignFewKernel& kernel = kernel_of_this_cpu();
   const int64_t rows = shape.rows(), width = (shape.depth + kernel.lanes - 1) / kernel.lanes * kernel.lanes;
   const bool in_place = codebook.depth_stride == 1 && width == shape.depth;

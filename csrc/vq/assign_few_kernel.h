@@ -17,7 +17,7 @@ struct AssignFew {
   const float* keys;      // (rows, depth)
   const float* codebook;  // (codes, depth), rows code_stride apart
   int64_t code_stride;
-  int32_t* out;           // (rows,)
+  int32_t* out;  // (rows,)
 };
 
 struct AssignFewKernel {

@@ -68,7 +68,8 @@ inline void tile(const AssignBlock& block, int64_t row, int64_t first_code) {
 template <int VECTORS>
 inline void panel_against_rows(const AssignBlock& block, int64_t first_code) {
   int64_t row = 0;
-  // The block's keys are padded to whole steps, so one step may run over the end; for one or two keys it is not worth it.
+  // The block's keys are padded to whole steps, so one step may run over the end; for one or two keys it is not worth
+  // it.
   for (; block.rows - row > 2; row += kRows) {
     tile<kRows, VECTORS>(block, row, first_code);
   }

@@ -1,4 +1,5 @@
-// What the host code in assign_cpu.cpp and the kernel in assign_kernel.cpp, compiled once per instruction set, agree on.
+// What the host code in assign_cpu.cpp and the kernel in assign_kernel.cpp, compiled once per instruction set, agree
+// on.
 #pragma once
 
 #include <cstdint>

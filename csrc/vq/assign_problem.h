@@ -31,8 +31,7 @@ struct AssignKeys {
 
   // Row `row` of a head, rows counted over batch and length, as float32; returns whether all of it is finite.
   bool load(const AssignShape& shape, int64_t head, int64_t row, float* out) const {
-    const int64_t offset =
-        row / shape.length * batch_stride + head * head_stride + row % shape.length * length_stride;
+    const int64_t offset = row / shape.length * batch_stride + head * head_stride + row % shape.length * length_stride;
     load_row(element_at(data, type, offset), type, depth_stride, shape.depth, out);
     constexpr uint32_t kExponent = 0x7f800000u;
     uint32_t not_finite = 0;
@@ -47,8 +46,7 @@ struct AssignKeys {
 
 // Where the code of a row belongs in codes (B, H, L). A key that is not finite has no nearest code; code 0 is at least
 // one that exists.
-inline void set_code(
-    int64_t* codes, const AssignShape& shape, int64_t head, int64_t row, bool finite, int32_t code) {
+inline void set_code(int64_t* codes, const AssignShape& shape, int64_t head, int64_t row, bool finite, int32_t code) {
   const int64_t batch = row / shape.length, position = row % shape.length;
   codes[(batch * shape.heads + head) * shape.length + position] = finite ? code : 0;
 }

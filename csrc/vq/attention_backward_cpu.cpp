@@ -76,7 +76,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> vq_attention_backward_cpu(
   if (p.empty()) {
     torch::stable::zero_(dk), torch::stable::zero_(dv);  // of keys that no head of queries looks at
   } else {
-    const GradientTensors tensors{grad, out, normalizers, dq.mutable_data_ptr(), dk.mutable_data_ptr(), dv.mutable_data_ptr()};
+    const GradientTensors tensors{
+        grad, out, normalizers, dq.mutable_data_ptr(), dk.mutable_data_ptr(), dv.mutable_data_ptr()};
     run(p, tensors, d_bias);
   }
   return {dq, dk, dv, bias_gradient(p, d_bias)};

@@ -72,19 +72,16 @@ struct GradientScratch {
   explicit GradientScratch(const Problem& p) : GradientScratch(p, p.near_columns(kBlock)) {}
 
   GradientScratch(const Problem& p, int64_t most)
-      : queries(aligned_array<float>(kBlock * p.depth)),
-        out(aligned_array<float>(kBlock * p.value_columns)),
+      : queries(aligned_array<float>(kBlock * p.depth)), out(aligned_array<float>(kBlock * p.value_columns)),
         grad(aligned_array<float>(kBlock * p.value_columns)), top(aligned_array<float>(kBlock)),
-        total(aligned_array<float>(kBlock)),
-        delta(aligned_array<float>(kBlock)), scores(aligned_array<float>(kBlock * kChunkStride)),
-        slopes(aligned_array<float>(kBlock * kChunkStride)),
-        inside(aligned_array<float>(kBlock * kChunkStride)),
-        d_queries(aligned_array<float>(kBlock * p.depth_columns)),
+        total(aligned_array<float>(kBlock)), delta(aligned_array<float>(kBlock)),
+        scores(aligned_array<float>(kBlock * kChunkStride)), slopes(aligned_array<float>(kBlock * kChunkStride)),
+        inside(aligned_array<float>(kBlock * kChunkStride)), d_queries(aligned_array<float>(kBlock * p.depth_columns)),
         d_near_values(aligned_array<float>(most * p.value_columns)),
         d_inside(aligned_array<float>(most * p.depth_columns)), d_outside(aligned_array<float>(most * p.depth_columns)),
-        query_panels(kBlock, p.depth_columns, p.kernel.panel),
-        grad_panels(kBlock, p.value_columns, p.kernel.panel), near(p, most, true),
-        far(p, Sums::kRows), far_values(p.values, p.far_columns, p.kernel.panel), buffer(std::max(p.depth, p.values)) {}
+        query_panels(kBlock, p.depth_columns, p.kernel.panel), grad_panels(kBlock, p.value_columns, p.kernel.panel),
+        near(p, most, true), far(p, Sums::kRows), far_values(p.values, p.far_columns, p.kernel.panel),
+        buffer(std::max(p.depth, p.values)) {}
 
   // Zeros for the gradients of the sums of far values of one block of a part, its `number`th.
   float* clear_block(const Problem& p, int64_t number) {
@@ -114,8 +111,9 @@ struct GradientHead {
   std::vector<float> units;
   FarFields fields;
 
-  GradientHead(const Problem& p, const Codebooks& codebooks, const GradientTensors& tensors, const Document& document,
-               int64_t kv_head)
+  GradientHead(
+      const Problem& p, const Codebooks& codebooks, const GradientTensors& tensors, const Document& document,
+      int64_t kv_head)
       : p(p), tensors(tensors), document(document), length(document.length), kv_head(kv_head),
         keys(p, document, kv_head), codebook(codebooks.columns[kv_head]), codebook_rows(codebooks.rows[kv_head]),
         units(units_of(p, document, keys)), fields(p, keys, document.length, Sums::kRows) {
@@ -130,8 +128,8 @@ struct GradientHead {
 
   GradientHead(const GradientHead&) = delete;  // the far fields refer to the keys
 
-  // One block. Gradients of its queries are stored, those of near keys are left in the scratch, and those of the sums of
-  // far values are added to `d_far_values`.
+  // One block. Gradients of its queries are stored, those of near keys are left in the scratch, and those of the sums
+  // of far values are added to `d_far_values`.
   void attend(int64_t number, float* d_far_values, CodeGradients& codes, GradientScratch& scratch) const {
     const int64_t first = number * kBlock, last = std::min(first + kBlock, length);
     const FarField& far = fields.of_block(number, scratch.far);

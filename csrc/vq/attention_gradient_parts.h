@@ -1,6 +1,6 @@
-// The backward of one head in parts, which are its blocks from one to another. A part can be computed by itself, but for
-// what the blocks of other parts have found for the same keys: join() adds that up, in order, so that the result doesn't
-// depend on who computes which part when. For attention_backward_cpu.cpp.
+// The backward of one head in parts, which are its blocks from one to another. A part can be computed by itself, but
+// for what the blocks of other parts have found for the same keys: join() adds that up, in order, so that the result
+// doesn't depend on who computes which part when. For attention_backward_cpu.cpp.
 #pragma once
 
 #include <memory>
@@ -9,8 +9,8 @@
 
 namespace longvq {
 
-// Rows first .. last of the gradients of keys or values, as far as one part reaches. Rows that no other part reaches are
-// those of the result, of the others it has its own.
+// Rows first .. last of the gradients of keys or values, as far as one part reaches. Rows that no other part reaches
+// are those of the result, of the others it has its own.
 class PartRows {
  public:
   struct Range {
@@ -41,18 +41,19 @@ class PartRows {
 
 class GradientParts {
  public:
-  GradientParts(const Problem& p, const Codebooks& codebooks, const GradientTensors& tensors, const Document& document,
-                int64_t kv_head)
+  GradientParts(
+      const Problem& p, const Codebooks& codebooks, const GradientTensors& tensors, const Document& document,
+      int64_t kv_head)
       : head_(p, codebooks, tensors, document, kv_head), all_inside_(document.length <= p.window),
-        both_sides_(two_sided(p, document.length)),
-        before_(p, document.length, false), behind_(p, document.length, true), blocks_(before_.steps),
-        count_(parts_of(p, document.length)),
+        both_sides_(two_sided(p, document.length)), before_(p, document.length, false),
+        behind_(p, document.length, true), blocks_(before_.steps), count_(parts_of(p, document.length)),
         dk_(tensors.dk, p.type, p.place(document, kv_head, p.kv_heads), document.length, p.depth),
         dv_(tensors.dv, p.type, p.place(document, kv_head, p.kv_heads), document.length, p.values), parts_(count_) {}
 
-  // The same for any number of threads. Parts are no shorter than the codes are many, for each has sums for all of them,
-  // and several times as long as what two of them both reach. With keys on both sides the sums of each block are kept
-  // while a part is computed, so it is not much longer than that. An even number, so that two threads end together.
+  // The same for any number of threads. Parts are no shorter than the codes are many, for each has sums for all of
+  // them, and several times as long as what two of them both reach. With keys on both sides the sums of each block are
+  // kept while a part is computed, so it is not much longer than that. An even number, so that two threads end
+  // together.
   static int64_t parts_of(const Problem& p, int64_t length) {
     constexpr int64_t kItems = 16;  // enough to share out evenly
     const int64_t shortest = std::max(p.num_codes, 3 * (kBlock + p.reach)), longest = std::max(shortest, 16 * kBlock);
@@ -77,7 +78,8 @@ class GradientParts {
         add_to(sums, own, p.far_columns * p.value_columns);
       }
       if (!p.everything_far()) {
-        before_.keys_between(block - 1, block, [&](int64_t a, int64_t b) { take_far(a, b, part.codes.values, part.dv); });
+        before_.keys_between(
+            block - 1, block, [&](int64_t a, int64_t b) { take_far(a, b, part.codes.values, part.dv); });
       }
     }
     if (both_sides_) {  // and from the first to the last for keys that are far behind

@@ -1,5 +1,5 @@
-// The backward of one block. With P the weights, dP = dO V^T and dS the gradient of the scores (softmax: P (dP - dO.O)),
-// the weights of a few columns at a time are computed again, and every gradient is a product with P or dS.
+// The backward of one block. With P the weights, dP = dO V^T and dS the gradient of the scores (softmax: P (dP -
+// dO.O)), the weights of a few columns at a time are computed again, and every gradient is a product with P or dS.
 #pragma once
 
 #include "attention_products.h"
@@ -100,8 +100,7 @@ inline void near_gradients(const AttentionGradientBlock& block, int64_t first, i
       rows, far_queries, {block.codewords + first * depth, depth, block.far_first, depth - block.far_first}, columns,
       scores);
   if (block.exact_keys != nullptr) {
-    product<false>(
-        rows, near_queries, {block.exact_keys + first * depth, depth, 0, block.near_depth}, columns, exact);
+    product<false>(rows, near_queries, {block.exact_keys + first * depth, depth, 0, block.near_depth}, columns, exact);
   }
   product<false>(
       rows, Left<false>{block.grad, block.value_columns}, {block.near_values + first * values, values, 0, values},
@@ -142,8 +141,8 @@ inline void near_gradients(const AttentionGradientBlock& block, int64_t first, i
   }
 }
 
-// delta = dO . O of ROWS queries. One chain over E each, of the instructions that dP is made with: of a key that is alone
-// both are equal, and dS is 0.
+// delta = dO . O of ROWS queries. One chain over E each, of the instructions that dP is made with: of a key that is
+// alone both are equal, and dS is 0.
 template <int ROWS>
 inline void find_deltas(const AttentionGradientBlock& block, int64_t first) {
   const float *grad = block.grad + first * block.value_columns, *out = block.out + first * block.value_columns;

@@ -17,13 +17,13 @@ struct Scratch {
         scores(aligned_array<float>(kBlock * (p.far_columns + p.near_columns(kBlock)))),
         exact_scores(aligned_array<float>(p.exact ? kBlock * p.near_columns(kBlock) : 0)),
         out(aligned_array<float>(kBlock * p.value_columns)), total(aligned_array<float>(kBlock)),
-        top(aligned_array<float>(kBlock)), near(p, p.near_columns(kBlock), false),
-        far(p, Sums::kPanels), buffer(p.depth) {}
+        top(aligned_array<float>(kBlock)), near(p, p.near_columns(kBlock), false), far(p, Sums::kPanels),
+        buffer(p.depth) {}
 };
 
 struct Head {
   const Problem& p;
-  void* out;   // (B, H, L, E)
+  void* out;           // (B, H, L, E)
   float* normalizers;  // (B, H, L, 2)
   Document document;
   int64_t length, kv_head;
@@ -33,8 +33,9 @@ struct Head {
   std::vector<float> units;
   FarFields fields;
 
-  Head(const Problem& p, const Codebooks& codebooks, void* out, float* normalizers, const Document& document,
-       int64_t kv_head)
+  Head(
+      const Problem& p, const Codebooks& codebooks, void* out, float* normalizers, const Document& document,
+      int64_t kv_head)
       : p(p), out(out), normalizers(normalizers), document(document), length(document.length), kv_head(kv_head),
         keys(p, document, kv_head), codebook(codebooks.columns[kv_head]), units(units_of(p, document, keys)),
         fields(p, keys, document.length, Sums::kPanels) {

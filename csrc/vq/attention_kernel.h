@@ -1,5 +1,5 @@
-// What the host code of the attention and its kernels, compiled once per instruction set, agree on. A unit of work is one
-// block of queries of one head against the keys that it sees one by one (near) and the codes of all others (far).
+// What the host code of the attention and its kernels, compiled once per instruction set, agree on. A unit of work is
+// one block of queries of one head against the keys that it sees one by one (near) and the codes of all others (far).
 //
 // "Columns" of a block's scores are the codes followed by the near keys, each of the two padded to whole registers.
 // Panels: a matrix (depth, columns) as [panel][depth][panel width], so that one pass over the depth computes a panel.
@@ -16,50 +16,50 @@ enum class AttentionWeight { kSoftmax, kLaplace };
 
 // Queries and all that decides their scores.
 struct AttentionScores {
-  int64_t rows;         // queries
-  int64_t depth;        // D
-  int64_t near_depth;   // of exact keys the columns before this one count,
-  int64_t far_first;    // and of codes those from this one on
-  int64_t far_columns;  // padded codes
-  int64_t near_columns; // padded near keys
+  int64_t rows;          // queries
+  int64_t depth;         // D
+  int64_t near_depth;    // of exact keys the columns before this one count,
+  int64_t far_first;     // and of codes those from this one on
+  int64_t far_columns;   // padded codes
+  int64_t near_columns;  // padded near keys
   AttentionWeight weight;
 
-  const float* queries;        // (rows, D), times the scale
-  const float* codebook;       // panels (D, far_columns)
-  const float* far_offsets;    // (far_columns,) 0, or -infinity for codes without a far key
-  const float* far_counts;     // (far_columns,) number of far keys
-  const float* codewords;      // panels (D, near_columns) of the near keys
-  const float* exact_keys;     // panels (D, near_columns); nullptr: the codewords serve inside the window as well
-  const float* near_offsets;   // (near_columns,) 0, or -infinity for masked keys and padding
+  const float* queries;       // (rows, D), times the scale
+  const float* codebook;      // panels (D, far_columns)
+  const float* far_offsets;   // (far_columns,) 0, or -infinity for codes without a far key
+  const float* far_counts;    // (far_columns,) number of far keys
+  const float* codewords;     // panels (D, near_columns) of the near keys
+  const float* exact_keys;    // panels (D, near_columns); nullptr: the codewords serve inside the window as well
+  const float* near_offsets;  // (near_columns,) 0, or -infinity for masked keys and padding
 
   // Near key c stands at position c + first_key - first_query relative to query 0 of the block.
-  int64_t first_key;           // relative to the first query
-  int64_t window;              // W
+  int64_t first_key;  // relative to the first query
+  int64_t window;     // W
   bool causal;
-  const float* bias;           // (2 W - 1,) by key - query + W - 1, causal ones filled up; nullptr: none
+  const float* bias;  // (2 W - 1,) by key - query + W - 1, causal ones filled up; nullptr: none
 };
 
 struct AttentionBlock : AttentionScores {
-  int64_t values;              // padded E
-  const float* far_values;     // panels (far_columns, values): sums of the values of the far keys
-  const float* near_values;    // panels (near_columns, values)
+  int64_t values;            // padded E
+  const float* far_values;   // panels (far_columns, values): sums of the values of the far keys
+  const float* near_values;  // panels (near_columns, values)
 
-  float* scores;               // scratch (rows, far_columns + near_columns)
-  float* exact;                // scratch (rows, near_columns), with exact_keys
-  float* out;                  // (rows, values), not normalised
-  float* total;                // (rows,) sum of the weights of all keys, under softmax
-  float* top;                  // (rows,) what was subtracted from the scores before exp
+  float* scores;  // scratch (rows, far_columns + near_columns)
+  float* exact;   // scratch (rows, near_columns), with exact_keys
+  float* out;     // (rows, values), not normalised
+  float* total;   // (rows,) sum of the weights of all keys, under softmax
+  float* top;     // (rows,) what was subtracted from the scores before exp
 };
 
 // The backward knows the normalisers, so that it takes a few columns at a time and keeps no whole row of scores.
-constexpr int64_t kChunk = 128;             // columns taken at a time, a multiple of every panel
+constexpr int64_t kChunk = 128;                // columns taken at a time, a multiple of every panel
 constexpr int64_t kChunkStride = kChunk + 16;  // of the scratch: rows don't fall into the same sets of the cache
 
 struct AttentionGradientBlock : AttentionScores {
-  int64_t values;              // E
-  int64_t value_columns;       // padded E
-  int64_t depth_columns;       // padded D
-  bool cluster;                // whether keys learn from outside the window: else d_codes and d_outside stay
+  int64_t values;         // E
+  int64_t value_columns;  // padded E
+  int64_t depth_columns;  // padded D
+  bool cluster;           // whether keys learn from outside the window: else d_codes and d_outside stay
 
   const float *top, *total;    // (rows,) weights of softmax are exp(score - top) / total
   const float* out;            // (rows, value_columns) the outputs
@@ -73,16 +73,16 @@ struct AttentionGradientBlock : AttentionScores {
   const float* exact_rows;     // the same of exact_keys
 
   float *scores, *slopes, *inside;  // scratch (rows, kChunkStride)
-  float* delta;                // scratch (rows,)
+  float* delta;                     // scratch (rows,)
 
   // All of these grow by what the block adds. Gradients by scores are with respect to the scaled queries.
-  float* d_queries;            // (rows, depth_columns)
-  float* d_far_values;         // (far_columns, value_columns) of the sums of values
-  float* d_codes;              // (far_columns, depth_columns) of the codewords as far keys
-  float* d_near_values;        // (near_columns, value_columns)
-  float* d_inside;             // (near_columns, depth_columns) of the near keys, from queries whose window they are in
-  float* d_outside;            // (near_columns, depth_columns) from the other queries
-  double* d_bias;              // (2 W - 1,), with bias
+  float* d_queries;      // (rows, depth_columns)
+  float* d_far_values;   // (far_columns, value_columns) of the sums of values
+  float* d_codes;        // (far_columns, depth_columns) of the codewords as far keys
+  float* d_near_values;  // (near_columns, value_columns)
+  float* d_inside;       // (near_columns, depth_columns) of the near keys, from queries whose window they are in
+  float* d_outside;      // (near_columns, depth_columns) from the other queries
+  double* d_bias;        // (2 W - 1,), with bias
 };
 
 struct AttentionKernel {

@@ -86,8 +86,8 @@ struct NearKeys {
   template <typename Index>
   void find_rows(const Matrix& matrix, const Index& index_of) {
     for (int64_t c = 0; c < columns; ++c) {
-      rows_[c] = offsets[c] == 0.0f ? matrix.row(index_of(first + c), converted_.get() + c * matrix.columns)
-                                    : zeros_.data();
+      rows_[c] =
+          offsets[c] == 0.0f ? matrix.row(index_of(first + c), converted_.get() + c * matrix.columns) : zeros_.data();
     }
   }
 

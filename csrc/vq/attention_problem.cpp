@@ -68,7 +68,8 @@ Problem::Problem(
       "vq_attention: key_padding_mask must be (B, L), bool");
   for (int64_t row = 0; row < batch; ++row) {
     for (int64_t head = 0; head < kv_heads; ++head) {
-      const auto* of = static_cast<const int64_t*>(codes.const_data_ptr()) + row * codes.stride(0) + head * codes.stride(1);
+      const auto* of =
+          static_cast<const int64_t*>(codes.const_data_ptr()) + row * codes.stride(0) + head * codes.stride(1);
       for (int64_t i = 0; i < length; ++i) {
         const int64_t code = of[i * codes.stride(2)];
         STD_TORCH_CHECK(code >= 0 && code < num_codes, "vq_attention: codes must lie in [0, S), got ", code);
@@ -86,10 +87,10 @@ Problem::Problem(
 }
 
 Keys::Keys(const Problem& p, const Document& document, int64_t head)
-    : k(p.matrix_of(p.k, document, head)), v(p.matrix_of(p.v, document, head)),
-      codebook(codebook_of(p, head)),
-      codes(static_cast<const int64_t*>(p.codes.const_data_ptr()) + document.row * p.codes.stride(0) +
-            head * p.codes.stride(1) + document.start * p.codes.stride(2)),
+    : k(p.matrix_of(p.k, document, head)), v(p.matrix_of(p.v, document, head)), codebook(codebook_of(p, head)),
+      codes(
+          static_cast<const int64_t*>(p.codes.const_data_ptr()) + document.row * p.codes.stride(0) +
+          head * p.codes.stride(1) + document.start * p.codes.stride(2)),
       code_stride(p.codes.stride(2)), masked(nullptr), mask_stride(0) {
   if (p.mask.has_value()) {
     mask_stride = p.mask->stride(1);
@@ -100,7 +101,8 @@ Keys::Keys(const Problem& p, const Document& document, int64_t head)
 
 Matrix codebook_of(const Problem& p, int64_t head) {
   const float* data = static_cast<const float*>(p.codebook.const_data_ptr()) + head * p.codebook.stride(0);
-  return {reinterpret_cast<const char*>(data), p.codebook.stride(1), p.codebook.stride(2), p.depth, ElementType::kFloat};
+  return {
+      reinterpret_cast<const char*>(data), p.codebook.stride(1), p.codebook.stride(2), p.depth, ElementType::kFloat};
 }
 
 int64_t bias_column(const Problem& p, int64_t i) {

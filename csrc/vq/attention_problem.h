@@ -31,7 +31,7 @@ struct Problem {
   bool exact, cluster;
   int64_t batch, heads, kv_heads, group, length, depth, values, num_codes;
   int64_t near_depth, far_first;  // pairs inside the window: the columns up to here; outside: those from there
-  int64_t reach;  // keys further than this from a block are far from all of it
+  int64_t reach;                  // keys further than this from a block are far from all of it
   const AttentionKernel& kernel;
   int64_t far_columns, value_columns, depth_columns;  // padded to whole registers
 
@@ -55,8 +55,9 @@ struct Problem {
 
   Matrix matrix_of(const Tensor& x, const Document& document, int64_t head) const {
     const int64_t offset = document.row * x.stride(0) + head * x.stride(1) + document.start * x.stride(2);
-    return {static_cast<const char*>(x.const_data_ptr()) + offset * element_size(type), x.stride(2), x.stride(3),
-            x.size(3), type};
+    return {
+        static_cast<const char*>(x.const_data_ptr()) + offset * element_size(type), x.stride(2), x.stride(3), x.size(3),
+        type};
   }
 
   // Where the results of this document and head begin in a contiguous (B, heads, L, columns).

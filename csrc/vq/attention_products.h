@@ -66,8 +66,7 @@ inline void tile(const Left<TRANSPOSED>& a, const float* panel, int64_t depth, c
 }
 
 template <int VECTORS, bool ADD, bool TRANSPOSED>
-inline void panel_product(
-    int64_t rows, const Left<TRANSPOSED>& a, const Right& b, int64_t column, const Out& out) {
+inline void panel_product(int64_t rows, const Left<TRANSPOSED>& a, const Right& b, int64_t column, const Out& out) {
   const float* panel = b.panel(column, VECTORS * kLanes);
   int64_t r = 0;
   for (; r + kRows <= rows; r += kRows) {

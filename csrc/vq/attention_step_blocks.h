@@ -20,17 +20,16 @@ struct StepBlockScratch {
   int64_t codes[kBlock];
 
   explicit StepBlockScratch(const StepProblem& p)
-      : far(round_up(p.num_codes, p.block_kernel.lanes)),
-        near(round_up(p.most_near + kBlock, p.block_kernel.lanes)),
+      : far(round_up(p.num_codes, p.block_kernel.lanes)), near(round_up(p.most_near + kBlock, p.block_kernel.lanes)),
         values(round_up(p.values, p.block_kernel.lanes)), queries(aligned_array<float>(kBlock * p.depth)),
         keys(aligned_array<float>(kBlock * p.depth)), block_values(aligned_array<float>(kBlock * p.values)),
         near_offsets(aligned_array<float>(near)), scores(aligned_array<float>(kBlock * (far + near))),
-        exact_scores(aligned_array<float>(p.exact ? kBlock * near : 0)),
-        out(aligned_array<float>(kBlock * values)), total(aligned_array<float>(kBlock)),
-        top(aligned_array<float>(kBlock)), counts(aligned_array<float>(far)), offsets(aligned_array<float>(far)),
-        codebook(p.depth, far, p.block_kernel.panel), sums(far, values, p.block_kernel.panel),
-        codewords(p.depth, near, p.block_kernel.panel), exact_keys(p.exact ? p.depth : 0, near, p.block_kernel.panel),
-        near_values(near, values, p.block_kernel.panel) {}
+        exact_scores(aligned_array<float>(p.exact ? kBlock * near : 0)), out(aligned_array<float>(kBlock * values)),
+        total(aligned_array<float>(kBlock)), top(aligned_array<float>(kBlock)), counts(aligned_array<float>(far)),
+        offsets(aligned_array<float>(far)), codebook(p.depth, far, p.block_kernel.panel),
+        sums(far, values, p.block_kernel.panel), codewords(p.depth, near, p.block_kernel.panel),
+        exact_keys(p.exact ? p.depth : 0, near, p.block_kernel.panel), near_values(near, values, p.block_kernel.panel) {
+  }
 };
 
 struct BlockByBlock {

@@ -64,15 +64,19 @@ void check_all_codes(const StepProblem& p) {
 void run(const StepProblem& p) {
   const int64_t pairs = p.batch * p.kv_heads;
   if (p.length >= kFewTokens && p.codes != nullptr) {
-    share_out(pairs, [&] { return StepBlockScratch(p); }, [&](int64_t item, StepBlockScratch& scratch) {
-      StepHead head(p, item / p.kv_heads, item % p.kv_heads);
-      BlockByBlock(head, scratch).run();
-    });
+    share_out(
+        pairs, [&] { return StepBlockScratch(p); },
+        [&](int64_t item, StepBlockScratch& scratch) {
+          StepHead head(p, item / p.kv_heads, item % p.kv_heads);
+          BlockByBlock(head, scratch).run();
+        });
   } else {
-    share_out(pairs, [&] { return TokenScratch(p); }, [&](int64_t item, TokenScratch& scratch) {
-      StepHead head(p, item / p.kv_heads, item % p.kv_heads);
-      TokenByToken(head, scratch).run();
-    });
+    share_out(
+        pairs, [&] { return TokenScratch(p); },
+        [&](int64_t item, TokenScratch& scratch) {
+          StepHead head(p, item / p.kv_heads, item % p.kv_heads);
+          TokenByToken(head, scratch).run();
+        });
   }
   for (int64_t row = 0; row < p.batch; ++row) {
     for (int64_t t = 0; t < p.length; ++t) {
@@ -110,8 +114,7 @@ Tensor vq_attention_step_cpu(
           has_sizes(codebook, {kv_heads, num_codes, depth}),
       "vq_attention_step: shapes of q, k, v and codebook do not fit each other");
   STD_TORCH_CHECK(
-      !codes.has_value() ||
-          (has_sizes(*codes, {batch, kv_heads, length}) && codes->scalar_type() == ScalarType::Long),
+      !codes.has_value() || (has_sizes(*codes, {batch, kv_heads, length}) && codes->scalar_type() == ScalarType::Long),
       "vq_attention_step: codes must be (B, Hkv, T), int64");
   STD_TORCH_CHECK(
       !bias.has_value() || (has_sizes(*bias, {heads, window}) && bias->scalar_type() == ScalarType::Float),
@@ -139,20 +142,46 @@ Tensor vq_attention_step_cpu(
   if (bias.has_value() && window > 0) {
     biases = torch::stable::contiguous(*bias);
   }
-  StepProblem p{StepInput(q, *type), StepInput(k, *type), StepInput(v, *type), {out.mutable_data_ptr(), *type, values},
-                static_cast<const float*>(table.const_data_ptr()), table.stride(0), table.stride(1), nullptr, {},
-                nullptr, nullptr, {}, static_cast<float*>(far_sums.mutable_data_ptr()),
-                static_cast<float*>(ring_keys.mutable_data_ptr()), static_cast<float*>(ring_values.mutable_data_ptr()),
-                static_cast<int64_t*>(far_counts.mutable_data_ptr()),
-                static_cast<int64_t*>(ring_codes.mutable_data_ptr()), static_cast<int64_t*>(lengths.mutable_data_ptr()),
-                static_cast<float>(scale), window, reach,
-                activation == "laplace" ? AttentionWeight::kLaplace : AttentionWeight::kSoftmax, exact && window > 0,
-                batch, heads, kv_heads, heads / kv_heads, length, depth, values, num_codes, 0,
-                step::kernel_of_this_cpu(), block::kernel_of_this_cpu()};
+  StepProblem p{
+      StepInput(q, *type),
+      StepInput(k, *type),
+      StepInput(v, *type),
+      {out.mutable_data_ptr(), *type, values},
+      static_cast<const float*>(table.const_data_ptr()),
+      table.stride(0),
+      table.stride(1),
+      nullptr,
+      {},
+      nullptr,
+      nullptr,
+      {},
+      static_cast<float*>(far_sums.mutable_data_ptr()),
+      static_cast<float*>(ring_keys.mutable_data_ptr()),
+      static_cast<float*>(ring_values.mutable_data_ptr()),
+      static_cast<int64_t*>(far_counts.mutable_data_ptr()),
+      static_cast<int64_t*>(ring_codes.mutable_data_ptr()),
+      static_cast<int64_t*>(lengths.mutable_data_ptr()),
+      static_cast<float>(scale),
+      window,
+      reach,
+      activation == "laplace" ? AttentionWeight::kLaplace : AttentionWeight::kSoftmax,
+      exact && window > 0,
+      batch,
+      heads,
+      kv_heads,
+      heads / kv_heads,
+      length,
+      depth,
+      values,
+      num_codes,
+      0,
+      step::kernel_of_this_cpu(),
+      block::kernel_of_this_cpu()};
   if (codes.has_value()) {
     p.codes = static_cast<const int64_t*>(codes->const_data_ptr());
-    std::copy_n(std::initializer_list<int64_t>{codes->stride(0), codes->stride(1), codes->stride(2)}.begin(), 3,
-                p.codes_strides);
+    std::copy_n(
+        std::initializer_list<int64_t>{codes->stride(0), codes->stride(1), codes->stride(2)}.begin(), 3,
+        p.codes_strides);
   }
   if (biases.has_value()) {
     p.bias = static_cast<const float*>(biases->const_data_ptr());

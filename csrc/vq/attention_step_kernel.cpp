@@ -155,8 +155,7 @@ float softmax(float* scores, const float* counts, int64_t far, int64_t near) {
 }
 
 template <int VECTORS>
-inline void weighted_columns(
-    const float* const* rows, const float* weights, int64_t count, int64_t first, float* out) {
+inline void weighted_columns(const float* const* rows, const float* weights, int64_t count, int64_t first, float* out) {
   Floats sums[VECTORS] = {};
   for (int64_t i = 0; i < count; ++i) {
     for (int v = 0; v < VECTORS; ++v) {

@@ -16,7 +16,7 @@ namespace longvq {
 
 // Per thread.
 struct TokenScratch {
-  int64_t vector, far, near, columns;                 // padded: D, codes, near keys, the last two together
+  int64_t vector, far, near, columns;            // padded: D, codes, near keys, the last two together
   AlignedArray<float> vectors, scores, squares;  // (1 + G, D) key and queries, (1 + G, columns), (far)
   AlignedArray<float> own, exact;                // (G), (G, near) scores of the token's own exact key, of those before
   AlignedArray<float> counts, value, out, weights;

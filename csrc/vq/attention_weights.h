@@ -23,8 +23,8 @@ inline Columns window_of(const AttentionScores& block, int64_t row, int64_t firs
   return {cut, end > last ? last : end < cut ? cut : end};
 }
 
-// Near scores of one query, columns first .. last: exact ones inside the window, the bias there, -infinity where a key is
-// not allowed. `scores` and `exact` begin at column `first`.
+// Near scores of one query, columns first .. last: exact ones inside the window, the bias there, -infinity where a key
+// is not allowed. `scores` and `exact` begin at column `first`.
 inline void mask_near(
     const AttentionScores& block, int64_t row, int64_t first, int64_t last, float* scores, const float* exact) {
   const float* offsets = block.near_offsets;
@@ -54,7 +54,9 @@ inline void mask_near(
 // Mega's attention function, (1 + erf((x - mu) / (sigma sqrt 2))) / 2 with mu = sqrt(1/2), sigma = sqrt(1 / (4 pi)).
 constexpr float kMu = 0.70710678f, kInverseSigma = 2.50662827f;  // 1 / (sigma sqrt 2) = sqrt(2 pi)
 
-inline float laplace(float x) { return 0.5f * __builtin_erfcf((kMu - x) * kInverseSigma); }
+inline float laplace(float x) {
+  return 0.5f * __builtin_erfcf((kMu - x) * kInverseSigma);
+}
 
 // Its derivative, the density of a normal distribution: 1 / (sigma sqrt(2 pi)) = sqrt 2.
 inline Floats laplace_slope(Floats x) {

@@ -11,9 +11,9 @@
 
 namespace longvq {
 
-// For each document and key-value head: count(length) items of work on what make(document, kv_head) returns a pointer to;
-// work(made, item, scratch) for each of them by any thread, then done(pair, made) by the one that was last. They are
-// taken in order and made when the first item is, so that only those in work take memory.
+// For each document and key-value head: count(length) items of work on what make(document, kv_head) returns a pointer
+// to; work(made, item, scratch) for each of them by any thread, then done(pair, made) by the one that was last. They
+// are taken in order and made when the first item is, so that only those in work take memory.
 template <typename Count, typename Make, typename Setup, typename Work, typename Done>
 void work_through(
     const Problem& p, const Count& count, const Make& make, const Setup& setup, const Work& work, const Done& done) {
@@ -37,8 +37,7 @@ void work_through(
   share_out(static_cast<int64_t>(items.size()), setup, [&](int64_t i, auto& scratch) {
     const Item item = items[i];
     Pair& pair = pairs[item.pair];
-    std::call_once(
-        pair.flag, [&] { pair.made = make(p.documents[item.pair / p.kv_heads], item.pair % p.kv_heads); });
+    std::call_once(pair.flag, [&] { pair.made = make(p.documents[item.pair / p.kv_heads], item.pair % p.kv_heads); });
     work(*pair.made, item.number, scratch);
     if (pair.left.fetch_sub(1) == 1) {
       done(item.pair, *pair.made);

@@ -20,8 +20,8 @@ struct FarField {
   int64_t keys = 0;
 
   FarField(const Problem& p, Sums layout)
-      : sums(p.far_columns, p.value_columns, layout == Sums::kPanels ? p.kernel.panel : p.value_columns), counts(aligned_array<float>(p.far_columns)),
-        offsets(aligned_array<float>(p.far_columns)), buffer(p.values) {
+      : sums(p.far_columns, p.value_columns, layout == Sums::kPanels ? p.kernel.panel : p.value_columns),
+        counts(aligned_array<float>(p.far_columns)), offsets(aligned_array<float>(p.far_columns)), buffer(p.values) {
     clear(p);
   }
 
@@ -65,8 +65,8 @@ struct FarField {
   }
 };
 
-// The far keys on one side of the blocks. Step by step they grow: before block 0, 1, .. or behind the last, the last but
-// one, ...
+// The far keys on one side of the blocks. Step by step they grow: before block 0, 1, .. or behind the last, the last
+// but one, ...
 struct Side {
   bool behind;
   int64_t length, reach, steps;
@@ -164,8 +164,7 @@ class FarFields {
   }
 
   void add_since(const Side& side, int64_t step, FarField& field) const {
-    side.keys_between(
-        step / spacing_ * spacing_, step, [&](int64_t a, int64_t b) { field.add(p_, keys_, a, b); });
+    side.keys_between(step / spacing_ * spacing_, step, [&](int64_t a, int64_t b) { field.add(p_, keys_, a, b); });
   }
 
   const Problem& p_;

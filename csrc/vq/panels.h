@@ -9,7 +9,9 @@
 
 namespace longvq {
 
-inline int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
+inline int64_t round_up(int64_t value, int64_t multiple) {
+  return (value + multiple - 1) / multiple * multiple;
+}
 
 // A (rows, columns) matrix with strides.
 struct Matrix {

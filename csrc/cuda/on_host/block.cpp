@@ -45,7 +45,7 @@ struct Fiber {
   ucontext_t context;  // of its start; afterwards jumps are enough, and make no system calls
   jmp_buf resumed;
   std::unique_ptr<char[]> stack{new char[kStack]};
-  std::vector<Copy> open;               // copies not committed yet
+  std::vector<Copy> open;                // copies not committed yet
   std::deque<std::vector<Copy>> groups;  // committed, oldest first
 };
 
@@ -126,7 +126,9 @@ std::vector<size_t> ordered(size_t count, std::mt19937_64& random) {
 
 // Both are allowed: at once, which shows targets that are still being read, or when they are waited for, which shows
 // those that are read too soon.
-bool copies_are_early() { return order_of_threads % 2 == 1; }
+bool copies_are_early() {
+  return order_of_threads % 2 == 1;
+}
 
 size_t unit_of(const void* target) {  // before the beginning a very large number
   return (reinterpret_cast<uintptr_t>(target) - reinterpret_cast<uintptr_t>(shared_memory())) / kUnit;
@@ -180,9 +182,13 @@ void run_block(dim3 index, dim3 size, dim3 grid, size_t shared_bytes, std::mt199
 
 }  // namespace
 
-const Position& position() { return running->position; }
+const Position& position() {
+  return running->position;
+}
 
-char* shared_memory() { return block->memory.data() + kGuard; }
+char* shared_memory() {
+  return block->memory.data() + kGuard;
+}
 
 void synchronize_block() {
   running->state = State::kAtBarrier;
@@ -292,7 +298,9 @@ bool starts(const char* mangled_name, size_t shared_bytes) {
 
 // How threads, and blocks, are ordered from now on: 0 ascending, 1 descending, others the seed of a random order. If it
 // is odd, asynchronous copies are made early.
-LONGVQ_EXPORT void longvq_on_host_set_order(uint64_t order) { on_host::order_of_threads = order; }
+LONGVQ_EXPORT void longvq_on_host_set_order(uint64_t order) {
+  on_host::order_of_threads = order;
+}
 
 LONGVQ_EXPORT void longvq_on_host_begin_plan() {
   on_host::planning = true;

@@ -21,14 +21,18 @@
 #define blockDim (on_host::position().block_size)
 #define gridDim (on_host::position().grid)
 
-inline void __syncthreads() { on_host::synchronize_block(); }
+inline void __syncthreads() {
+  on_host::synchronize_block();
+}
 
 namespace longvq::cuda {
 
 using std::max;
 using std::min;
 
-inline char* shared_memory() { return on_host::shared_memory(); }
+inline char* shared_memory() {
+  return on_host::shared_memory();
+}
 
 inline float from_bits(uint32_t bits) {
   float x;
@@ -89,7 +93,9 @@ inline uint32_t ballot(bool x) {
   on_host::synchronize_warp(Ballot::run, &ballot);
   return ballot.out;
 }
-inline int lowest_bit(uint32_t bits) { return __builtin_ffs(static_cast<int>(bits)) - 1; }
+inline int lowest_bit(uint32_t bits) {
+  return __builtin_ffs(static_cast<int>(bits)) - 1;
+}
 
 inline void synchronize_warp() {
   on_host::synchronize_warp([](void* const*) {}, nullptr);
@@ -98,28 +104,40 @@ inline void synchronize_warp() {
 inline void forget(int&) {}
 
 constexpr double kPi = 3.14159265358979323846;
-inline double cosine_of_pi(double x) { return std::cos(std::remainder(x, 2.0) * kPi); }
-inline double sine_of_pi(double x) { return std::sin(std::remainder(x, 2.0) * kPi); }
+inline double cosine_of_pi(double x) {
+  return std::cos(std::remainder(x, 2.0) * kPi);
+}
+inline double sine_of_pi(double x) {
+  return std::sin(std::remainder(x, 2.0) * kPi);
+}
 
-inline float fast_exponential(float x) { return std::exp(x); }
+inline float fast_exponential(float x) {
+  return std::exp(x);
+}
 
 inline void store_together(void* to, const uint32_t (&x)[4]) {
   on_host::check_aligned(to);
   std::memcpy(to, x, sizeof x);
 }
 
-inline void copy_later(void* target, const void* source, int bytes) { on_host::copy_later(target, source, bytes); }
-inline void commit_copies() { on_host::commit_copies(); }
+inline void copy_later(void* target, const void* source, int bytes) {
+  on_host::copy_later(target, source, bytes);
+}
+inline void commit_copies() {
+  on_host::commit_copies();
+}
 template <int NEWEST>
 void wait_for_copies() {
   on_host::wait_for_copies(NEWEST);
 }
 
-inline float bfloat16_to_float(uint16_t bits) { return from_bits(static_cast<uint32_t>(bits) << 16); }
+inline float bfloat16_to_float(uint16_t bits) {
+  return from_bits(static_cast<uint32_t>(bits) << 16);
+}
 
 inline float half_to_float(uint16_t bits) {
   const int exponent = bits >> 10 & 31, fraction = bits & 1023;
-  const float magnitude = exponent == 31 ? (fraction == 0 ? INFINITY : NAN)
+  const float magnitude = exponent == 31  ? (fraction == 0 ? INFINITY : NAN)
                           : exponent == 0 ? std::ldexp(static_cast<float>(fraction), -24)
                                           : std::ldexp(static_cast<float>(1024 + fraction), exponent - 25);
   return bits >> 15 ? -magnitude : magnitude;
@@ -187,10 +205,10 @@ inline void load_matrices_transposed(uint32_t (&out)[4], const void* row) {
   on_host::synchronize_warp(MatrixLoad::run<true>, &load);
 }
 
-// A row of c plus eight products for each column, as the tensor cores of an A100 add them: each is cut off one bit below
-// the last one that a float as large as the largest of them has, and so is the sum to a float. Hopper adds sixteen at a
-// time, and keeps two bits. Fasi et al. 2021, "Numerical behavior of NVIDIA tensor cores"; Khattak and Mikaitis 2025,
-// arXiv 2512.07004. All loops over columns can be vectorised.
+// A row of c plus eight products for each column, as the tensor cores of an A100 add them: each is cut off one bit
+// below the last one that a float as large as the largest of them has, and so is the sum to a float. Hopper adds
+// sixteen at a time, and keeps two bits. Fasi et al. 2021, "Numerical behavior of NVIDIA tensor cores"; Khattak and
+// Mikaitis 2025, arXiv 2512.07004. All loops over columns can be vectorised.
 inline void add_products(float (&c)[8], const float* a, const float (*b)[8]) {
   constexpr float kLeast = 1e-30f;  // where exponents would leave their range, and no sum is of interest
   float products[8][8], largest[8], plain[8], scale[8], unit[8];
@@ -207,7 +225,8 @@ inline void add_products(float (&c)[8], const float* a, const float (*b)[8]) {
     }
   }
   for (int i = 0; i < 8; ++i) {
-    usual = usual && std::fabs(plain[i]) < INFINITY && largest[i] < INFINITY && (largest[i] > kLeast || largest[i] == 0);
+    usual =
+        usual && std::fabs(plain[i]) < INFINITY && largest[i] < INFINITY && (largest[i] > kLeast || largest[i] == 0);
   }
   if (!usual) {
     std::memcpy(c, plain, sizeof c);
@@ -288,7 +307,9 @@ inline void multiply_add_half(float (&c)[4], const uint32_t (&a)[4], uint32_t b0
 
 constexpr size_t kSharedBytes = 163 << 10;  // of a block on sm_80; Hopper has more
 
-inline const char* error_text(int) { return "an error that the host does not have"; }
+inline const char* error_text(int) {
+  return "an error that the host does not have";
+}
 
 template <auto KERNEL>
 struct Named;  // whose type_info has the kernel in its name

@@ -51,10 +51,10 @@ LONGVQ_EXPORT const char* longvq_on_host_said_of(const char* name) {
   using namespace longvq::cuda;
   static std::string said;
   const std::string kernel = name;
-  said = kernel == "two copies to one place" ? said_of<TwoCopies>()
+  said = kernel == "two copies to one place"      ? said_of<TwoCopies>()
          : kernel == "copies one after the other" ? said_of<CopyAfterWaiting>()
-         : kernel == "copy outside" ? said_of<CopyOutside>()
-         : kernel == "no block" ? said_of<CopyAfterWaiting>(0)
-                                : "unknown";
+         : kernel == "copy outside"               ? said_of<CopyOutside>()
+         : kernel == "no block"                   ? said_of<CopyAfterWaiting>(0)
+                                                  : "unknown";
   return said.c_str();
 }
