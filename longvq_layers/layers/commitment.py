@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from longvq_layers.layers.codebook_attention import CodebookAttention
+from longvq_layers.layers.attention.codebook_attention import CodebookAttention
 
 
 def commitment_loss(model: nn.Module) -> Tensor:

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 
 from longvq_layers import _checks as check
-from longvq_layers.layers.ssm import TRAINABLE
+from longvq_layers.layers.ssm.diagonal import TRAINABLE
 
 _SSM_LR = 1e-3
 

@@ -1,7 +1,6 @@
 """A stack of blocks of one kind, and what it streams."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -9,14 +8,15 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from longvq_layers import _checks as check
-from longvq_layers.layers import _inputs, _steps
-from longvq_layers.layers.longvq import LongVQBlock
-from longvq_layers.layers.mega import MegaBlock
-from longvq_layers.layers.norm import make_norm
-from longvq_layers.layers.spade import SPADEBlock
-from longvq_layers.models.s4d_block import S4DBlock
-from longvq_layers.models.transformer_block import TransformerBlock
-from longvq_layers.ops._state import State
+from longvq_layers.layers.blocks.longvq import LongVQBlock
+from longvq_layers.layers.blocks.mega import MegaBlock
+from longvq_layers.layers.blocks.s4d import S4DBlock
+from longvq_layers.layers.blocks.spade import SPADEBlock
+from longvq_layers.layers.blocks.transformer import TransformerBlock
+from longvq_layers.layers.common.padding import zero_padding
+from longvq_layers.layers.parts.norm import make_norm
+from longvq_layers.layers.streaming import step_checks
+from longvq_layers.layers.streaming.states import BackboneState
 
 
 def _spade(d_model: int, *, layer: int, num_heads: int = 4, global_layers: int = 1, **options) -> nn.Module:
@@ -128,7 +128,7 @@ class SequenceBackbone(nn.Module):
                 x = self._gradient_checkpointing_func(partial(block, **packed), x, key_padding_mask)
             else:
                 x = block(x, key_padding_mask, **packed)
-        return _inputs.zero_padding(self.norm(x, key_padding_mask), key_padding_mask)
+        return zero_padding(self.norm(x, key_padding_mask), key_padding_mask)
 
     def initial_state(self, batch: int) -> "BackboneState":
         """The state of `batch` empty sequences, of constant size, for `step`.
@@ -171,11 +171,11 @@ class SequenceBackbone(nn.Module):
                 hidden.append(x)
             x, past = block.step(x, past, key_padding_mask)
             states.append(past)
-        return _inputs.zero_padding(self.norm(x), key_padding_mask), BackboneState(tuple(states))
+        return zero_padding(self.norm(x), key_padding_mask), BackboneState(tuple(states))
 
     def _check_state(self, state: object) -> None:
         name = "SequenceBackbone.step"
-        _steps.state_type(name, state, BackboneState)
+        step_checks.state_type(name, state, BackboneState)
         if len(state.layers) != self.depth:
             raise ValueError(
                 f"{name}: state must have the {self.depth} layers of the model, got one with {len(state.layers)}"
@@ -190,14 +190,3 @@ class SequenceBackbone(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.d_model}, {self.depth}, block={self.block!r}, causal={self.causal}"
-
-
-@dataclass(eq=False, repr=False)
-class BackboneState(State):
-    """The states of the blocks of a stack, in order. Of constant size, whatever the length of the sequences.
-
-    Attributes:
-        layers: one state per block.
-    """
-
-    layers: tuple[State, ...]

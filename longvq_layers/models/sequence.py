@@ -6,8 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from longvq_layers import _checks as check
-from longvq_layers.layers import _inputs
-from longvq_layers.models.backbone import BackboneState, SequenceBackbone
+from longvq_layers.layers.common.padding import zero_padding
+from longvq_layers.layers.streaming.states import BackboneState
+from longvq_layers.models.backbone import SequenceBackbone
 
 
 class SequenceEncoder(nn.Module):
@@ -110,7 +111,7 @@ class SequenceEncoder(nn.Module):
     def _embed(self, inputs: Tensor, shape: str, key_padding_mask: Tensor | None) -> Tensor:
         if self.num_inputs is None:
             check.tensor("SequenceEncoder", "inputs", inputs, f"{shape} input_dim")
-            return self.embedding(_inputs.zero_padding(inputs, key_padding_mask))
+            return self.embedding(zero_padding(inputs, key_padding_mask))
         check.tensor("SequenceEncoder", "inputs", inputs, shape)
         if inputs.dtype not in (torch.int32, torch.int64):
             raise TypeError(f"SequenceEncoder: inputs must be int64 or int32 tokens, got {inputs.dtype}")

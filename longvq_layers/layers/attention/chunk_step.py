@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from longvq_layers.layers.gated_attention import GatedAttention
-from longvq_layers.layers.mega_state import MegaState
+from longvq_layers.layers.attention.gated import GatedAttention
+from longvq_layers.layers.streaming.states import MegaState
 
 
 def attention_step(

@@ -29,7 +29,7 @@ class Chunks:
         return x.flatten(0, 1)[self.slot]
 
 
-def padded(mask: Tensor, size: int) -> Chunks:
+def chunks_of_rows(mask: Tensor, size: int) -> Chunks:
     """Chunks of rows with padding, mask (B, L) bool, L ≥ 1. The first one starts with a row's first unmasked token.
 
     So padding on the left moves no boundary. Masked tokens after the first unmasked one take a slot.
@@ -46,11 +46,11 @@ def padded(mask: Tensor, size: int) -> Chunks:
     return Chunks((inside + row * length).view(-1, size), valid.view(-1, size), slot)
 
 
-def packed(offsets: Tensor, length: int, mask: Tensor | None, size: int) -> Chunks:
+def chunks_of_documents(offsets: Tensor, length: int, mask: Tensor | None, size: int) -> Chunks:
     """Chunks of documents packed into one row, offsets (N + 1,), L ≥ 1: each document has chunks of its own.
 
-    As in `padded`, they start with its first unmasked token. Their number is bounded by a function of the shapes, so
-    nothing is read back from the device.
+    As in `chunks_of_rows`, they start with its first unmasked token. Their number is bounded by a function of the
+    shapes, so nothing is read back from the device.
     """
     offsets = offsets.long()
     count = offsets.diff().add(size - 1).div(size, rounding_mode="floor")  # (N,) chunks of each document

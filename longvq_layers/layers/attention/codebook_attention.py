@@ -5,11 +5,13 @@ from torch import Tensor
 
 from longvq_layers import _checks as check
 from longvq_layers import ops
-from longvq_layers.layers import _inputs, _steps
-from longvq_layers.layers._context import no_autocast, recomputing
-from longvq_layers.layers._kmeans import pick
-from longvq_layers.layers._window_bias import WindowBias
-from longvq_layers.layers.codebook import Codebook
+from longvq_layers.layers.attention.window_bias import WindowBias
+from longvq_layers.layers.codebook.codebook import Codebook
+from longvq_layers.layers.codebook.kmeans import pick
+from longvq_layers.layers.common import input_checks
+from longvq_layers.layers.common.context import no_autocast, recomputing
+from longvq_layers.layers.common.representation import call_repr
+from longvq_layers.layers.streaming import step_checks
 from longvq_layers.ops._dispatch import BACKENDS
 
 
@@ -120,7 +122,7 @@ class CodebookAttention(WindowBias):
         """
         check.tensor("CodebookAttention", "q", q, "B H L D")
         check.size("CodebookAttention", "q", q, (q.shape[0], self.num_heads, q.shape[2], self.head_dim), "B H L D")
-        _inputs.packed("CodebookAttention", "q", q, cu_seqlens, axis=2)
+        input_checks.packed("CodebookAttention", "q", q, cu_seqlens, axis=2)
         codes, table = self.codebook.quantize(k, key_padding_mask)
         with no_autocast(q.device):
             self._commit(k, codes, table, key_padding_mask)
@@ -143,7 +145,7 @@ class CodebookAttention(WindowBias):
 
     def initial_state(self, batch: int) -> ops.VQAttentionState:
         """The state of `batch` empty sequences, for `step`; causal only (NotImplementedError otherwise)."""
-        _steps.causal("CodebookAttention.initial_state", self.causal)
+        step_checks.causal("CodebookAttention.initial_state", self.causal)
         return ops.vq_attention_state(
             batch,
             self.codebook.embedding,
@@ -173,8 +175,8 @@ class CodebookAttention(WindowBias):
             RuntimeError: in training mode.
         """
         name = "CodebookAttention.step"
-        _steps.causal(name, self.causal)
-        _steps.eval_mode(name, self)
+        step_checks.causal(name, self.causal)
+        step_checks.eval_mode(name, self)
         check.tensor(name, "q", q, "B H T D")
         if q.shape[1] != self.num_heads:
             raise ValueError(f"{name}: q must have H = {self.num_heads} heads, got {q.shape[1]}")
@@ -211,7 +213,7 @@ class CodebookAttention(WindowBias):
         return {**self.__dict__, "last_commitment": None}
 
     def extra_repr(self) -> str:
-        return _inputs.call_repr(
+        return call_repr(
             (self.num_heads, self.num_kv_heads, self.head_dim),
             value_dim=self.value_dim,
             num_codes=self.num_codes,

@@ -5,7 +5,9 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from longvq_layers import _checks as check
-from longvq_layers.layers import _inputs
+from longvq_layers.layers.common import input_checks
+from longvq_layers.layers.common.padding import zero_padding
+from longvq_layers.layers.common.representation import call_repr
 
 
 class CrossAttention(nn.Module):
@@ -82,8 +84,8 @@ class CrossAttention(nn.Module):
             (B, L, embed_dim), exactly 0 at masked positions.
         """
         name = "CrossAttention"
-        _inputs.sequence(name, "x", x, self.embed_dim, self.q_proj.weight, key_padding_mask)
-        _inputs.packed(name, "x", x, cu_seqlens)
+        input_checks.sequence(name, "x", x, self.embed_dim, self.q_proj.weight, key_padding_mask)
+        input_checks.packed(name, "x", x, cu_seqlens)
         rows = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
         keys, values = self.project_memory(name, memory, memory_key_padding_mask, rows)
         allowed = None if memory_key_padding_mask is None else ~memory_key_padding_mask[:, None, None]  # (B, 1, 1, M)
@@ -96,8 +98,8 @@ class CrossAttention(nn.Module):
                 allowed = allowed & ~memory_key_padding_mask
             allowed = allowed.flatten(1)[None, None]  # (1, 1, L, N·M)
             keys, values = (rearrange(y, "n h m d -> 1 h (n m) d") for y in (keys, values))
-        x = _inputs.zero_padding(x, key_padding_mask)
-        return _inputs.zero_padding(self.dropout(self.attend(x, keys, values, allowed)), key_padding_mask)
+        x = zero_padding(x, key_padding_mask)
+        return zero_padding(self.dropout(self.attend(x, keys, values, allowed)), key_padding_mask)
 
     def project_memory(
         self, caller: str, memory: Tensor, memory_key_padding_mask: Tensor | None, rows: int
@@ -107,7 +109,7 @@ class CrossAttention(nn.Module):
         check.real(caller, "memory", memory)
         check.size(caller, "memory", memory, (rows, memory.shape[1], self.embed_dim), "B M d_model")
         check.same_device(caller, "the layer's parameters", self.k_proj.weight, memory=memory)
-        _inputs.layer_dtype(caller, "memory", memory, self.k_proj.weight)
+        input_checks.layer_dtype(caller, "memory", memory, self.k_proj.weight)
         if memory_key_padding_mask is not None:
             check.tensor(caller, "memory_key_padding_mask", memory_key_padding_mask, "B M")
             if memory_key_padding_mask.dtype != torch.bool:
@@ -117,7 +119,7 @@ class CrossAttention(nn.Module):
                 )
             check.size(caller, "memory_key_padding_mask", memory_key_padding_mask, tuple(memory.shape[:2]), "B M")
             check.same_device(caller, "memory", memory, memory_key_padding_mask=memory_key_padding_mask)
-        memory = _inputs.zero_padding(memory, memory_key_padding_mask)
+        memory = zero_padding(memory, memory_key_padding_mask)
         return self._split(self.k_proj(memory)), self._split(self.v_proj(memory))
 
     def attend(self, x: Tensor, keys: Tensor, values: Tensor, allowed: Tensor | None) -> Tensor:
@@ -139,6 +141,4 @@ class CrossAttention(nn.Module):
         return rearrange(x, "b l (h d) -> b h l d", h=self.num_heads)
 
     def extra_repr(self) -> str:
-        return _inputs.call_repr(
-            (self.embed_dim, self.num_heads), bias=self.q_proj.bias is not None, dropout=self.dropout.p
-        )
+        return call_repr((self.embed_dim, self.num_heads), bias=self.q_proj.bias is not None, dropout=self.dropout.p)

@@ -4,9 +4,10 @@ import torch
 from torch import Tensor, nn
 
 from longvq_layers import _checks as check
-from longvq_layers.layers import _inputs
-from longvq_layers.layers._context import no_autocast
-from longvq_layers.layers._window_bias import WindowBias
+from longvq_layers.layers.attention.window_bias import WindowBias
+from longvq_layers.layers.common import input_checks
+from longvq_layers.layers.common.context import no_autocast
+from longvq_layers.layers.common.representation import call_repr
 
 
 class DenseAttention(WindowBias):
@@ -96,7 +97,7 @@ class DenseAttention(WindowBias):
                 raise TypeError(f"{name}: {which} must have the dtype of q, {q.dtype}, got {x.dtype}")
         if key_padding_mask is not None:
             check.key_padding_mask(name, key_padding_mask, rows, length)
-        _inputs.packed(name, "q", q, cu_seqlens, axis=2)
+        input_checks.packed(name, "q", q, cu_seqlens, axis=2)
         masked = None if key_padding_mask is None else key_padding_mask[:, None, :, None]
         if masked is not None:  # weights of 0 would not hide what stands there: 0 · NaN = NaN
             q, k, v = (x.masked_fill(masked, 0) for x in (q, k, v))
@@ -129,7 +130,7 @@ class DenseAttention(WindowBias):
         return bias.masked_fill(~allowed, -torch.inf)
 
     def extra_repr(self) -> str:
-        return _inputs.call_repr(
+        return call_repr(
             (self.num_heads, self.num_kv_heads, self.head_dim),
             value_dim=self.value_dim,
             window=self.window,

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from longvq_layers import _checks as check
-from longvq_layers.layers import _chunks, _inputs
-from longvq_layers.layers.relative_bias import make_relative_bias
+from longvq_layers.layers.attention.chunks import chunks_of_documents, chunks_of_rows
+from longvq_layers.layers.attention.relative_bias import make_relative_bias
+from longvq_layers.layers.common.representation import call_repr
 from longvq_layers.ops.torch.scores import laplace
 
 ATTENTION = ("softmax", "laplace", "relu2")
@@ -97,11 +98,11 @@ class GatedAttention(nn.Module):
         if key_padding_mask is None and cu_seqlens is None:
             return self._even_chunks(q, k, v, size)
         if cu_seqlens is not None:
-            chunks = _chunks.packed(cu_seqlens, length, key_padding_mask, size)
+            chunks = chunks_of_documents(cu_seqlens, length, key_padding_mask, size)
         elif size == length:  # one chunk: wherever it starts, offsets are the same
             return self.attend(q, k, v, ~key_padding_mask)
         else:
-            chunks = _chunks.padded(key_padding_mask, size)
+            chunks = chunks_of_rows(key_padding_mask, size)
         return chunks.join(self.attend(*(chunks.split(x) for x in (q, k, v)), chunks.valid))
 
     def _each_document(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, offsets: list[int]) -> Tensor:
@@ -196,7 +197,7 @@ class GatedAttention(nn.Module):
         return count.clamp(min=1).unsqueeze(-1).to(_counting(q))
 
     def extra_repr(self) -> str:
-        return _inputs.call_repr(
+        return call_repr(
             (self.dim,),
             chunk=self.chunk,
             causal=self.causal,

@@ -5,10 +5,13 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from longvq_layers import _checks as check
-from longvq_layers.layers import _inputs, _steps
-from longvq_layers.layers._window_bias import WindowBias
-from longvq_layers.layers._windowed import windowed_attention
-from longvq_layers.layers.local_state import LocalAttentionState
+from longvq_layers.layers.attention.window_bias import WindowBias
+from longvq_layers.layers.attention.windowed import windowed_attention
+from longvq_layers.layers.common import input_checks
+from longvq_layers.layers.common.padding import zero_padding
+from longvq_layers.layers.common.representation import call_repr
+from longvq_layers.layers.streaming import step_checks
+from longvq_layers.layers.streaming.states import LocalAttentionState
 
 
 class LocalAttention(WindowBias):
@@ -93,20 +96,20 @@ class LocalAttention(WindowBias):
         Returns:
             (B, L, embed_dim); exactly 0 at masked positions, also where the output projection has a bias.
         """
-        _inputs.sequence("LocalAttention", "x", x, self.embed_dim, self.q_proj.weight, key_padding_mask)
-        _inputs.packed("LocalAttention", "x", x, cu_seqlens)
+        input_checks.sequence("LocalAttention", "x", x, self.embed_dim, self.q_proj.weight, key_padding_mask)
+        input_checks.packed("LocalAttention", "x", x, cu_seqlens)
         # Nobody has to fill padding with numbers: NaN there would reach the gradients of the projections as 0 · NaN.
-        x = _inputs.zero_padding(x, key_padding_mask)
+        x = zero_padding(x, key_padding_mask)
         options = {"key_padding_mask": key_padding_mask, "cu_seqlens": cu_seqlens}
         out = windowed_attention(
             *self._project(x), window=self.window, causal=self.causal, bias=self.window_bias, **options
         )
-        return _inputs.zero_padding(self.dropout(self._merge(out)), key_padding_mask)
+        return zero_padding(self.dropout(self._merge(out)), key_padding_mask)
 
     def initial_state(self, batch: int) -> LocalAttentionState:
         """The state of `batch` empty sequences, for `step`; causal only (NotImplementedError otherwise)."""
-        _steps.causal("LocalAttention.initial_state", self.causal)
-        _steps.batch("LocalAttention.initial_state", batch)
+        step_checks.causal("LocalAttention.initial_state", self.causal)
+        step_checks.batch("LocalAttention.initial_state", batch)
         weight = self.k_proj.weight
         keys = weight.new_zeros(batch, self.num_kv_heads, self.window - 1, self.head_dim)
         lengths = torch.zeros(batch, dtype=torch.int64, device=weight.device)
@@ -136,13 +139,13 @@ class LocalAttention(WindowBias):
         """
         name = "LocalAttention.step"
         if isinstance(x, Tensor) and x.dim() == 2:
-            y, state = self.step(x.unsqueeze(1), state, _steps.mask_of_token(name, key_padding_mask))
+            y, state = self.step(x.unsqueeze(1), state, step_checks.mask_of_token(name, key_padding_mask))
             return y.squeeze(1), state
-        _steps.causal(name, self.causal)
-        _inputs.sequence(name, "x", x, self.embed_dim, self.q_proj.weight, key_padding_mask)
-        _steps.inference(name, self, x)
+        step_checks.causal(name, self.causal)
+        input_checks.sequence(name, "x", x, self.embed_dim, self.q_proj.weight, key_padding_mask)
+        step_checks.inference(name, self, x)
         self.check_state(name, x, state)
-        q, k, v = self._project(_inputs.zero_padding(x, key_padding_mask))
+        q, k, v = self._project(zero_padding(x, key_padding_mask))
         if key_padding_mask is None:
             counts = state.lengths.new_tensor(x.shape[1]).expand(x.shape[0])
         else:
@@ -163,7 +166,7 @@ class LocalAttention(WindowBias):
         state.keys.copy_(_take(k, latest))
         state.values.copy_(_take(v, latest))
         state.lengths.add_(counts)
-        return _inputs.zero_padding(self._merge(out), key_padding_mask), state
+        return zero_padding(self._merge(out), key_padding_mask), state
 
     def _project(self, x: Tensor) -> tuple[Tensor, ...]:
         """Queries, keys and values (B, heads, L, D) of x (B, L, embed_dim)."""
@@ -177,7 +180,7 @@ class LocalAttention(WindowBias):
 
     def check_state(self, name: str, x: Tensor, state: object) -> None:
         """`state` is one of this layer for the rows of x (B, T, embed_dim); `name` is who asks."""
-        _steps.state_type(name, state, LocalAttentionState)
+        step_checks.state_type(name, state, LocalAttentionState)
         expected = (x.shape[0], self.num_kv_heads, self.window - 1, self.head_dim)
         if tuple(state.keys.shape) != expected:
             raise ValueError(
@@ -186,7 +189,7 @@ class LocalAttention(WindowBias):
         check.same_device(name, "x", x, state=state.keys)
 
     def extra_repr(self) -> str:
-        return _inputs.call_repr(
+        return call_repr(
             (self.embed_dim, self.num_heads),
             window=self.window,
             causal=self.causal,

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from longvq_layers import _checks as check
-from longvq_layers.layers import _inputs
+from longvq_layers.layers.common.representation import call_repr
 
 
 class RelativeBias(nn.Module):
@@ -61,7 +61,7 @@ class SimpleRelativeBias(RelativeBias):
         return self.rel_pos_bias[self.max_positions - length : self.max_positions + length - 1]
 
     def extra_repr(self) -> str:
-        return _inputs.call_repr((self.max_positions,))
+        return call_repr((self.max_positions,))
 
 
 class RotaryRelativeBias(RelativeBias):
@@ -109,7 +109,7 @@ class RotaryRelativeBias(RelativeBias):
         return (angle.cos() * even + angle.sin() * odd).sum(-1)
 
     def extra_repr(self) -> str:
-        return _inputs.call_repr((self.dim,))
+        return call_repr((self.dim,))
 
 
 def make_relative_bias(

@@ -6,8 +6,11 @@ from torch import Tensor, nn
 
 from longvq_layers import _checks as check
 from longvq_layers import ops
-from longvq_layers.layers import _inputs, _steps
-from longvq_layers.layers.codebook_attention import CodebookAttention
+from longvq_layers.layers.attention.codebook_attention import CodebookAttention
+from longvq_layers.layers.common import input_checks
+from longvq_layers.layers.common.padding import zero_padding
+from longvq_layers.layers.common.representation import call_repr
+from longvq_layers.layers.streaming import step_checks
 
 
 class VQAttention(nn.Module):
@@ -131,14 +134,14 @@ class VQAttention(nn.Module):
         Returns:
             (B, L, embed_dim); exactly 0 at masked positions, also where the output projection has a bias.
         """
-        _inputs.sequence("VQAttention", "x", x, self.embed_dim, self.q_proj.weight, key_padding_mask)
-        _inputs.packed("VQAttention", "x", x, cu_seqlens)
+        input_checks.sequence("VQAttention", "x", x, self.embed_dim, self.q_proj.weight, key_padding_mask)
+        input_checks.packed("VQAttention", "x", x, cu_seqlens)
         # Nobody has to fill padding with numbers: NaN there would reach the gradients of the projections as 0 · NaN.
-        x = _inputs.zero_padding(x, key_padding_mask)
+        x = zero_padding(x, key_padding_mask)
         q, k, v = self._project(x)
         out = self.attention(q, k, v, key_padding_mask, cu_seqlens=cu_seqlens)
         y = self.dropout(self.out_proj(rearrange(out, "b h l d -> b l (h d)")))
-        return _inputs.zero_padding(y, key_padding_mask)
+        return zero_padding(y, key_padding_mask)
 
     def initial_state(self, batch: int) -> ops.VQAttentionState:
         """The state of `batch` empty sequences, for `step`; causal only (NotImplementedError otherwise)."""
@@ -168,13 +171,13 @@ class VQAttention(nn.Module):
         """
         name = "VQAttention.step"
         if isinstance(x, Tensor) and x.dim() == 2:
-            y, state = self.step(x.unsqueeze(1), state, _steps.mask_of_token(name, key_padding_mask))
+            y, state = self.step(x.unsqueeze(1), state, step_checks.mask_of_token(name, key_padding_mask))
             return y.squeeze(1), state
-        _inputs.sequence(name, "x", x, self.embed_dim, self.q_proj.weight, key_padding_mask)
-        x = _inputs.zero_padding(x, key_padding_mask)
+        input_checks.sequence(name, "x", x, self.embed_dim, self.q_proj.weight, key_padding_mask)
+        x = zero_padding(x, key_padding_mask)
         out = self.attention.step(*self._project(x), state, key_padding_mask)
         y = self.out_proj(rearrange(out, "b h l d -> b l (h d)"))
-        return _inputs.zero_padding(y, key_padding_mask), state
+        return zero_padding(y, key_padding_mask), state
 
     def _project(self, x: Tensor) -> tuple[Tensor, ...]:
         """Queries, keys and values (B, heads, L, D) of x (B, L, embed_dim)."""
@@ -185,7 +188,7 @@ class VQAttention(nn.Module):
 
     def extra_repr(self) -> str:
         core = self.attention
-        return _inputs.call_repr(
+        return call_repr(
             (self.embed_dim, self.num_heads),
             num_kv_heads=self.num_kv_heads,
             num_codes=core.num_codes,

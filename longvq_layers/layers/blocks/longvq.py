@@ -8,16 +8,19 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from longvq_layers import _checks as check
-from longvq_layers.layers import _inputs, _steps
-from longvq_layers.layers._pieces import advance
-from longvq_layers.layers._pointwise import gated_residual, silu_product
-from longvq_layers.layers.codebook_attention import CodebookAttention
-from longvq_layers.layers.dense_attention import DenseAttention
-from longvq_layers.layers.ema import DampedEMA
-from longvq_layers.layers.feed_forward import ACTIVATIONS, FeedForward, make_dropout
-from longvq_layers.layers.longvq_state import LongVQState
-from longvq_layers.layers.norm import make_norm
-from longvq_layers.layers.ssm import DiagonalSSM
+from longvq_layers.layers.attention.codebook_attention import CodebookAttention
+from longvq_layers.layers.attention.dense import DenseAttention
+from longvq_layers.layers.common import input_checks
+from longvq_layers.layers.common.padding import zero_padding
+from longvq_layers.layers.common.representation import call_repr
+from longvq_layers.layers.parts.feed_forward import ACTIVATIONS, FeedForward, make_dropout
+from longvq_layers.layers.parts.norm import make_norm
+from longvq_layers.layers.parts.pointwise import gated_residual, silu_product
+from longvq_layers.layers.ssm.advance import advance
+from longvq_layers.layers.ssm.diagonal import DiagonalSSM
+from longvq_layers.layers.ssm.ema import DampedEMA
+from longvq_layers.layers.streaming import step_checks
+from longvq_layers.layers.streaming.states import LongVQState
 
 
 class LongVQBlock(nn.Module):
@@ -59,7 +62,7 @@ class LongVQBlock(nn.Module):
         dropout_type: "element" (default), or "feature" for whole channels of a sequence.
         activation: of the attention, "softmax" (default) or "laplace".
         norm: where, "pre" (default) or "post".
-        norm_type: which, "layer" (default), "rms", "scale" or "batch", see `layers/norm.py`.
+        norm_type: which, "layer" (default), "rms", "scale" or "batch", see `layers/parts/norm.py`.
         local_keys: "quantized" (default) or "exact", see `ops.vq_attention`.
         key_grad: "cluster" (default) or "window", see `ops.vq_attention`.
         commitment: β of the commitment loss, default 1e-4.
@@ -220,8 +223,8 @@ class LongVQBlock(nn.Module):
         Returns:
             (B, L, d_model), exactly 0 at masked positions.
         """
-        _inputs.sequence("LongVQBlock", "x", x, self.d_model, self.q_proj.weight, key_padding_mask)
-        _inputs.packed("LongVQBlock", "x", x, cu_seqlens)
+        input_checks.sequence("LongVQBlock", "x", x, self.d_model, self.q_proj.weight, key_padding_mask)
+        input_checks.packed("LongVQBlock", "x", x, cu_seqlens)
 
         def remember(u: Tensor) -> Tensor:
             return self.ssm(u, key_padding_mask, cu_seqlens=cu_seqlens)
@@ -260,13 +263,13 @@ class LongVQBlock(nn.Module):
         """
         name = "LongVQBlock.step"
         if isinstance(x, Tensor) and x.dim() == 2:
-            y, state = self.step(x.unsqueeze(1), state, _steps.mask_of_token(name, key_padding_mask))
+            y, state = self.step(x.unsqueeze(1), state, step_checks.mask_of_token(name, key_padding_mask))
             return y.squeeze(1), state
         self._check_streams(name)
-        _inputs.sequence(name, "x", x, self.d_model, self.q_proj.weight, key_padding_mask)
-        _steps.inference(name, self, x)
-        _steps.state_type(name, state, LongVQState)
-        _steps.rows(name, x, state.memory)
+        input_checks.sequence(name, "x", x, self.d_model, self.q_proj.weight, key_padding_mask)
+        step_checks.inference(name, self, x)
+        step_checks.state_type(name, state, LongVQState)
+        step_checks.rows(name, x, state.memory)
         after = state.memory
 
         def remember(u: Tensor) -> Tensor:
@@ -290,14 +293,14 @@ class LongVQBlock(nn.Module):
     ) -> Tensor:
         """The equations, given the SSM and the attention as functions: of whole sequences, or of the next piece."""
         # Nobody has to fill padding with numbers: NaN there would reach the gradients of the projections as 0 · NaN.
-        x = _inputs.zero_padding(x, key_padding_mask)
+        x = zero_padding(x, key_padding_mask)
         if self.norm == "pre":
             y = self._gated_attention(x, self.norm1(x, key_padding_mask), remember, attend)
         else:
             y = self.norm1(self._gated_attention(x, x, remember, attend), key_padding_mask)
         if self.ffn is not None:
             y = self._keep_inputs(self._feed_forward, y, key_padding_mask)
-        return _inputs.zero_padding(y, key_padding_mask)
+        return zero_padding(y, key_padding_mask)
 
     def _gated_attention(self, x: Tensor, normed: Tensor, remember: Callable, attend: Callable) -> Tensor:
         silu = nn.functional.silu
@@ -334,7 +337,7 @@ class LongVQBlock(nn.Module):
         return part(*inputs)
 
     def _check_streams(self, name: str) -> None:
-        _steps.causal(name, self.causal)
+        step_checks.causal(name, self.causal)
         if self.num_codes is None:
             raise NotImplementedError(
                 f"{name}: attention without quantisation (num_codes=None) needs every past key, which no state of "
@@ -342,7 +345,7 @@ class LongVQBlock(nn.Module):
             )
 
     def extra_repr(self) -> str:
-        return _inputs.call_repr(
+        return call_repr(
             (self.d_model,),
             num_heads=self.num_heads,
             num_codes=self.num_codes,

@@ -6,14 +6,18 @@ import torch
 from torch import Tensor, nn
 
 from longvq_layers import _checks as check
-from longvq_layers.layers import _inputs, _steps, mega_checkpoint
-from longvq_layers.layers._pieces import advance
-from longvq_layers.layers.ema import DampedEMA
-from longvq_layers.layers.feed_forward import FeedForward, make_dropout
-from longvq_layers.layers.gated_attention import GatedAttention
-from longvq_layers.layers.mega_state import MegaState
-from longvq_layers.layers.mega_step import attention_step
-from longvq_layers.layers.norm import make_norm
+from longvq_layers.layers.attention.chunk_step import attention_step
+from longvq_layers.layers.attention.gated import GatedAttention
+from longvq_layers.layers.common import input_checks
+from longvq_layers.layers.common.padding import zero_padding
+from longvq_layers.layers.common.representation import call_repr
+from longvq_layers.layers.parts.feed_forward import FeedForward, make_dropout
+from longvq_layers.layers.parts.norm import make_norm
+from longvq_layers.layers.published import mega as published_mega
+from longvq_layers.layers.ssm.advance import advance
+from longvq_layers.layers.ssm.ema import DampedEMA
+from longvq_layers.layers.streaming import step_checks
+from longvq_layers.layers.streaming.states import MegaState
 
 _NORM_EPS = 1e-5  # of every norm type, as published
 
@@ -172,10 +176,10 @@ class MegaBlock(nn.Module):
         Returns:
             (B, L, d_model), exactly 0 at masked positions.
         """
-        _inputs.sequence("MegaBlock", "x", x, self.d_model, self.v_proj.weight, key_padding_mask)
-        _inputs.packed("MegaBlock", "x", x, cu_seqlens)
+        input_checks.sequence("MegaBlock", "x", x, self.d_model, self.v_proj.weight, key_padding_mask)
+        input_checks.packed("MegaBlock", "x", x, cu_seqlens)
         # Nobody has to fill padding with numbers: NaN there would reach the gradients of the projections as 0 · NaN.
-        x = _inputs.zero_padding(x, key_padding_mask)
+        x = zero_padding(x, key_padding_mask)
         normed = self.norm1(x, key_padding_mask) if self.norm == "pre" else x
         m = self.ema(normed, key_padding_mask, cu_seqlens=cu_seqlens)
         q, k, v, gates = self._project(normed, m)
@@ -217,15 +221,15 @@ class MegaBlock(nn.Module):
         """
         name = "MegaBlock.step"
         if isinstance(x, Tensor) and x.dim() == 2:
-            y, state = self.step(x.unsqueeze(1), state, _steps.mask_of_token(name, key_padding_mask))
+            y, state = self.step(x.unsqueeze(1), state, step_checks.mask_of_token(name, key_padding_mask))
             return y.squeeze(1), state
         self._check_streams(name)
-        _inputs.sequence(name, "x", x, self.d_model, self.v_proj.weight, key_padding_mask)
-        _steps.inference(name, self, x)
-        _steps.state_type(name, state, MegaState)
+        input_checks.sequence(name, "x", x, self.d_model, self.v_proj.weight, key_padding_mask)
+        step_checks.inference(name, self, x)
+        step_checks.state_type(name, state, MegaState)
         check.size(name, "state.keys", state.keys, (x.shape[0], self.attention.chunk, self.d_attn), "B chunk d_attn")
         check.same_device(name, "x", x, state=state.lengths)
-        x = _inputs.zero_padding(x, key_padding_mask)
+        x = zero_padding(x, key_padding_mask)
         if not x.numel():
             return x, state
         normed = self.norm1(x, key_padding_mask) if self.norm == "pre" else x
@@ -278,7 +282,7 @@ class MegaBlock(nn.Module):
 
         Source: fairseq/modules/moving_average_gated_attention.py and normalized_feedforward_network.py there.
         """
-        sizes, values = mega_checkpoint.read_published(state_dict, prefix, chunk)
+        sizes, values = published_mega.read_published(state_dict, prefix, chunk)
         weight = values["v_proj.weight"]
         block = cls(
             **sizes,
@@ -319,10 +323,10 @@ class MegaBlock(nn.Module):
             y = y + self.ffn(self.norm2(y, key_padding_mask))
         elif self.ffn is not None:
             y = self.norm2(y + self.ffn(y), key_padding_mask)
-        return _inputs.zero_padding(y, key_padding_mask)
+        return zero_padding(y, key_padding_mask)
 
     def _check_streams(self, name: str) -> None:
-        _steps.causal(name, self.attention.causal)
+        step_checks.causal(name, self.attention.causal)
         if self.attention.chunk is None:
             raise NotImplementedError(
                 f"{name}: attention over all positions (chunk=None) needs every key of the past, which no state of "
@@ -331,7 +335,7 @@ class MegaBlock(nn.Module):
 
     def extra_repr(self) -> str:
         core = self.attention
-        return _inputs.call_repr(
+        return call_repr(
             (self.d_model,),
             d_attn=self.d_attn,
             d_value=self.d_value,

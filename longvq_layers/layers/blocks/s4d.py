@@ -1,29 +1,19 @@
 """A residual block around `S4DLayer`: what a model of state space models alone is made of."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from longvq_layers import _checks as check
-from longvq_layers.layers import _inputs, _steps
-from longvq_layers.layers._pieces import advance
-from longvq_layers.layers.feed_forward import FeedForward, make_dropout
-from longvq_layers.layers.norm import make_norm
-from longvq_layers.layers.s4d import S4DLayer
-from longvq_layers.ops._state import State
-
-
-@dataclass(eq=False, repr=False)
-class S4DState(State):
-    """The past of a batch of sequences, made by `S4DBlock.initial_state`; its size doesn't grow with the length.
-
-    Attributes:
-        memory: state of the SSM, (B, d_model, N) complex.
-    """
-
-    memory: Tensor
+from longvq_layers.layers.common import input_checks
+from longvq_layers.layers.common.padding import zero_padding
+from longvq_layers.layers.parts.feed_forward import FeedForward, make_dropout
+from longvq_layers.layers.parts.norm import make_norm
+from longvq_layers.layers.ssm.advance import advance
+from longvq_layers.layers.ssm.s4d import S4DLayer
+from longvq_layers.layers.streaming import step_checks
+from longvq_layers.layers.streaming.states import S4DState
 
 
 class S4DBlock(nn.Module):
@@ -99,7 +89,7 @@ class S4DBlock(nn.Module):
 
     def forward(self, x: Tensor, key_padding_mask: Tensor | None = None, *, cu_seqlens: Tensor | None = None) -> Tensor:
         """x (B, L, d_model) -> the same shape, 0 at masked positions; mask and `cu_seqlens` as in `S4DLayer`."""
-        _inputs.sequence("S4DBlock", "x", x, self.d_model, self.mixer.out_proj.weight, key_padding_mask)
+        input_checks.sequence("S4DBlock", "x", x, self.d_model, self.mixer.out_proj.weight, key_padding_mask)
 
         def mix(u: Tensor) -> Tensor:
             return self.mixer(u, key_padding_mask, cu_seqlens=cu_seqlens)
@@ -108,7 +98,7 @@ class S4DBlock(nn.Module):
 
     def initial_state(self, batch: int) -> S4DState:
         """The state of `batch` empty sequences, of constant size, for `step`; NotImplementedError unless causal."""
-        _steps.causal("S4DBlock.initial_state", self.causal)
+        step_checks.causal("S4DBlock.initial_state", self.causal)
         return S4DState(self.mixer.initial_state(batch))
 
     def step(self, x: Tensor, state: S4DState, key_padding_mask: Tensor | None = None) -> tuple[Tensor, S4DState]:
@@ -133,14 +123,14 @@ class S4DBlock(nn.Module):
         """
         name = "S4DBlock.step"
         if isinstance(x, Tensor) and x.dim() == 2:
-            y, state = self.step(x.unsqueeze(1), state, _steps.mask_of_token(name, key_padding_mask))
+            y, state = self.step(x.unsqueeze(1), state, step_checks.mask_of_token(name, key_padding_mask))
             return y.squeeze(1), state
-        _steps.causal(name, self.causal)
-        _inputs.sequence(name, "x", x, self.d_model, self.mixer.out_proj.weight, key_padding_mask)
-        _steps.eval_mode(name, self)  # gradients may pass: the state isn't modified
+        step_checks.causal(name, self.causal)
+        input_checks.sequence(name, "x", x, self.d_model, self.mixer.out_proj.weight, key_padding_mask)
+        step_checks.eval_mode(name, self)  # gradients may pass: the state isn't modified
         if not isinstance(state, S4DState):
             raise TypeError(f"{name}: state must be an S4DState, from initial_state, got {type(state).__name__}")
-        _steps.rows(name, x, state.memory)
+        step_checks.rows(name, x, state.memory)
         after = state.memory
 
         def mix(u: Tensor) -> Tensor:
@@ -152,11 +142,11 @@ class S4DBlock(nn.Module):
 
     def _run(self, x: Tensor, key_padding_mask: Tensor | None, mix: Callable[[Tensor], Tensor]) -> Tensor:
         """The equations, given the S4D layer as a function: of whole sequences, or of the next piece."""
-        x = _inputs.zero_padding(x, key_padding_mask)
+        x = zero_padding(x, key_padding_mask)
         y = x + self.dropout(mix(self.norm1(x, key_padding_mask)))
         if self.ffn is not None:
             y = y + self.ffn(self.norm2(y, key_padding_mask))
-        return _inputs.zero_padding(y, key_padding_mask)
+        return zero_padding(y, key_padding_mask)
 
     def extra_repr(self) -> str:
         return f"{self.d_model}, causal={self.causal}"

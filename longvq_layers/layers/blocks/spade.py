@@ -6,14 +6,17 @@ import torch
 from torch import Tensor, nn
 
 from longvq_layers import _checks as check
-from longvq_layers.layers import _inputs, _steps
-from longvq_layers.layers._pieces import advance
-from longvq_layers.layers.cross_attention import CrossAttention
-from longvq_layers.layers.feed_forward import FeedForward, make_dropout
-from longvq_layers.layers.local_attention import LocalAttention
-from longvq_layers.layers.norm import make_norm
-from longvq_layers.layers.spade_state import SPADEState
-from longvq_layers.layers.ssm import DiagonalSSM
+from longvq_layers.layers.attention.cross import CrossAttention
+from longvq_layers.layers.attention.local import LocalAttention
+from longvq_layers.layers.common import input_checks
+from longvq_layers.layers.common.padding import zero_padding
+from longvq_layers.layers.common.representation import call_repr
+from longvq_layers.layers.parts.feed_forward import FeedForward, make_dropout
+from longvq_layers.layers.parts.norm import make_norm
+from longvq_layers.layers.ssm.advance import advance
+from longvq_layers.layers.ssm.diagonal import DiagonalSSM
+from longvq_layers.layers.streaming import step_checks
+from longvq_layers.layers.streaming.states import SPADEState
 
 COMBINE = ("concat", "add", "stack")
 
@@ -169,8 +172,8 @@ class SPADEBlock(nn.Module):
             (B, L, d_model), exactly 0 at masked positions.
         """
         name = "SPADEBlock"
-        _inputs.sequence(name, "x", x, self.d_model, self.local.q_proj.weight, key_padding_mask)
-        _inputs.packed(name, "x", x, cu_seqlens)
+        input_checks.sequence(name, "x", x, self.d_model, self.local.q_proj.weight, key_padding_mask)
+        input_checks.packed(name, "x", x, cu_seqlens)
         self._check_memory(name, memory, memory_key_padding_mask)
 
         def cross(y: Tensor) -> Tensor:
@@ -196,8 +199,8 @@ class SPADEBlock(nn.Module):
             memory_key_padding_mask: (B, M) bool, True = ignore. Default none.
         """
         name = "SPADEBlock.initial_state"
-        _steps.causal(name, self.causal)
-        _steps.batch(name, batch)
+        step_checks.causal(name, self.causal)
+        step_checks.batch(name, batch)
         self._check_memory(name, memory, memory_key_padding_mask)
         ssm = None if self.ssm is None else self.ssm.initial_state(batch, self.local.q_proj.weight.dtype)
         state = SPADEState(self.local.initial_state(batch), ssm)
@@ -229,12 +232,12 @@ class SPADEBlock(nn.Module):
         """
         name = "SPADEBlock.step"
         if isinstance(x, Tensor) and x.dim() == 2:
-            y, state = self.step(x.unsqueeze(1), state, _steps.mask_of_token(name, key_padding_mask))
+            y, state = self.step(x.unsqueeze(1), state, step_checks.mask_of_token(name, key_padding_mask))
             return y.squeeze(1), state
-        _steps.causal(name, self.causal)
-        _inputs.sequence(name, "x", x, self.d_model, self.local.q_proj.weight, key_padding_mask)
-        _steps.inference(name, self, x)
-        _steps.state_type(name, state, SPADEState)
+        step_checks.causal(name, self.causal)
+        input_checks.sequence(name, "x", x, self.d_model, self.local.q_proj.weight, key_padding_mask)
+        step_checks.inference(name, self, x)
+        step_checks.state_type(name, state, SPADEState)
         self._check_state(name, x, state)
 
         def ssm(u: Tensor) -> Tensor:
@@ -260,7 +263,7 @@ class SPADEBlock(nn.Module):
     ) -> Tensor:
         """The block, whatever its parts need to know besides their input (B, L, d_model)."""
         # Nobody has to fill padding with numbers: NaN there would reach the gradients of the projections as 0 · NaN.
-        x = _inputs.zero_padding(x, mask)
+        x = zero_padding(x, mask)
         if self.norm == "pre":
             y = x + self.dropout(self._mix(self.norm1(x, mask), mask, ssm, local))
             if self.cross is not None:
@@ -271,7 +274,7 @@ class SPADEBlock(nn.Module):
             if self.cross is not None:
                 y = self.norm3(y + self.dropout(cross(y)), mask)
             y = self.norm2(y + self.ffn(y), mask)
-        return _inputs.zero_padding(y, mask)
+        return zero_padding(y, mask)
 
     def _mix(
         self, x: Tensor, mask: Tensor | None, ssm: Callable[[Tensor], Tensor], local: Callable[[Tensor], Tensor]
@@ -311,7 +314,7 @@ class SPADEBlock(nn.Module):
             check.size(name, "state.memory_keys", state.memory_keys, expected, "B H M D")
 
     def extra_repr(self) -> str:
-        return _inputs.call_repr(
+        return call_repr(
             (self.d_model, self.num_heads),
             global_ssm=self.ssm is not None,
             combine=self.combine,

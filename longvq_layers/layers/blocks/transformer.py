@@ -5,9 +5,10 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from longvq_layers import _checks as check
-from longvq_layers.layers import _inputs
-from longvq_layers.layers.feed_forward import FeedForward, make_dropout
-from longvq_layers.layers.norm import make_norm
+from longvq_layers.layers.common import input_checks
+from longvq_layers.layers.common.padding import zero_padding
+from longvq_layers.layers.parts.feed_forward import FeedForward, make_dropout
+from longvq_layers.layers.parts.norm import make_norm
 
 
 class TransformerBlock(nn.Module):
@@ -84,8 +85,8 @@ class TransformerBlock(nn.Module):
 
     def forward(self, x: Tensor, key_padding_mask: Tensor | None = None) -> Tensor:
         """x (B, L, d_model) -> the same shape, 0 where key_padding_mask (B, L) is True."""
-        _inputs.sequence("TransformerBlock", "x", x, self.d_model, self.out_proj.weight, key_padding_mask)
-        x = _inputs.zero_padding(x, key_padding_mask)
+        input_checks.sequence("TransformerBlock", "x", x, self.d_model, self.out_proj.weight, key_padding_mask)
+        x = zero_padding(x, key_padding_mask)
         qkv = rearrange(
             self.qkv_proj(self.norm1(x, key_padding_mask)), "b l (n h d) -> n b h l d", n=3, h=self.num_heads
         )
@@ -96,7 +97,7 @@ class TransformerBlock(nn.Module):
         )
         y = x + self.dropout(self.out_proj(rearrange(out, "b h l d -> b l (h d)")))
         y = y + self.ffn(self.norm2(y, key_padding_mask))
-        return _inputs.zero_padding(y, key_padding_mask)
+        return zero_padding(y, key_padding_mask)
 
     def _allowed(self, x: Tensor, key_padding_mask: Tensor | None) -> Tensor | None:
         """(B, 1, L or 1, L) bool, True = attend; None where causality alone decides."""

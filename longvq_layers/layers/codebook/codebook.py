@@ -5,11 +5,12 @@ from torch import Tensor
 
 from longvq_layers import _checks as check
 from longvq_layers import ops
-from longvq_layers.layers import _inputs, codebook_checkpoint
-from longvq_layers.layers._context import no_autocast, recomputing
-from longvq_layers.layers._distributed import Group
-from longvq_layers.layers._kmeans import code_sums, draw, kmeans, pick, spread
-from longvq_layers.layers._precision import KeepsFloat32, storage_dtype
+from longvq_layers.layers.codebook.distributed import Group
+from longvq_layers.layers.codebook.kmeans import code_sums, draw, kmeans, pick, spread
+from longvq_layers.layers.codebook.state_dict import complete_entries, refuse_damaged
+from longvq_layers.layers.common.context import no_autocast, recomputing
+from longvq_layers.layers.common.precision import KeepsFloat32, storage_dtype
+from longvq_layers.layers.common.representation import call_repr
 
 _SEED = 0x10C0DE
 _START_KEYS_PER_CODE = 64  # keys per code that the k-means start looks at; more only cost time
@@ -215,7 +216,7 @@ class Codebook(KeepsFloat32):
         return self.ema_error / self.ema_energy
 
     def extra_repr(self) -> str:
-        return _inputs.call_repr(
+        return call_repr(
             (self.num_heads, self.num_codes, self.dim),
             decay=self.decay,
             revive_after=self.revive_after,
@@ -332,8 +333,8 @@ class Codebook(KeepsFloat32):
             check.same_device("Codebook", "k", k, key_padding_mask=key_padding_mask)
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors) -> None:
-        codebook_checkpoint.complete(state_dict, prefix, local_metadata.get("version"))
-        codebook_checkpoint.refuse_damaged(state_dict, prefix)
+        complete_entries(state_dict, prefix, local_metadata.get("version"))
+        refuse_damaged(state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
         flag = state_dict.get(prefix + "initialized")
         if flag is not None and flag.device.type != "meta":

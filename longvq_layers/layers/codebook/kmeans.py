@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from longvq_layers import ops
-from longvq_layers.layers._context import no_autocast
+from longvq_layers.layers.common.context import no_autocast
 
 _START_KEYS_PER_CODE = 16  # the start draws from that many keys per code; it is sequential in the codes, so keys cost
 _START_KEYS_AT_LEAST = 4096  # time, and Lloyd then sees them all

@@ -5,7 +5,7 @@ import torch
 _LEARNT = ("ema_sum", "ema_count", "ema_error", "ema_energy", "idle", "steps", "initialized")
 
 
-def complete(state_dict: dict, prefix: str, version: int | None) -> None:
+def complete_entries(state_dict: dict, prefix: str, version: int | None) -> None:
     """Bring older or foreign entries to `Codebook._version`; a bare table of codes becomes an initialised codebook."""
     table = state_dict.get(prefix + "embedding")
     if version is not None or table is None or any(prefix + name in state_dict for name in _LEARNT):

@@ -39,13 +39,3 @@ def packed(layer: str, name: str, x: Tensor, cu_seqlens: object, axis: int = 1) 
     """`cu_seqlens` is None or the offsets of documents packed into the one row of x, whose length is that of `axis`."""
     if cu_seqlens is not None:
         check.cu_seqlens(layer, name, x, cu_seqlens, axis)
-
-
-def zero_padding(y: Tensor, mask: Tensor | None) -> Tensor:
-    """y (B, L, ...) with exact zeros where mask (B, L) is True."""
-    return y if mask is None else y.masked_fill(mask.unsqueeze(-1), 0)
-
-
-def call_repr(positional: tuple, **keywords: object) -> str:
-    """The arguments of a call as Python would read them back."""
-    return ", ".join([repr(value) for value in positional] + [f"{name}={value!r}" for name, value in keywords.items()])

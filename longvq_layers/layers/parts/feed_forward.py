@@ -4,8 +4,8 @@ import torch
 from torch import Tensor, nn
 
 from longvq_layers import _checks as check
-from longvq_layers.layers import _inputs
-from longvq_layers.layers._pointwise import silu_product
+from longvq_layers.layers.common.representation import call_repr
+from longvq_layers.layers.parts.pointwise import silu_product
 
 ACTIVATIONS = {"silu": nn.functional.silu, "gelu": nn.functional.gelu, "relu": nn.functional.relu}
 
@@ -107,7 +107,7 @@ class FeedForward(nn.Module):
         return self.dropout(self.down(self.hidden_dropout(hidden)))
 
     def extra_repr(self) -> str:
-        return _inputs.call_repr(
+        return call_repr(
             (self.d_model, self.d_ff),
             activation=self.activation,
             glu=self.glu,

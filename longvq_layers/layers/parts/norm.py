@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from longvq_layers import _checks as check
-from longvq_layers.layers._context import recomputing
-from longvq_layers.layers._precision import KeepsFloat32, storage_dtype
+from longvq_layers.layers.common.context import recomputing
+from longvq_layers.layers.common.precision import KeepsFloat32, storage_dtype
 
 
 class LayerNorm(nn.LayerNorm):

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from longvq_layers.layers import _published
+from longvq_layers.layers.published import reader
 
 _CALLER = "MegaBlock.from_published"
 
@@ -57,13 +57,13 @@ def read_published(
 
     See `MegaBlock.from_published`.
     """
-    given = _published.entries(_CALLER, state_dict, prefix)
+    given = reader.entries(_CALLER, state_dict, prefix)
     bias = "rotary" if "mega_layer.rel_pos_bias.alpha" in given else "simple"
     norm_type = _norm_type(given)
     layout = _MEGA | _BIAS[bias] | _norm_layout("mega_layer", "norm1", norm_type)
     if any(key.startswith("nffn.") for key in given):
         layout |= _FEED_FORWARD | _norm_layout("nffn", "norm2", norm_type)
-    sizes, values = _published.read(_CALLER, "a Mega layer", given, prefix, layout, _sizes, _IGNORED)
+    sizes, values = reader.read(_CALLER, "a Mega layer", given, prefix, layout, _sizes, _IGNORED)
     if bias == "simple" and chunk is not None and chunk != sizes["M"]:
         raise ValueError(
             f"{_CALLER}: chunk must be {sizes['M']}, the positions that {prefix}mega_layer.rel_pos_bias.rel_pos_bias "

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from longvq_layers.layers import _published
+from longvq_layers.layers.published import reader
 
 # key there -> key in `S4DLayer`, shape there
 _MINIMAL = {
@@ -21,8 +21,8 @@ _MINIMAL = {
 def read_minimal(state_dict: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     """The tensors of `state_dict` under `prefix`, by the keys of `S4DLayer`. See `S4DLayer.from_minimal`."""
     caller = "S4DLayer.from_minimal"
-    given = _published.entries(caller, state_dict, prefix)
-    _, values = _published.read(caller, "the minimal S4D layer", given, prefix, _MINIMAL, _sizes)
+    given = reader.entries(caller, state_dict, prefix)
+    _, values = reader.read(caller, "the minimal S4D layer", given, prefix, _MINIMAL, _sizes)
     values["out_proj.weight"] = values["out_proj.weight"].squeeze(-1)  # a convolution of width 1 is a linear layer
     return values
 

@@ -9,9 +9,11 @@ from torch import Tensor, nn
 
 from longvq_layers import _checks as check
 from longvq_layers import ops
-from longvq_layers.layers import _inputs, _scan, _steps
-from longvq_layers.layers._context import no_autocast
-from longvq_layers.layers._precision import KeepsFloat32, storage_dtype
+from longvq_layers.layers.common.context import no_autocast
+from longvq_layers.layers.common.precision import KeepsFloat32, storage_dtype
+from longvq_layers.layers.common.representation import call_repr
+from longvq_layers.layers.ssm import scan
+from longvq_layers.layers.streaming import step_checks
 from longvq_layers.ops._dispatch import BACKENDS
 
 TRAINABLE = {"A": ("log_A_real", "A_imag"), "B": ("B",), "dt": ("log_dt",)}  # what `trained` may name
@@ -175,13 +177,13 @@ class DiagonalSSM(KeepsFloat32):
             ValueError, TypeError: wrong shapes or dtypes, a `rate` that is no finite number above 0.
             NotImplementedError: a state asked of a bidirectional model, whose outputs depend on the future.
         """
-        _scan.inputs("DiagonalSSM", u, self.channels, key_padding_mask, cu_seqlens)
+        scan.inputs("DiagonalSSM", u, self.channels, key_padding_mask, cu_seqlens)
         if initial_state is not None or return_state:
             self._need_causal("initial_state and return_state need")
         _check_rate(rate)
         self._forget_step()
-        log_decay, weight, skip = self.discrete(_scan.arithmetic(u.dtype), rate)
-        return _scan.scan(
+        log_decay, weight, skip = self.discrete(scan.arithmetic(u.dtype), rate)
+        return scan.scan(
             u,
             (log_decay, log_decay),
             weight,
@@ -195,7 +197,7 @@ class DiagonalSSM(KeepsFloat32):
 
     def initial_state(self, batch: int, dtype: torch.dtype = torch.float32) -> Tensor:
         """The zero state (batch, H, N), complex; `dtype` float64 for float64 inputs."""
-        _steps.batch("DiagonalSSM.initial_state", batch)
+        step_checks.batch("DiagonalSSM.initial_state", batch)
         self._forget_step()
         complex_dtype = torch.complex128 if dtype == torch.float64 else torch.complex64
         shape = (batch, self.channels, self.d_state // 2)
@@ -226,7 +228,7 @@ class DiagonalSSM(KeepsFloat32):
             check.tensor("DiagonalSSM.step", "u", u, "B H")
             check.size("DiagonalSSM.step", "u", u, (u.shape[0], self.channels), "B H")
         _check_rate(rate)
-        decay, weight, skip = self._discrete_step(_scan.arithmetic(u.dtype), rate)
+        decay, weight, skip = self._discrete_step(scan.arithmetic(u.dtype), rate)
         return ops.ssm_step(u, decay, weight, state, skip=skip, backend=self.backend)
 
     def _discrete_step(self, dtype: torch.dtype, rate: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -278,7 +280,7 @@ class DiagonalSSM(KeepsFloat32):
             )
 
     def extra_repr(self) -> str:
-        return _inputs.call_repr(
+        return call_repr(
             (self.channels,),
             d_state=self.d_state,
             causal=self.causal,

@@ -7,9 +7,11 @@ from torch import Tensor, nn
 
 from longvq_layers import _checks as check
 from longvq_layers import ops
-from longvq_layers.layers import _inputs, _scan, _steps
-from longvq_layers.layers._context import no_autocast
-from longvq_layers.layers._precision import KeepsFloat32, storage_dtype
+from longvq_layers.layers.common.context import no_autocast
+from longvq_layers.layers.common.precision import KeepsFloat32, storage_dtype
+from longvq_layers.layers.common.representation import call_repr
+from longvq_layers.layers.ssm import scan
+from longvq_layers.layers.streaming import step_checks
 from longvq_layers.ops._dispatch import BACKENDS
 
 
@@ -124,11 +126,11 @@ class DampedEMA(KeepsFloat32):
             ValueError, TypeError: wrong shapes or dtypes.
             NotImplementedError: a state asked of a bidirectional average, whose outputs depend on the future.
         """
-        _scan.inputs("DampedEMA", u, self.channels, key_padding_mask, cu_seqlens)
+        scan.inputs("DampedEMA", u, self.channels, key_padding_mask, cu_seqlens)
         if initial_state is not None or return_state:
             self._need_causal("initial_state and return_state need")
-        log_decay, weight, skip = self.discrete(_scan.arithmetic(u.dtype))
-        return _scan.scan(
+        log_decay, weight, skip = self.discrete(scan.arithmetic(u.dtype))
+        return scan.scan(
             u,
             log_decay,
             weight,
@@ -142,8 +144,8 @@ class DampedEMA(KeepsFloat32):
 
     def initial_state(self, batch: int, dtype: torch.dtype = torch.float32) -> Tensor:
         """The zero state (batch, H, N), float32; with `dtype` float64, for float64 inputs, float64."""
-        _steps.batch("DampedEMA.initial_state", batch)
-        return torch.zeros(batch, self.channels, self.ndim, dtype=_scan.arithmetic(dtype), device=self.delta.device)
+        step_checks.batch("DampedEMA.initial_state", batch)
+        return torch.zeros(batch, self.channels, self.ndim, dtype=scan.arithmetic(dtype), device=self.delta.device)
 
     def step(self, u: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
         """One position, the same numbers as `forward` up to rounding.
@@ -163,7 +165,7 @@ class DampedEMA(KeepsFloat32):
         check.tensor("DampedEMA.step", "u", u, "B H")
         check.real("DampedEMA.step", "u", u)
         check.size("DampedEMA.step", "u", u, (u.shape[0], self.channels), "B H")
-        log_decay, weight, skip = self.discrete(_scan.arithmetic(u.dtype))
+        log_decay, weight, skip = self.discrete(scan.arithmetic(u.dtype))
         return ops.ssm_step(u, log_decay[0].exp(), weight[0], state, skip=skip, backend=self.backend)
 
     def _need_causal(self, what: str) -> None:
@@ -173,7 +175,7 @@ class DampedEMA(KeepsFloat32):
             )
 
     def extra_repr(self) -> str:
-        return _inputs.call_repr((self.channels,), ndim=self.ndim, causal=self.causal, backend=self.backend)
+        return call_repr((self.channels,), ndim=self.ndim, causal=self.causal, backend=self.backend)
 
 
 def _log_decay(delta: Tensor, alpha: Tensor) -> Tensor:

@@ -6,8 +6,11 @@ import torch
 from torch import Tensor, nn
 
 from longvq_layers import _checks as check
-from longvq_layers.layers import _inputs, s4d_checkpoint
-from longvq_layers.layers.ssm import DiagonalSSM
+from longvq_layers.layers.common import input_checks
+from longvq_layers.layers.common.padding import zero_padding
+from longvq_layers.layers.common.representation import call_repr
+from longvq_layers.layers.published import s4d_minimal
+from longvq_layers.layers.ssm.diagonal import DiagonalSSM
 
 _ACTIVATIONS = {"gelu": nn.GELU, "silu": nn.SiLU, "relu": nn.ReLU, "identity": nn.Identity}
 
@@ -114,12 +117,12 @@ class S4DLayer(nn.Module):
             ValueError, TypeError: a wrong shape, dtype or device, a `rate` that is no finite number above 0.
             NotImplementedError: a state asked of a bidirectional layer, whose outputs depend on the future.
         """
-        _inputs.sequence("S4DLayer", "x", x, self.d_model, self.out_proj.weight, key_padding_mask)
-        _inputs.packed("S4DLayer", "x", x, cu_seqlens)
+        input_checks.sequence("S4DLayer", "x", x, self.d_model, self.out_proj.weight, key_padding_mask)
+        input_checks.packed("S4DLayer", "x", x, cu_seqlens)
         options = {"cu_seqlens": cu_seqlens, "initial_state": initial_state, "return_state": return_state, "rate": rate}
         result = self.ssm(x, key_padding_mask, **options)
         y, state = result if return_state else (result, None)
-        y = _inputs.zero_padding(self._mix_channels(y, self.out_proj), key_padding_mask)
+        y = zero_padding(self._mix_channels(y, self.out_proj), key_padding_mask)
         return (y, state) if return_state else y
 
     def initial_state(self, batch: int) -> Tensor:
@@ -146,7 +149,7 @@ class S4DLayer(nn.Module):
         if getattr(x, "dtype", None) is not weight.dtype:  # the rest is checked by the SSM
             check.tensor("S4DLayer.step", "x", x, "B d_model")
             check.real("S4DLayer.step", "x", x)
-            _inputs.layer_dtype("S4DLayer.step", "x", x, weight)
+            input_checks.layer_dtype("S4DLayer.step", "x", x, weight)
         y, state = self.ssm.step(x, state, rate=rate)
         return self._mix_channels(y, out_proj), state
 
@@ -189,7 +192,7 @@ class S4DLayer(nn.Module):
             >>> layer(torch.randn(2, 50, 4)).shape
             torch.Size([2, 50, 4])
         """
-        values = s4d_checkpoint.read_minimal(state_dict, prefix)
+        values = s4d_minimal.read_minimal(state_dict, prefix)
         weight = values["out_proj.weight"]
         width, modes = values["ssm.A_imag"].shape
         layer = cls(
@@ -211,7 +214,7 @@ class S4DLayer(nn.Module):
 
     def extra_repr(self) -> str:
         ssm = self.ssm
-        return _inputs.call_repr(
+        return call_repr(
             (self.d_model,),
             d_state=ssm.d_state,
             causal=ssm.causal,

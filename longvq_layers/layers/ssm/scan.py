@@ -7,8 +7,8 @@ from torch import Tensor
 
 from longvq_layers import _checks as check
 from longvq_layers import ops
-from longvq_layers.layers import _inputs
-from longvq_layers.layers._context import no_autocast
+from longvq_layers.layers.common import input_checks
+from longvq_layers.layers.common.context import no_autocast
 
 
 def arithmetic(dtype: torch.dtype) -> torch.dtype:
@@ -21,8 +21,8 @@ def inputs(name: str, u: object, channels: int, key_padding_mask: object, cu_seq
     check.tensor(name, "u", u, "B L H")
     check.real(name, "u", u)
     check.size(name, "u", u, (u.shape[0], u.shape[1], channels), "B L H")
-    _inputs.padding(name, key_padding_mask, u)
-    _inputs.packed(name, "u", u, cu_seqlens)
+    input_checks.padding(name, key_padding_mask, u)
+    input_checks.packed(name, "u", u, cu_seqlens)
 
 
 def scan(

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from transformers import Cache
 
-from longvq_layers.models.backbone import BackboneState
+from longvq_layers.layers.streaming.states import BackboneState
 
 
 class LongVQCache(Cache):

@@ -6,8 +6,8 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from longvq_layers import _checks as check
-from longvq_layers.layers._gaps import order_without_gaps, put_back, reorder
-from longvq_layers.layers.codebook import Codebook
+from longvq_layers.layers.codebook.codebook import Codebook
+from longvq_layers.layers.streaming.gaps import order_without_gaps, put_back, reorder
 from longvq_layers.models.huggingface import cache_name
 from longvq_layers.models.huggingface.cache import LongVQCache
 from longvq_layers.models.huggingface.configuration import LongVQConfig

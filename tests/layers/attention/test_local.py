@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from longvq_layers.layers import LocalAttention, LocalAttentionState, optimizer_groups
-from longvq_layers.layers._windowed import windowed_attention
+from longvq_layers.layers.attention.windowed import windowed_attention
 from tests.strategies import offsets
 from tests.tolerances import assert_close
 

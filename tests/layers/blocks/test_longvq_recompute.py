@@ -7,7 +7,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from longvq_layers.layers import LongVQBlock, commitment_loss
-from tests.layers.test_longvq_block import LENGTH, OPTIONS, WIDTH, block_of
+from tests.layers.blocks.test_longvq import LENGTH, OPTIONS, WIDTH, block_of
 from tests.tolerances import assert_close
 
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from longvq_layers.layers import MegaBlock, optimizer_groups
-from longvq_layers.layers.gated_attention import GatedAttention
-from longvq_layers.layers.relative_bias import RotaryRelativeBias, SimpleRelativeBias
-from tests.layers import published_mega
+from longvq_layers.layers.attention.gated import GatedAttention
+from longvq_layers.layers.attention.relative_bias import RotaryRelativeBias, SimpleRelativeBias
+from tests.layers.published import published_mega
 from tests.tolerances import assert_close
 
 DIM, VALUE, CHUNK = 4, 5, 4

@@ -8,7 +8,7 @@ from torch.utils.checkpoint import checkpoint
 
 from longvq_layers import ops
 from longvq_layers.layers import Codebook, CodebookAttention, LongVQBlock, VQAttention
-from longvq_layers.layers import codebook as codebook_module
+from longvq_layers.layers.codebook import codebook as codebook_module
 
 
 class Source:

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from longvq_layers.layers._kmeans import code_sums, draw, kmeans, spread
+from longvq_layers.layers.codebook.kmeans import code_sums, draw, kmeans, spread
 
 
 def seeded(seed=0):
@@ -46,7 +46,7 @@ def test_is_reproducible():
 
 
 def test_codes_that_lose_their_keys_move_to_far_keys():
-    from longvq_layers.layers._kmeans import _lloyd
+    from longvq_layers.layers.codebook.kmeans import _lloyd
 
     keys = torch.tensor([[[0.0], [0.2], [7.0], [9.0]]])
     moved = _lloyd(keys, torch.ones(1, 4, dtype=torch.bool), torch.tensor([[[0.0], [50.0], [60.0]]]))

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from longvq_layers.layers.norm import NORMS, make_norm
+from longvq_layers.layers.parts.norm import NORMS, make_norm
 from tests.tolerances import assert_close
 
 each_kind = pytest.mark.parametrize("kind", NORMS)

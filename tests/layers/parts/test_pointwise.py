@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from longvq_layers.layers._pointwise import gated_residual, silu_product
+from longvq_layers.layers.parts.pointwise import gated_residual, silu_product
 from tests.tolerances import assert_close
 
 

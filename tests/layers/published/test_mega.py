@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from longvq_layers.layers import MegaBlock
-from tests.layers import published_mega
+from tests.layers.published import published_mega
 from tests.tolerances import assert_close
 
 WIDTH = 6

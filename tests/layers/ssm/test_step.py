@@ -279,7 +279,7 @@ def test_a_cuda_graph_contains_the_discretisation(monkeypatch, count):
 
     ssm = make()
     u, state = inputs(ssm)
-    monkeypatch.setattr("longvq_layers.layers.ssm._ORDINARY", (torch.Tensor, torch.nn.Parameter, OnCuda))
+    monkeypatch.setattr("longvq_layers.layers.ssm.diagonal._ORDINARY", (torch.Tensor, torch.nn.Parameter, OnCuda))
     ssm.log_dt = OnCuda(ssm.log_dt.detach())
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     with torch.no_grad():
