@@ -207,11 +207,11 @@ def test_the_state_of_s4d_is_checked():
     state = block.initial_state(2)
     with pytest.raises(RuntimeError, match=r"S4DBlock\.step: .*training mode.*eval\(\)"):
         copy.deepcopy(block).train().step(torch.randn(2, WIDTH), state)
-    with pytest.raises(NotImplementedError, match=r"S4DBlock\.step: a bidirectional block"):
+    with pytest.raises(NotImplementedError, match=r"S4DBlock\.step: causal must be True.*bidirectional"):
         S4DBlock(WIDTH).eval().step(torch.randn(2, WIDTH), state)
-    with pytest.raises(NotImplementedError, match=r"S4DBlock\.initial_state: a bidirectional block"):
+    with pytest.raises(NotImplementedError, match=r"S4DBlock\.initial_state: causal must be True.*bidirectional"):
         S4DBlock(WIDTH).initial_state(2)
-    with pytest.raises(TypeError, match="state must be an S4DState, from initial_state, got Tensor"):
+    with pytest.raises(TypeError, match="state must be of type S4DState, from initial_state, got Tensor"):
         block.step(torch.randn(2, WIDTH), state.memory)
     with pytest.raises(ValueError, match="x must have the B = 2 of the state, got 3"):
         block.step(torch.randn(3, WIDTH), state)
@@ -306,7 +306,7 @@ def test_wrong_options_are_named(options, error, message):
 def test_wrong_steps_are_named_and_change_nothing():
     model = encoder("s4d", causal=True).eval()
     with torch.no_grad():
-        with pytest.raises(TypeError, match="state must be a BackboneState, from initial_state, got NoneType"):
+        with pytest.raises(TypeError, match="state must be of type BackboneState, from initial_state, got NoneType"):
             model.step(torch.zeros(2, dtype=torch.long), None)
         with pytest.raises(TypeError, match=r"inputs must be a torch\.Tensor"):
             model.step([1], model.initial_state(2))

@@ -1,27 +1,41 @@
-"""Attention over quantised keys between given queries, keys and values: what every VQ layer is built around."""
+"""Attention over quantised keys between given queries, keys and values: the core of every VQ layer."""
+
+import math
 
 import torch
 from torch import Tensor
 
 from longvq_layers import _checks as check
 from longvq_layers import ops
-from longvq_layers.layers.attention.window_bias import WindowBias
+from longvq_layers.layers.attention.core import AttentionCore
 from longvq_layers.layers.codebook.codebook import Codebook
-from longvq_layers.layers.codebook.kmeans import pick
-from longvq_layers.layers.common import input_checks
+from longvq_layers.layers.codebook.operations import pick
 from longvq_layers.layers.common.context import no_autocast, recomputing
-from longvq_layers.layers.common.representation import call_repr
+from longvq_layers.layers.common.factory import Factory
+from longvq_layers.layers.common.representation import arguments_repr
 from longvq_layers.layers.streaming import step_checks
 from longvq_layers.ops._dispatch import BACKENDS
 
+ACTIVATIONS = ("softmax", "laplace")
+LOCAL_KEYS = ("quantized", "exact")
+KEY_GRADS = ("cluster", "window")
 
-class CodebookAttention(WindowBias):
+
+def check_options(name: str, local_keys: str, key_grad: str, activation: str) -> None:
+    """Check the options of `ops.vq_attention` in the name of a layer."""
+    check.one_of(name, "local_keys", local_keys, LOCAL_KEYS)
+    check.one_of(name, "key_grad", key_grad, KEY_GRADS)
+    check.one_of(name, "activation", activation, ACTIVATIONS)
+
+
+class CodebookAttention(AttentionCore):
     """`ops.vq_attention` with a codebook that learns, a window bias that is trained, and the commitment loss.
 
         out = vq_attention(q, k, v, C, bias=b, ...)
         loss = β · mean_j ‖k_j − sg(C_{z_j})‖²            over unmasked keys and heads, in training
 
-    The loss is collected by `commitment_loss(model)`; a module called twice in one step keeps that of the last call.
+    `commitment_loss(model)` collects the loss. A module that is called twice in one step keeps the loss of the last
+    call.
 
     Args:
         num_heads: H, query heads.
@@ -36,7 +50,7 @@ class CodebookAttention(WindowBias):
         activation: "softmax" (default) or "laplace".
         window_bias: whether to learn b, (H, W) causal or (H, 2W − 1), from zero; default True. None when window=0.
         commitment: β, default 1e-4; 0 turns the loss off.
-        codebook_decay: γ of the codebook's moving averages, default 0.99; less follows keys that learn fast.
+        codebook_decay: γ of the codebook's moving averages, default 0.99; a smaller γ follows fast-learning keys.
         backend: see `ops.vq_attention`.
         device, dtype: of the bias; the codebook is float32, or float64 with dtype=torch.float64.
 
@@ -51,6 +65,9 @@ class CodebookAttention(WindowBias):
 
     Source: LongVQ (arXiv 2404.11163) section 4.2; Transformer-VQ (arXiv 2309.16354).
     """
+
+    codebook: Codebook
+    last_commitment: Tensor | None  # β · mean … of the last training forward, with its graph
 
     def __init__(
         self,
@@ -74,29 +91,20 @@ class CodebookAttention(WindowBias):
     ) -> None:
         super().__init__()
         name = "CodebookAttention"
-        value_dim = head_dim if value_dim is None else value_dim
-        check.positive(name, num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim, value_dim=value_dim)
+        self._set_sizes(name, num_heads, num_kv_heads, head_dim, value_dim, window, causal, window_bias, dtype)
         check.positive(name, num_codes=num_codes)
-        check.divides(name, "num_kv_heads", num_kv_heads, "num_heads", num_heads)
-        check.window(name, window)
-        check.one_of(name, "local_keys", local_keys, ("quantized", "exact"))
-        check.one_of(name, "key_grad", key_grad, ("cluster", "window"))
-        check.one_of(name, "activation", activation, ("softmax", "laplace"))
+        check_options(name, local_keys, key_grad, activation)
         check.one_of(name, "backend", backend, BACKENDS)
         check.number(name, "commitment", commitment)
-        check.floating(name, dtype)
-        check.flags(name, causal=causal, window_bias=window_bias)
-        if not 0 <= commitment < float("inf"):
+        if not 0 <= commitment < math.inf:
             raise ValueError(f"{name}: commitment must be a finite number, at least 0, got {commitment}")
-        self.num_heads, self.num_kv_heads, self.head_dim, self.value_dim = num_heads, num_kv_heads, head_dim, value_dim
-        self.num_codes, self.window, self.causal = num_codes, window, causal
+        self.num_codes = num_codes
         self.local_keys, self.key_grad, self.activation = local_keys, key_grad, activation
         self.commitment, self.backend = commitment, backend
-        self.codebook = Codebook(
-            num_kv_heads, num_codes, head_dim, decay=codebook_decay, backend=backend, device=device, dtype=dtype
-        )
-        self._add_window_bias(window_bias, num_heads, window, causal, device, dtype)
-        self.last_commitment: Tensor | None = None
+        factory: Factory = {"device": device, "dtype": dtype}
+        self.codebook = Codebook(num_kv_heads, num_codes, head_dim, decay=codebook_decay, backend=backend, **factory)
+        self._add_window_bias(window_bias, num_heads, window, causal, factory)
+        self.last_commitment = None
 
     def forward(
         self,
@@ -107,7 +115,7 @@ class CodebookAttention(WindowBias):
         *,
         cu_seqlens: Tensor | None = None,
     ) -> Tensor:
-        """Attend; in training also teach the codebook and store the commitment loss.
+        """Attend. In training mode also update the codebook and store the commitment loss.
 
         Args:
             q: (B, H, L, D) float.
@@ -115,17 +123,15 @@ class CodebookAttention(WindowBias):
             v: (B, Hkv, L, E), dtype of q.
             key_padding_mask: (B, L) bool, True = ignore.
             cu_seqlens: (N+1,) int32, offsets of N documents in one row (B = 1) that don't see each other, see
-                `ops.vq_attention`. The codebook is one for all of them. Default none.
+                `ops.vq_attention`. The documents share the codebook. Default none.
 
         Returns:
             (B, H, L, E), dtype of q; 0 at masked positions.
         """
-        check.tensor("CodebookAttention", "q", q, "B H L D")
-        check.size("CodebookAttention", "q", q, (q.shape[0], self.num_heads, q.shape[2], self.head_dim), "B H L D")
-        input_checks.packed("CodebookAttention", "q", q, cu_seqlens, axis=2)
+        self._check_queries("CodebookAttention", q, cu_seqlens)
         codes, table = self.codebook.quantize(k, key_padding_mask)
         with no_autocast(q.device):
-            self._commit(k, codes, table, key_padding_mask)
+            self._store_commitment(k, codes, table, key_padding_mask)
             return ops.vq_attention(
                 q,
                 k,
@@ -157,7 +163,7 @@ class CodebookAttention(WindowBias):
     def step(
         self, q: Tensor, k: Tensor, v: Tensor, state: ops.VQAttentionState, key_padding_mask: Tensor | None = None
     ) -> Tensor:
-        """The next T tokens of a growing sequence, as `forward` in eval mode attends them; nothing learns.
+        """Attend from the next T tokens of growing sequences, as `forward` does in eval mode. The codebook stays.
 
         Args:
             q: (B, H, T, D) float, any T ≥ 0.
@@ -193,37 +199,25 @@ class CodebookAttention(WindowBias):
                 backend=self.backend,
             )
 
-    def _commit(self, k: Tensor, codes: Tensor, table: Tensor, key_padding_mask: Tensor | None) -> None:
+    def _store_commitment(self, k: Tensor, codes: Tensor, table: Tensor, key_padding_mask: Tensor | None) -> None:
         if not self.training or not self.commitment:
             self.last_commitment = None
             return
         index = codes.transpose(0, 1).reshape(self.num_kv_heads, -1)
         nearest = pick(table, index).unflatten(1, (k.shape[0], k.shape[2])).transpose(0, 1)  # (B, Hkv, L, D)
         distance = (k.to(table.dtype) - nearest).square().sum(-1)  # (B, Hkv, L)
-        count = distance.numel()
+        count: Tensor | int = max(distance.numel(), 1)
         if key_padding_mask is not None:
             distance = distance.masked_fill(key_padding_mask.unsqueeze(1), 0)
             count = ((~key_padding_mask).sum() * self.num_kv_heads).clamp(min=1)
-        loss = self.commitment * distance.sum() / (count if isinstance(count, Tensor) else max(count, 1))
+        loss = self.commitment * distance.sum() / count
         if not recomputing():
             self.last_commitment = loss
 
-    def __getstate__(self) -> dict:
-        # The loss holds a graph, which can be neither copied nor pickled.
+    def __getstate__(self) -> dict[str, object]:
+        # The loss has a graph, which can be neither copied nor pickled.
         return {**self.__dict__, "last_commitment": None}
 
     def extra_repr(self) -> str:
-        return call_repr(
-            (self.num_heads, self.num_kv_heads, self.head_dim),
-            value_dim=self.value_dim,
-            num_codes=self.num_codes,
-            window=self.window,
-            causal=self.causal,
-            local_keys=self.local_keys,
-            key_grad=self.key_grad,
-            activation=self.activation,
-            window_bias=self.window_bias is not None or self.window == 0,
-            commitment=self.commitment,
-            codebook_decay=self.codebook.decay,
-            backend=self.backend,
-        )
+        decay, window_bias = self.codebook.decay, self._wants_window_bias()
+        return arguments_repr(self, CodebookAttention, codebook_decay=decay, window_bias=window_bias)

@@ -1,22 +1,25 @@
-"""Multi-head attention of a decoder to what an encoder has made of another sequence."""
+"""Multi-head attention of a decoder to an encoder's output."""
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
 
 from longvq_layers import _checks as check
+from longvq_layers.layers.attention.heads import HeadProjections, split_heads
 from longvq_layers.layers.common import input_checks
+from longvq_layers.layers.common.factory import Factory
 from longvq_layers.layers.common.padding import zero_padding
-from longvq_layers.layers.common.representation import call_repr
+from longvq_layers.layers.common.representation import arguments_repr
+from longvq_layers.layers.common.sequence_layer import SequenceLayer
 
 
-class CrossAttention(nn.Module):
-    """Multi-head softmax attention of x to a memory, every position to all of it: O(L·M).
+class CrossAttention(HeadProjections, SequenceLayer):
+    """Multi-head softmax attention from every position of x to every position of a memory: O(L·M).
 
         q = split_heads(x W_q + b_q),   k, v = split_heads(memory W_k + b_k, memory W_v + b_v)
         y = dropout(concat_heads(softmax(q kᵀ / √D) v) W_o + b_o)
 
-    Where a memory has no unmasked position the softmax has nothing to weigh and counts as 0.
+    The softmax is 0 where all positions of the memory are masked.
 
     Args:
         embed_dim: width of x, memory and output; a multiple of num_heads.
@@ -48,17 +51,9 @@ class CrossAttention(nn.Module):
     ) -> None:
         super().__init__()
         name = "CrossAttention"
-        check.positive(name, embed_dim=embed_dim, num_heads=num_heads)
-        check.divides(name, "num_heads", num_heads, "embed_dim", embed_dim)
-        check.floating(name, dtype)
-        check.flags(name, bias=bias)
         check.probability(name, "dropout", dropout)
-        self.embed_dim, self.num_heads = embed_dim, num_heads
-        factory = {"device": device, "dtype": dtype}
-        self.q_proj = nn.Linear(embed_dim, embed_dim, bias, **factory)
-        self.k_proj = nn.Linear(embed_dim, embed_dim, bias, **factory)
-        self.v_proj = nn.Linear(embed_dim, embed_dim, bias, **factory)
-        self.out_proj = nn.Linear(embed_dim, embed_dim, bias, **factory)
+        factory: Factory = {"device": device, "dtype": dtype}
+        self._add_projections(name, embed_dim, num_heads, num_heads, bias, factory)
         self.dropout = nn.Dropout(dropout)
 
     def forward(
@@ -70,7 +65,7 @@ class CrossAttention(nn.Module):
         key_padding_mask: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
     ) -> Tensor:
-        """Attend from every position of x to all of its memory.
+        """Attend from every position of x to its whole memory.
 
         Args:
             x: (B, L, embed_dim), dtype of the layer.
@@ -84,61 +79,63 @@ class CrossAttention(nn.Module):
             (B, L, embed_dim), exactly 0 at masked positions.
         """
         name = "CrossAttention"
-        input_checks.sequence(name, "x", x, self.embed_dim, self.q_proj.weight, key_padding_mask)
-        input_checks.packed(name, "x", x, cu_seqlens)
+        x = self._checked_input(name, x, key_padding_mask, cu_seqlens)
         rows = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
         keys, values = self.project_memory(name, memory, memory_key_padding_mask, rows)
         allowed = None if memory_key_padding_mask is None else ~memory_key_padding_mask[:, None, None]  # (B, 1, 1, M)
         if cu_seqlens is not None:
+            # All documents' memories in one row of N·M positions; each token sees those of its own document.
             positions = torch.arange(x.shape[1], dtype=torch.int32, device=x.device)
-            mine = torch.bucketize(positions, cu_seqlens[1:], right=True)  # (L,)
-            allowed = mine[:, None, None] == torch.arange(rows, device=x.device)[:, None]
+            document = torch.bucketize(positions, cu_seqlens[1:], right=True)  # (L,)
+            allowed = document[:, None, None] == torch.arange(rows, device=x.device)[:, None]
             allowed = allowed.expand(-1, -1, memory.shape[1])  # (L, N, M)
             if memory_key_padding_mask is not None:
                 allowed = allowed & ~memory_key_padding_mask
             allowed = allowed.flatten(1)[None, None]  # (1, 1, L, N·M)
             keys, values = (rearrange(y, "n h m d -> 1 h (n m) d") for y in (keys, values))
-        x = zero_padding(x, key_padding_mask)
         return zero_padding(self.dropout(self.attend(x, keys, values, allowed)), key_padding_mask)
 
     def project_memory(
-        self, caller: str, memory: Tensor, memory_key_padding_mask: Tensor | None, rows: int
+        self, name: str, memory: Tensor, memory_key_padding_mask: Tensor | None, rows: int
     ) -> tuple[Tensor, Tensor]:
-        """Keys and values (rows, H, M, D) of a memory (rows, M, embed_dim), which is checked in the caller's name."""
-        check.tensor(caller, "memory", memory, "B M d_model")
-        check.real(caller, "memory", memory)
-        check.size(caller, "memory", memory, (rows, memory.shape[1], self.embed_dim), "B M d_model")
-        check.same_device(caller, "the layer's parameters", self.k_proj.weight, memory=memory)
-        input_checks.layer_dtype(caller, "memory", memory, self.k_proj.weight)
+        """Keys and values (rows, H, M, D) of a memory (rows, M, embed_dim); `name` is the operation in errors."""
+        check.tensor(name, "memory", memory, "B M d_model")
+        check.real(name, "memory", memory)
+        check.size(name, "memory", memory, (rows, memory.shape[1], self.embed_dim), "B M d_model")
+        check.same_device(name, "the layer's parameters", self.k_proj.weight, memory=memory)
+        input_checks.layer_dtype(name, "memory", memory, self.k_proj.weight)
         if memory_key_padding_mask is not None:
-            check.tensor(caller, "memory_key_padding_mask", memory_key_padding_mask, "B M")
+            check.tensor(name, "memory_key_padding_mask", memory_key_padding_mask, "B M")
             if memory_key_padding_mask.dtype != torch.bool:
                 raise TypeError(
-                    f"{caller}: memory_key_padding_mask must be bool with True = ignore, got "
+                    f"{name}: memory_key_padding_mask must be bool with True = ignore, got "
                     f"{memory_key_padding_mask.dtype}"
                 )
-            check.size(caller, "memory_key_padding_mask", memory_key_padding_mask, tuple(memory.shape[:2]), "B M")
-            check.same_device(caller, "memory", memory, memory_key_padding_mask=memory_key_padding_mask)
+            check.size(name, "memory_key_padding_mask", memory_key_padding_mask, tuple(memory.shape[:2]), "B M")
+            check.same_device(name, "memory", memory, memory_key_padding_mask=memory_key_padding_mask)
         memory = zero_padding(memory, memory_key_padding_mask)
-        return self._split(self.k_proj(memory)), self._split(self.v_proj(memory))
+        return split_heads(self.k_proj(memory), self.num_heads), split_heads(self.v_proj(memory), self.num_heads)
 
     def attend(self, x: Tensor, keys: Tensor, values: Tensor, allowed: Tensor | None) -> Tensor:
-        """y (B, L, embed_dim) before dropout, from `project_memory`; `allowed` broadcasts to (B, H, L, M), or None."""
-        q = self._split(self.q_proj(x))
+        """y (B, L, embed_dim) before dropout, with keys and values from `project_memory`.
+
+        `allowed` is None or bool and broadcasts to (B, H, L, M), True = attend.
+        """
+        q = split_heads(self.q_proj(x), self.num_heads)
         keys, values = keys.to(q.dtype), values.to(q.dtype)
         if keys.shape[2] == 0:
             out = torch.zeros_like(q)
         elif allowed is None:
             out = nn.functional.scaled_dot_product_attention(q, keys, values)
         else:
-            # A query that may see nothing looks at everything instead, and what it finds is thrown away.
+            # A query that may see nothing attends to everything, so that no softmax is empty, and then gets 0.
             blind = ~allowed.any(-1, keepdim=True)
             out = nn.functional.scaled_dot_product_attention(q, keys, values, attn_mask=allowed | blind)
             out = out.masked_fill(blind, 0)
-        return self.out_proj(rearrange(out, "b h l d -> b l (h d)"))
+        return self._project_output(out)
 
-    def _split(self, x: Tensor) -> Tensor:
-        return rearrange(x, "b l (h d) -> b h l d", h=self.num_heads)
+    def _width_and_parameter(self) -> tuple[int, Tensor]:
+        return self.embed_dim, self.q_proj.weight
 
     def extra_repr(self) -> str:
-        return call_repr((self.embed_dim, self.num_heads), bias=self.q_proj.bias is not None, dropout=self.dropout.p)
+        return arguments_repr(self, CrossAttention, bias=self.q_proj.bias is not None)

@@ -1,4 +1,4 @@
-"""Biases of attention scores that depend on the offset between key and query alone."""
+"""Biases of attention scores that depend only on the offset between key and query."""
 
 import math
 
@@ -6,14 +6,15 @@ import torch
 from torch import Tensor, nn
 
 from longvq_layers import _checks as check
-from longvq_layers.layers.common.representation import call_repr
+from longvq_layers.layers.common.factory import Factory
+from longvq_layers.layers.common.representation import arguments_repr
 
 
 class RelativeBias(nn.Module):
-    """``bias[i, j] = table[j − i]``: subclasses give the table, (2L − 1,) from offset −(L − 1) to L − 1."""
+    """``bias[i, j] = table[j − i]``. Subclasses give the table (2L − 1,), from offset −(L − 1) to L − 1."""
 
     def table(self, length: int) -> Tensor:
-        """(2 · length − 1,) biases; those of shorter lengths are its middle. `length` ≥ 1."""
+        """(2 · length − 1,) biases, `length` ≥ 1. The middle of a longer table is the table of a shorter length."""
         raise NotImplementedError
 
     def forward(self, length: int) -> Tensor:
@@ -21,7 +22,7 @@ class RelativeBias(nn.Module):
         return self.table(length).unfold(0, length, 1).flip(0)
 
     def rows(self, query: Tensor, length: int) -> Tensor:
-        """(B, length): the rows of `forward(length)` for one query position each, query (B,) int64."""
+        """(B, length): the row of `forward(length)` at each query position, query (B,) int64."""
         keys = torch.arange(length, device=query.device)
         return self.table(length)[length - 1 + keys - query.unsqueeze(-1)]
 
@@ -39,6 +40,8 @@ class SimpleRelativeBias(RelativeBias):
     Source: "simple" in the public code of Mega (arXiv 2209.10655); Raffel et al. 2020 without buckets.
     """
 
+    rel_pos_bias: nn.Parameter
+
     def __init__(
         self, max_positions: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> None:
@@ -55,20 +58,20 @@ class SimpleRelativeBias(RelativeBias):
     def table(self, length: int) -> Tensor:
         if length > self.max_positions:
             raise ValueError(
-                f"SimpleRelativeBias: the table covers max_positions = {self.max_positions} positions, got a sequence "
-                f"of {length}; make it with a larger max_positions, attend in chunks, or use a rotary bias"
+                f"SimpleRelativeBias: the length must be at most max_positions = {self.max_positions}, got {length}; "
+                "make it with a larger max_positions, attend in chunks, or use a rotary bias"
             )
         return self.rel_pos_bias[self.max_positions - length : self.max_positions + length - 1]
 
     def extra_repr(self) -> str:
-        return call_repr((self.max_positions,))
+        return arguments_repr(self, SimpleRelativeBias)
 
 
 class RotaryRelativeBias(RelativeBias):
-    """Two learned vectors, the second one rotated by the offset: ``table[o] = alpha · R(o) beta``.
+    """Two learned vectors, the second rotated by the offset: ``table[o] = alpha · R(o) beta``.
 
-    R(o) turns the pair of the elements n and n + dim/2 by the angle o · 10000^(−2n / dim). Equal to the published
-    ``(R(i) alpha) · (R(j) beta)``, of which only j − i matters, and any length is served.
+    R(o) rotates elements n and n + dim/2 as a pair by the angle o · 10000^(−2n / dim). The result equals the published
+    ``(R(i) alpha) · (R(j) beta)``, which depends only on j − i, and exists for any length.
 
     Args:
         dim: width of both vectors, even.
@@ -80,6 +83,8 @@ class RotaryRelativeBias(RelativeBias):
     Source: "rotary" in the public code of Mega (arXiv 2209.10655); Su et al. 2021 (arXiv 2104.09864).
     """
 
+    alpha: nn.Parameter
+    beta: nn.Parameter
     no_decay_parameters = ("alpha", "beta")  # for `optimizer_groups`
 
     def __init__(self, dim: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> None:
@@ -98,8 +103,8 @@ class RotaryRelativeBias(RelativeBias):
         nn.init.normal_(self.beta, std=0.02)
 
     def table(self, length: int) -> Tensor:
-        wide = torch.promote_types(self.alpha.dtype, torch.float32)  # angles of far offsets don't survive half
-        like = {"dtype": wide, "device": self.alpha.device}
+        wide = torch.promote_types(self.alpha.dtype, torch.float32)  # half types can't represent angles of far offsets
+        like: Factory = {"device": self.alpha.device, "dtype": wide}
         half = self.dim // 2
         frequency = (torch.arange(half, **like) * (-math.log(10000) / half)).exp()
         angle = torch.arange(1 - length, length, **like).unsqueeze(-1) * frequency  # (2L − 1, dim / 2)
@@ -109,19 +114,15 @@ class RotaryRelativeBias(RelativeBias):
         return (angle.cos() * even + angle.sin() * odd).sum(-1)
 
     def extra_repr(self) -> str:
-        return call_repr((self.dim,))
+        return arguments_repr(self, RotaryRelativeBias)
 
 
-def make_relative_bias(
-    caller: str,
-    kind: str,
-    dim: int,
-    max_positions: int,
-    device: torch.device | str | None = None,
-    dtype: torch.dtype | None = None,
-) -> RelativeBias:
-    """The bias of that name, for queries of width `dim` ("rotary") or at most `max_positions` of them ("simple")."""
-    check.one_of(caller, "rel_pos_bias", kind, ("simple", "rotary"))
+RELATIVE_BIASES = ("simple", "rotary")
+
+
+def make_relative_bias(name: str, kind: str, dim: int, max_positions: int, factory: Factory) -> RelativeBias:
+    """The bias of that kind, for queries of width `dim` ("rotary") or at most `max_positions` queries ("simple")."""
+    check.one_of(name, "rel_pos_bias", kind, RELATIVE_BIASES)
     if kind == "simple":
-        return SimpleRelativeBias(max_positions, device=device, dtype=dtype)
-    return RotaryRelativeBias(dim, device=device, dtype=dtype)
+        return SimpleRelativeBias(max_positions, **factory)
+    return RotaryRelativeBias(dim, **factory)

@@ -1,27 +1,29 @@
 """Multi-head self-attention over quantised keys, in linear time."""
 
 import torch
-from einops import rearrange
 from torch import Tensor, nn
 
 from longvq_layers import _checks as check
 from longvq_layers import ops
 from longvq_layers.layers.attention.codebook_attention import CodebookAttention
-from longvq_layers.layers.common import input_checks
+from longvq_layers.layers.attention.heads import HeadProjections
+from longvq_layers.layers.codebook.codebook import Codebook
+from longvq_layers.layers.common.factory import Factory
 from longvq_layers.layers.common.padding import zero_padding
-from longvq_layers.layers.common.representation import call_repr
+from longvq_layers.layers.common.representation import arguments_repr
 from longvq_layers.layers.streaming import step_checks
+from longvq_layers.layers.streaming.layer import StreamingLayer
 
 
-class VQAttention(nn.Module):
-    """Multi-head self-attention whose keys outside a window are known only by their code: O(L·S) instead of O(L²).
+class VQAttention(HeadProjections, StreamingLayer[ops.VQAttentionState]):
+    """Multi-head self-attention that replaces keys outside a window by their code: O(L·S) instead of O(L²).
 
         q, k, v = split_heads(x W_q + b_q, x W_k + b_k, x W_v + b_v)
         k̂_j = C_{z_j},  z_j = argmin_s ‖k_j − C_s‖²
         out_i = Σ_j softmax_j(q_i·k̂_j / √D + b_{j−i}) v_j
         y = dropout(concat_heads(out) W_o + b_o)
 
-    A window bias b is learned. The codebook learns while the module is in training mode; add
+    The bias b inside the window is learned. The codebook C learns while the module is in training mode. Add
     `commitment_loss(model)` to the loss.
 
     Args:
@@ -64,6 +66,9 @@ class VQAttention(nn.Module):
     Source: LongVQ (arXiv 2404.11163) section 4.2; Transformer-VQ (arXiv 2309.16354).
     """
 
+    state_class = ops.VQAttentionState
+    attention: CodebookAttention
+
     def __init__(
         self,
         embed_dim: int,
@@ -85,21 +90,12 @@ class VQAttention(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        name = "VQAttention"
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
-        check.positive("VQAttention", embed_dim=embed_dim, num_heads=num_heads, num_kv_heads=num_kv_heads)
-        check.divides("VQAttention", "num_heads", num_heads, "embed_dim", embed_dim)
-        check.divides("VQAttention", "num_kv_heads", num_kv_heads, "num_heads", num_heads)
-        check.floating("VQAttention", dtype)
-        check.flags("VQAttention", causal=causal, bias=bias)
-        check.probability("VQAttention", "dropout", dropout)
-        self.embed_dim, self.num_heads, self.num_kv_heads = embed_dim, num_heads, num_kv_heads
-        self.head_dim = embed_dim // num_heads
-        kv_dim = num_kv_heads * self.head_dim
-        factory = {"device": device, "dtype": dtype}
-        self.q_proj = nn.Linear(embed_dim, embed_dim, bias, **factory)
-        self.k_proj = nn.Linear(embed_dim, kv_dim, bias, **factory)
-        self.v_proj = nn.Linear(embed_dim, kv_dim, bias, **factory)
-        self.out_proj = nn.Linear(embed_dim, embed_dim, bias, **factory)
+        check.flags(name, causal=causal)
+        check.probability(name, "dropout", dropout)
+        factory: Factory = {"device": device, "dtype": dtype}
+        self._add_projections(name, embed_dim, num_heads, num_kv_heads, bias, factory)
         self.attention = CodebookAttention(
             num_heads,
             num_kv_heads,
@@ -118,7 +114,7 @@ class VQAttention(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     @property
-    def codebook(self) -> nn.Module:
+    def codebook(self) -> Codebook:
         """The `Codebook` of the keys."""
         return self.attention.codebook
 
@@ -134,72 +130,28 @@ class VQAttention(nn.Module):
         Returns:
             (B, L, embed_dim); exactly 0 at masked positions, also where the output projection has a bias.
         """
-        input_checks.sequence("VQAttention", "x", x, self.embed_dim, self.q_proj.weight, key_padding_mask)
-        input_checks.packed("VQAttention", "x", x, cu_seqlens)
-        # Nobody has to fill padding with numbers: NaN there would reach the gradients of the projections as 0 · NaN.
-        x = zero_padding(x, key_padding_mask)
+        x = self._checked_input("VQAttention", x, key_padding_mask, cu_seqlens)
         q, k, v = self._project(x)
         out = self.attention(q, k, v, key_padding_mask, cu_seqlens=cu_seqlens)
-        y = self.dropout(self.out_proj(rearrange(out, "b h l d -> b l (h d)")))
-        return zero_padding(y, key_padding_mask)
+        return zero_padding(self.dropout(self._project_output(out)), key_padding_mask)
 
     def initial_state(self, batch: int) -> ops.VQAttentionState:
         """The state of `batch` empty sequences, for `step`; causal only (NotImplementedError otherwise)."""
         return self.attention.initial_state(batch)
 
-    def step(
-        self, x: Tensor, state: ops.VQAttentionState, key_padding_mask: Tensor | None = None
+    def _step(
+        self, x: Tensor, state: ops.VQAttentionState, key_padding_mask: Tensor | None
     ) -> tuple[Tensor, ops.VQAttentionState]:
-        """The next token or piece of a growing sequence, with a state of constant size. For inference only.
+        q, k, v = self._project(x)
+        out = self.attention.step(q, k, v, state, key_padding_mask)
+        return zero_padding(self._project_output(out), key_padding_mask), state
 
-        Pieces of any length give together what `forward` gives for the whole in eval mode. Unlike there, a masked token
-        takes no position: prompts of different lengths are padded, left or right, and each row goes on at its own
-        length.
+    def _width_and_parameter(self) -> tuple[int, Tensor]:
+        return self.embed_dim, self.q_proj.weight
 
-        Args:
-            x: (B, embed_dim), one token, or (B, T, embed_dim), T ≥ 0 tokens; dtype of the layer.
-            state: from `initial_state`; **updated in place**, `state.clone()` keeps it.
-            key_padding_mask: (B,) or (B, T) bool, as x without its last axis, True = not part of the sequence.
-
-        Returns:
-            y like x, 0 at masked positions, and the same state.
-
-        Raises:
-            ValueError, TypeError: wrong shapes, dtypes or devices.
-            NotImplementedError: a bidirectional layer, or gradients: call it under `torch.no_grad()`.
-            RuntimeError: in training mode, where the codebook moves.
-        """
-        name = "VQAttention.step"
-        if isinstance(x, Tensor) and x.dim() == 2:
-            y, state = self.step(x.unsqueeze(1), state, step_checks.mask_of_token(name, key_padding_mask))
-            return y.squeeze(1), state
-        input_checks.sequence(name, "x", x, self.embed_dim, self.q_proj.weight, key_padding_mask)
-        x = zero_padding(x, key_padding_mask)
-        out = self.attention.step(*self._project(x), state, key_padding_mask)
-        y = self.out_proj(rearrange(out, "b h l d -> b l (h d)"))
-        return zero_padding(y, key_padding_mask), state
-
-    def _project(self, x: Tensor) -> tuple[Tensor, ...]:
-        """Queries, keys and values (B, heads, L, D) of x (B, L, embed_dim)."""
-        return tuple(
-            rearrange(project(x), "b l (h d) -> b h l d", d=self.head_dim)
-            for project in (self.q_proj, self.k_proj, self.v_proj)
-        )
+    def _check_streams(self, name: str) -> None:
+        step_checks.causal(name, self.attention.causal)
 
     def extra_repr(self) -> str:
-        core = self.attention
-        return call_repr(
-            (self.embed_dim, self.num_heads),
-            num_kv_heads=self.num_kv_heads,
-            num_codes=core.num_codes,
-            window=core.window,
-            causal=core.causal,
-            bias=self.q_proj.bias is not None,
-            dropout=self.dropout.p,
-            local_keys=core.local_keys,
-            key_grad=core.key_grad,
-            activation=core.activation,
-            commitment=core.commitment,
-            codebook_decay=core.codebook.decay,
-            backend=core.backend,
-        )
+        has_bias, decay = self.q_proj.bias is not None, self.attention.codebook.decay
+        return arguments_repr(self, VQAttention, self.attention, bias=has_bias, codebook_decay=decay)

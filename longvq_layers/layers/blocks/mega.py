@@ -1,28 +1,40 @@
-"""The Mega block: a damped moving average guides single-head gated attention, full or in chunks."""
+"""The Mega block: a damped moving average gives the queries and keys of single-head gated attention."""
 
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import silu
 
 from longvq_layers import _checks as check
-from longvq_layers.layers.attention.chunk_step import attention_step
+from longvq_layers.layers.attention.chunk_step import step_in_chunks
 from longvq_layers.layers.attention.gated import GatedAttention
-from longvq_layers.layers.common import input_checks
+from longvq_layers.layers.blocks.base import NORM_PLACES, ResidualBlock, feed_forward_width
+from longvq_layers.layers.common.factory import Factory
 from longvq_layers.layers.common.padding import zero_padding
-from longvq_layers.layers.common.representation import call_repr
-from longvq_layers.layers.parts.feed_forward import FeedForward, make_dropout
+from longvq_layers.layers.common.representation import arguments_repr
+from longvq_layers.layers.parts.dropout import Dropout, make_dropout
 from longvq_layers.layers.parts.norm import make_norm
-from longvq_layers.layers.published import mega as published_mega
+from longvq_layers.layers.published.mega import read_published
 from longvq_layers.layers.ssm.advance import advance
 from longvq_layers.layers.ssm.ema import DampedEMA
 from longvq_layers.layers.streaming import step_checks
+from longvq_layers.layers.streaming.layer import StreamingLayer
 from longvq_layers.layers.streaming.states import MegaState
 
-_NORM_EPS = 1e-5  # of every norm type, as published
+_NORM_EPS = 1e-5  # for every kind of norm, as published
 
 
-class MegaBlock(nn.Module):
+class _Gates(NamedTuple):
+    """What the moving average gives besides Z: update gate G, reset gate R, and M W_h + b_h."""
+
+    update: Tensor
+    reset: Tensor
+    candidate: Tensor
+
+
+class MegaBlock(ResidualBlock, StreamingLayer[MegaState]):
     """A moving average and gated attention, followed by a feed-forward block.
 
         M   = dropout(silu(EMA(X')))                                   see `DampedEMA`
@@ -36,8 +48,8 @@ class MegaBlock(nn.Module):
         norm="pre":   X' = norm₁(X),  out = Y + FFN(norm₂(Y))
         norm="post":  X' = X,  Y ← norm₁(Y),  out = norm₂(Y + FFN(Y))
 
-    With `chunk` a token attends within its chunk only, in linear time; the moving average carries what is older. Chunks
-    are counted from the first unmasked position of a row and from the start of a packed document.
+    With `chunk` a token attends within its chunk only, in linear time. The moving average carries information across
+    chunks. The first chunk starts at the first unmasked position of a row or of a packed document.
 
     Args:
         d_model: width of input and output.
@@ -48,7 +60,7 @@ class MegaBlock(nn.Module):
         chunk: length of a chunk, default None: attention over all positions.
         causal: only past and present, default False (bidirectional).
         activation: of the attention, "softmax" (default), "laplace" or "relu2".
-        rel_pos_bias: "rotary" (default), which serves any length, or "simple", one number per offset.
+        rel_pos_bias: "rotary" (default), for any length, or "simple", one number per offset.
         max_positions: longest sequence with the simple bias and no chunk, default 1024.
         norm: "pre" (default) or "post".
         norm_type: "layer" (default), "rms", "scale" or "batch".
@@ -57,7 +69,7 @@ class MegaBlock(nn.Module):
         dropout: probability of dropping an element of M, of Ĥ and of the feed-forward block's output, default 0.0.
         attention_dropout: probability of dropping an attention weight, default 0.0.
         hidden_dropout: probability of dropping an element of V and of the feed-forward block's hidden layer, default
-            that of `dropout`.
+            `dropout`.
         dropout_type: "element" (default), or "feature" for whole channels of a sequence; not of attention weights.
         backend: of the moving average, see `ops.ssm_scan`.
         device, dtype: of the parameters; the moving average stays in float32 or float64.
@@ -80,7 +92,18 @@ class MegaBlock(nn.Module):
     Source: Mega (arXiv 2209.10655), section 3; initial values as in its public code.
     """
 
-    no_decay_parameters = ("gamma", "beta")  # for `optimizer_groups`: scales and shifts, no matrices
+    no_decay_parameters = ("gamma", "beta")  # for `optimizer_groups`: scales and shifts
+
+    state_class = MegaState
+    ema: DampedEMA
+    v_proj: nn.Linear
+    mx_proj: nn.Linear
+    h_proj: nn.Linear
+    gamma: nn.Parameter
+    beta: nn.Parameter
+    attention: GatedAttention
+    dropout: Dropout
+    hidden_dropout: Dropout
 
     def __init__(
         self,
@@ -112,21 +135,19 @@ class MegaBlock(nn.Module):
         check.positive(name, d_model=d_model)
         d_attn = -(-d_model // 4) * 2 if d_attn is None else d_attn
         d_value = 2 * d_model if d_value is None else d_value
-        d_ff = 2 * d_model if d_ff is None else d_ff
+        d_ff = feed_forward_width(name, d_ff, 2 * d_model)
         check.positive(name, d_attn=d_attn, d_value=d_value, ema_dim=ema_dim)
-        if d_ff != 0:
-            check.positive(name, d_ff=d_ff)
         check.floating(name, dtype)
         check.flags(name, causal=causal, glu=glu)
-        check.one_of(name, "norm", norm, ("pre", "post"))
+        check.one_of(name, "norm", norm, NORM_PLACES)
         hidden_dropout = dropout if hidden_dropout is None else hidden_dropout
-        for option, p in (("dropout", dropout), ("hidden_dropout", hidden_dropout)):
-            check.probability(name, option, p)
-        self.d_model, self.d_attn, self.d_value, self.d_ff = d_model, d_attn, d_value, int(d_ff)
+        check.probability(name, "dropout", dropout)
+        check.probability(name, "hidden_dropout", hidden_dropout)
+        self.d_model, self.d_attn, self.d_value, self.d_ff = d_model, d_attn, d_value, d_ff
         self.norm, self.norm_type, self.dropout_type = norm, norm_type, dropout_type
         self.ffn_activation, self.glu = ffn_activation, glu
-        factory = {"device": device, "dtype": dtype}
-        self.norm1 = _norm(norm_type, d_model, **factory)
+        factory: Factory = {"device": device, "dtype": dtype}
+        self.norm1 = make_norm(name, norm_type, d_model, **factory)
         self.ema = DampedEMA(d_model, ndim=ema_dim, causal=causal, backend=backend, **factory)
         self.v_proj = nn.Linear(d_model, d_value, **factory)
         self.mx_proj = nn.Linear(d_model, 2 * d_model + d_attn + d_value, **factory)  # W_u, W_z, W_r, W_h
@@ -145,16 +166,25 @@ class MegaBlock(nn.Module):
         )
         self.dropout = make_dropout(name, dropout_type, dropout)
         self.hidden_dropout = make_dropout(name, dropout_type, hidden_dropout)
-        self.norm2 = _norm(norm_type, d_model, **factory) if d_ff else None
-        self.ffn = None
-        if d_ff:
-            options = {"dropout": dropout, "hidden_dropout": hidden_dropout, "dropout_type": dropout_type}
-            self.ffn = FeedForward(d_model, d_ff, activation=ffn_activation, glu=glu, **options, **factory)
+        self._add_feed_forward(
+            name,
+            d_ff,
+            norm_type=norm_type,
+            activation=ffn_activation,
+            glu=glu,
+            dropout=dropout,
+            hidden_dropout=hidden_dropout,
+            dropout_type=dropout_type,
+            factory=factory,
+        )
+        for each in (self.norm1, self.norm2):
+            if each is not None:
+                each.eps = _NORM_EPS
         self.reset_parameters()
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Draw the projections, gamma and beta anew; the other parts have a `reset_parameters` of their own."""
+        """Draw the projections, gamma and beta anew. The other parts have a `reset_parameters` of their own."""
         linear = [self.v_proj, self.mx_proj, self.h_proj]
         if self.ffn is not None:
             linear += [self.ffn.up, self.ffn.down]
@@ -169,74 +199,39 @@ class MegaBlock(nn.Module):
 
         Args:
             x: (B, L, d_model), dtype of the layer.
-            key_padding_mask: (B, L) bool, True = ignore. Masked positions after the first unmasked one take their place
-                in a chunk, and the moving average goes on decaying over them.
+            key_padding_mask: (B, L) bool, True = ignore. Masked positions after the first unmasked one take a place in
+                a chunk, and the moving average decays over them.
             cu_seqlens: (N+1,) int32, offsets of N documents in one row (B = 1) that don't see each other. Default none.
 
         Returns:
             (B, L, d_model), exactly 0 at masked positions.
         """
-        input_checks.sequence("MegaBlock", "x", x, self.d_model, self.v_proj.weight, key_padding_mask)
-        input_checks.packed("MegaBlock", "x", x, cu_seqlens)
-        # Nobody has to fill padding with numbers: NaN there would reach the gradients of the projections as 0 · NaN.
-        x = zero_padding(x, key_padding_mask)
-        normed = self.norm1(x, key_padding_mask) if self.norm == "pre" else x
-        m = self.ema(normed, key_padding_mask, cu_seqlens=cu_seqlens)
-        q, k, v, gates = self._project(normed, m)
-        out = self.attention(q, k, v, key_padding_mask, cu_seqlens=cu_seqlens)
-        return self._finish(x, out, gates, key_padding_mask)
+        x = self._checked_input("MegaBlock", x, key_padding_mask, cu_seqlens)
+        normed = self._before_mixer(x, key_padding_mask)
+        average = self.ema(normed, key_padding_mask, cu_seqlens=cu_seqlens)
+        q, k, v, gates = self._project(normed, average)
+        o = self.attention(q, k, v, key_padding_mask, cu_seqlens=cu_seqlens)
+        return self._finish(x, o, gates, key_padding_mask)
 
     def initial_state(self, batch: int) -> MegaState:
         """The state of `batch` empty sequences, for `step`; NotImplementedError unless causal with a chunk length."""
-        self._check_streams("MegaBlock.initial_state")
+        chunk = self._streaming_chunk("MegaBlock.initial_state")
         weight = self.v_proj.weight
-        like = {"device": weight.device, "dtype": weight.dtype}
         return MegaState(
             ema=self.ema.initial_state(batch, weight.dtype),
-            keys=torch.zeros(batch, self.attention.chunk, self.d_attn, **like),
-            values=torch.zeros(batch, self.attention.chunk, self.d_value, **like),
+            keys=weight.new_zeros(batch, chunk, self.d_attn),
+            values=weight.new_zeros(batch, chunk, self.d_value),
             lengths=torch.zeros(batch, dtype=torch.int64, device=weight.device),
         )
 
-    def step(self, x: Tensor, state: MegaState, key_padding_mask: Tensor | None = None) -> tuple[Tensor, MegaState]:
-        """The next token or piece of a growing sequence, with a state of constant size. For inference only.
-
-        Pieces of any length give together what `forward` gives for the whole in eval mode. Unlike there, a masked token
-        takes no position: prompts of different lengths are padded, left or right, and each row goes on at its own
-        length.
-
-        Args:
-            x: (B, d_model), one token, or (B, T, d_model), T ≥ 0 tokens; dtype of the layer.
-            state: from `initial_state`; **updated in place**, `state.clone()` keeps it.
-            key_padding_mask: (B,) or (B, T) bool, as x without its last axis, True = not part of the sequence.
-
-        Returns:
-            y like x, 0 at masked positions, and the same state.
-
-        Raises:
-            ValueError, TypeError: wrong shapes, dtypes or devices.
-            NotImplementedError: a bidirectional block, one without chunks, or gradients: call it under
-                `torch.no_grad()`.
-            RuntimeError: in training mode, where dropout and batch norm differ from what `forward` gives later.
-        """
-        name = "MegaBlock.step"
-        if isinstance(x, Tensor) and x.dim() == 2:
-            y, state = self.step(x.unsqueeze(1), state, step_checks.mask_of_token(name, key_padding_mask))
-            return y.squeeze(1), state
-        self._check_streams(name)
-        input_checks.sequence(name, "x", x, self.d_model, self.v_proj.weight, key_padding_mask)
-        step_checks.inference(name, self, x)
-        step_checks.state_type(name, state, MegaState)
-        check.size(name, "state.keys", state.keys, (x.shape[0], self.attention.chunk, self.d_attn), "B chunk d_attn")
-        check.same_device(name, "x", x, state=state.lengths)
-        x = zero_padding(x, key_padding_mask)
+    def _step(self, x: Tensor, state: MegaState, key_padding_mask: Tensor | None) -> tuple[Tensor, MegaState]:
         if not x.numel():
             return x, state
-        normed = self.norm1(x, key_padding_mask) if self.norm == "pre" else x
-        m, state.ema = advance(self.ema, normed, state.ema, key_padding_mask)
-        q, k, v, gates = self._project(normed, m)
-        out = attention_step(self.attention, q, k, v, state, key_padding_mask)
-        return self._finish(x, out, gates, key_padding_mask), state
+        normed = self._before_mixer(x, key_padding_mask)
+        average, state.ema = advance(self.ema, normed, state.ema, key_padding_mask)
+        q, k, v, gates = self._project(normed, average)
+        o = step_in_chunks(self.attention, q, k, v, state, key_padding_mask)
+        return self._finish(x, o, gates, key_padding_mask), state
 
     @classmethod
     def from_published(
@@ -256,19 +251,19 @@ class MegaBlock(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> "MegaBlock":
-        """A block with the numbers of one layer of the public Mega code (`facebookresearch/mega`, a fairseq).
+        """A block with the numbers of one layer of the public Mega code (`facebookresearch/mega`, a fork of fairseq).
 
-        Sizes, direction, the kind of norm and of bias follow from the tensors; what leaves no trace in them, `chunk`,
-        `activation`, `norm` and `ffn_activation`, has to be told and must be what the model was trained with. That code
-        takes (L, B, d_model), this one (B, L, d_model). There chunks are counted from the first column, padding or not,
-        which differs from here for rows with padding on the left.
+        Sizes, direction and the kinds of norm and bias follow from the tensors. `chunk`, `activation`, `norm` and
+        `ffn_activation` do not: give the values that the model was trained with. That code takes (L, B, d_model), this
+        block (B, L, d_model). There the first chunk starts at the first column, padding or not, so outputs differ for
+        rows with padding on the left.
 
         Args:
             state_dict: under `prefix` the keys "mega_layer.…" and, unless the layer has no feed-forward block,
                 "nffn.…": move.delta, move.alpha, move.beta, move.gamma, move.omega, v_proj, mx_proj, h_proj, gamma,
                 beta, norm.norm.…, and rel_pos_bias.rel_pos_bias or rel_pos_bias.alpha and rel_pos_bias.beta; fc1, fc2
-                and norm.norm.…. Not modified, nothing is shared.
-            prefix: what stands before these keys, such as "encoder.layers.3.". Default none.
+                and norm.norm.…. Tensors are copied.
+            prefix: text before these keys, such as "encoder.layers.3.". Default none.
             chunk, activation, norm, ffn_activation: as in `MegaBlock`, of the trained layer.
             dropout, attention_dropout, hidden_dropout, dropout_type, backend: of the new block, as in `MegaBlock`.
             device, dtype: of the new block, default those of mega_layer.v_proj.weight.
@@ -277,12 +272,12 @@ class MegaBlock(nn.Module):
             The block, in training mode.
 
         Raises:
-            ValueError: missing or unknown keys under `prefix`, wrong shapes; names them.
-            TypeError: a value that is no real floating-point tensor.
+            ValueError: missing or unknown keys under `prefix`, or wrong shapes; names them.
+            TypeError: a value that isn't a real floating-point tensor.
 
         Source: fairseq/modules/moving_average_gated_attention.py and normalized_feedforward_network.py there.
         """
-        sizes, values = published_mega.read_published(state_dict, prefix, chunk)
+        sizes, values = read_published(state_dict, prefix, chunk)
         weight = values["v_proj.weight"]
         block = cls(
             **sizes,
@@ -301,64 +296,45 @@ class MegaBlock(nn.Module):
         block.load_state_dict(values)
         return block
 
-    def _project(self, normed: Tensor, m: Tensor) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor, Tensor]]:
-        """Q, K, V, and from the moving average update gate, reset gate and the candidate's part."""
-        silu = nn.functional.silu
-        wide = self.mx_proj(self.dropout(silu(m)))
-        update, zr, candidate = wide.split([self.d_model, self.d_attn + self.d_value, self.d_model], dim=-1)
-        z, reset = silu(zr).split([self.d_attn, self.d_value], dim=-1)
+    def _project(self, normed: Tensor, average: Tensor) -> tuple[Tensor, Tensor, Tensor, _Gates]:
+        """Q, K, V and the gates, from X' and the moving average EMA(X')."""
+        m = self.dropout(silu(average))
+        update, z_and_reset, candidate = self.mx_proj(m).split(
+            [self.d_model, self.d_attn + self.d_value, self.d_model], dim=-1
+        )
+        z, reset = silu(z_and_reset).split([self.d_attn, self.d_value], dim=-1)
         q, k = (z * self.gamma[i] + self.beta[i] for i in range(2))
         v = self.hidden_dropout(silu(self.v_proj(normed)))
-        return q, k, v, (update.sigmoid(), reset, candidate)
+        return q, k, v, _Gates(update.sigmoid(), reset, candidate)
 
-    def _finish(
-        self, x: Tensor, out: Tensor, gates: tuple[Tensor, Tensor, Tensor], key_padding_mask: Tensor | None
-    ) -> Tensor:
-        update, reset, candidate = gates
-        h = self.dropout(nn.functional.silu(candidate + self.h_proj(out * reset)))
-        y = x + update * (h - x)
-        if self.norm == "post":
-            y = self.norm1(y, key_padding_mask)
-        if self.ffn is not None and self.norm == "pre":
-            y = y + self.ffn(self.norm2(y, key_padding_mask))
-        elif self.ffn is not None:
-            y = self.norm2(y + self.ffn(y), key_padding_mask)
-        return zero_padding(y, key_padding_mask)
+    def _finish(self, x: Tensor, o: Tensor, gates: _Gates, key_padding_mask: Tensor | None) -> Tensor:
+        """The output of the block, given the attention's output O."""
+        h = self.dropout(silu(gates.candidate + self.h_proj(o * gates.reset)))
+        y = self._after_mixer(x + gates.update * (h - x), key_padding_mask)
+        return zero_padding(self._feed_forward(y, key_padding_mask), key_padding_mask)
+
+    def _width_and_parameter(self) -> tuple[int, Tensor]:
+        return self.d_model, self.v_proj.weight
 
     def _check_streams(self, name: str) -> None:
+        self._streaming_chunk(name)
+
+    def _streaming_chunk(self, name: str) -> int:
+        """The length of a chunk, or NotImplementedError where the block can't stream."""
         step_checks.causal(name, self.attention.causal)
         if self.attention.chunk is None:
             raise NotImplementedError(
-                f"{name}: attention over all positions (chunk=None) needs every key of the past, which no state of "
-                "constant size holds; make the block with a chunk length"
+                f"{name}: chunk must be an int to stream, got None: attention over all positions needs every past key, "
+                "which no state of constant size holds"
             )
+        return self.attention.chunk
+
+    def check_state(self, name: str, x: Tensor, state: MegaState) -> None:
+        super().check_state(name, x, state)
+        shape = (x.shape[0], self._streaming_chunk(name), self.d_attn)
+        check.size(name, "state.keys", state.keys, shape, "B chunk d_attn")
+        check.same_device(name, "x", x, state=state.lengths)
 
     def extra_repr(self) -> str:
-        core = self.attention
-        return call_repr(
-            (self.d_model,),
-            d_attn=self.d_attn,
-            d_value=self.d_value,
-            d_ff=self.d_ff,
-            ema_dim=self.ema.ndim,
-            chunk=core.chunk,
-            causal=core.causal,
-            activation=core.activation,
-            rel_pos_bias=core.rel_pos_bias,
-            max_positions=core.max_positions,
-            norm=self.norm,
-            norm_type=self.norm_type,
-            ffn_activation=self.ffn_activation,
-            glu=self.glu,
-            dropout=self.dropout.p,
-            attention_dropout=core.dropout,
-            hidden_dropout=self.hidden_dropout.p,
-            dropout_type=self.dropout_type,
-            backend=self.ema.backend,
-        )
-
-
-def _norm(kind: str, dim: int, **factory: object) -> nn.Module:
-    norm = make_norm("MegaBlock", kind, dim, **factory)
-    norm.eps = _NORM_EPS
-    return norm
+        dims = {"ema_dim": self.ema.ndim, "attention_dropout": self.attention.dropout}
+        return arguments_repr(self, MegaBlock, self.attention, self.ema, **dims)

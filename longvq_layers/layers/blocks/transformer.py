@@ -1,17 +1,21 @@
-"""The Transformer block that the others are compared with: softmax attention over all pairs, rotary positions."""
+"""A Transformer block to compare the others with: softmax attention over all pairs, rotary positions."""
+
+from collections.abc import Callable
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
 
 from longvq_layers import _checks as check
-from longvq_layers.layers.common import input_checks
+from longvq_layers.layers.attention.heads import merge_heads
+from longvq_layers.layers.blocks.base import ResidualBlock, feed_forward_width
+from longvq_layers.layers.common.factory import Factory
 from longvq_layers.layers.common.padding import zero_padding
-from longvq_layers.layers.parts.feed_forward import FeedForward, make_dropout
+from longvq_layers.layers.parts.dropout import Dropout, make_dropout
 from longvq_layers.layers.parts.norm import make_norm
 
 
-class TransformerBlock(nn.Module):
+class TransformerBlock(ResidualBlock):
     """Pre-norm Transformer block with rotary positions.
 
         Y = X + dropout(softmax(R(Q) R(K)ᵀ / √D) V W_o),   out = Y + FFN(norm₂(Y)),   Q, K, V from norm₁(X)
@@ -21,13 +25,13 @@ class TransformerBlock(nn.Module):
         num_heads: H, default 4; d_model must be a multiple, and d_model / H even.
         d_ff: hidden width of the feed-forward block, default 4 d_model.
         causal: only past and present, default False (bidirectional).
-        dropout: probability of dropping an element of both outputs and of the hidden layer, default 0.0.
-        hidden_dropout: of the feed-forward block's hidden layer, default that of `dropout`.
-        dropout_type: "element" (default) or "feature", whole channels of a sequence.
+        dropout: probability of dropping an element of the attention's and the feed-forward block's output, default 0.0.
+        hidden_dropout: the same for the feed-forward block's hidden layer, default `dropout`.
+        dropout_type: "element" (default), or "feature" for whole channels of a sequence.
         norm_type: "layer" (default), "rms", "scale" or "batch".
         ffn_activation: "gelu" (default), "silu" or "relu".
         glu: whether the feed-forward block is gated, default False.
-        attention: "fused" (default) is `scaled_dot_product_attention`; "dense" forms the matrix of weights, as the
+        attention: "fused" (default) is `scaled_dot_product_attention`; "dense" makes the matrix of weights, as the
             Transformer of 2017 did.
         device, dtype: of the parameters.
 
@@ -40,6 +44,10 @@ class TransformerBlock(nn.Module):
 
     Source: Vaswani et al. 2017; Su et al. 2021 (arXiv 2104.09864) for the positions.
     """
+
+    qkv_proj: nn.Linear
+    out_proj: nn.Linear
+    dropout: Dropout
 
     def __init__(
         self,
@@ -64,40 +72,38 @@ class TransformerBlock(nn.Module):
         check.divides(name, "2 num_heads", 2 * num_heads, "d_model", d_model)
         check.flags(name, causal=causal)
         check.probability(name, "dropout", dropout)
-        check.one_of(name, "attention", attention, ("fused", "dense"))
-        factory = {"device": device, "dtype": dtype}
+        check.one_of(name, "attention", attention, tuple(ATTENTION))
+        factory: Factory = {"device": device, "dtype": dtype}
         self.d_model, self.num_heads, self.causal, self.attention = d_model, num_heads, causal, attention
         self.norm1 = make_norm(name, norm_type, d_model, **factory)
         self.qkv_proj = nn.Linear(d_model, 3 * d_model, **factory)
         self.out_proj = nn.Linear(d_model, d_model, **factory)
         self.dropout = make_dropout(name, dropout_type, dropout)
-        self.norm2 = make_norm(name, norm_type, d_model, **factory)
-        self.ffn = FeedForward(
-            d_model,
-            4 * d_model if d_ff is None else d_ff,
+        self._add_feed_forward(
+            name,
+            feed_forward_width(name, d_ff, 4 * d_model),
+            norm_type=norm_type,
             activation=ffn_activation,
             glu=glu,
             dropout=dropout,
             hidden_dropout=hidden_dropout,
             dropout_type=dropout_type,
-            **factory,
+            factory=factory,
         )
 
     def forward(self, x: Tensor, key_padding_mask: Tensor | None = None) -> Tensor:
         """x (B, L, d_model) -> the same shape, 0 where key_padding_mask (B, L) is True."""
-        input_checks.sequence("TransformerBlock", "x", x, self.d_model, self.out_proj.weight, key_padding_mask)
-        x = zero_padding(x, key_padding_mask)
-        qkv = rearrange(
-            self.qkv_proj(self.norm1(x, key_padding_mask)), "b l (n h d) -> n b h l d", n=3, h=self.num_heads
-        )
-        rotate = _rotation(x.shape[1], qkv.shape[-1], qkv)
-        q, k, v = _rotate(qkv[0], rotate), _rotate(qkv[1], rotate), qkv[2]
-        out = (_fused if self.attention == "fused" else _dense)(
-            q, k, v, self._allowed(x, key_padding_mask), self.causal
-        )
-        y = x + self.dropout(self.out_proj(rearrange(out, "b h l d -> b l (h d)")))
-        y = y + self.ffn(self.norm2(y, key_padding_mask))
-        return zero_padding(y, key_padding_mask)
+        x = self._checked_input("TransformerBlock", x, key_padding_mask)
+        qkv = self.qkv_proj(self._before_mixer(x, key_padding_mask))
+        q, k, v = rearrange(qkv, "b l (n h d) -> n b h l d", n=3, h=self.num_heads)
+        rotation = _rotation(q)
+        attend = ATTENTION[self.attention]
+        out = attend(_rotate(q, rotation), _rotate(k, rotation), v, self._allowed(x, key_padding_mask), self.causal)
+        y = self._after_mixer(x + self.dropout(self.out_proj(merge_heads(out))), key_padding_mask)
+        return zero_padding(self._feed_forward(y, key_padding_mask), key_padding_mask)
+
+    def _width_and_parameter(self) -> tuple[int, Tensor]:
+        return self.d_model, self.out_proj.weight
 
     def _allowed(self, x: Tensor, key_padding_mask: Tensor | None) -> Tensor | None:
         """(B, 1, L or 1, L) bool, True = attend; None where causality alone decides."""
@@ -107,7 +113,7 @@ class TransformerBlock(nn.Module):
         allowed = (~key_padding_mask)[:, None, None, :]
         if self.causal:
             allowed = allowed & torch.ones(length, length, dtype=torch.bool, device=x.device).tril()
-        # Every position may attend to itself: a row without any key would be NaN.
+        # Every position may attend to itself: without any key its output would be NaN.
         return allowed | torch.eye(length, dtype=torch.bool, device=x.device)
 
 
@@ -124,13 +130,21 @@ def _dense(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor | None, causal: bool
     return scores.softmax(-1) @ v
 
 
-def _rotation(length: int, width: int, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Cosine and sine (L, D / 2) of the angles position · 10000^(−2n / D)."""
-    exact = {"device": like.device, "dtype": torch.promote_types(like.dtype, torch.float32)}
+# Names of the argument `attention` -> functions of q, k, v, allowed (as in `TransformerBlock._allowed`) and causal.
+ATTENTION: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor | None, bool], Tensor]] = {
+    "fused": _fused,
+    "dense": _dense,
+}
+
+
+def _rotation(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosine and sine (L, D / 2) of the angles position · 10000^(−2n / D), for x (B, H, L, D)."""
+    length, head_dim = x.shape[-2:]
+    exact: Factory = {"device": x.device, "dtype": torch.promote_types(x.dtype, torch.float32)}
     position = torch.arange(length, **exact)
-    frequency = 10000.0 ** (-torch.arange(0, width, 2, **exact) / width)
+    frequency = 10000.0 ** (-torch.arange(0, head_dim, 2, **exact) / head_dim)
     angle = position.unsqueeze(-1) * frequency
-    return angle.cos().to(like.dtype), angle.sin().to(like.dtype)
+    return angle.cos().to(x.dtype), angle.sin().to(x.dtype)
 
 
 def _rotate(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:

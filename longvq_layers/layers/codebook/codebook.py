@@ -1,19 +1,26 @@
-"""The codebook: one table of codes per head, learned from the keys that pass through it."""
+"""The codebook: one table of codes per head, learned from the keys in training forwards."""
+
+import math
+from typing import Any
 
 import torch
 from torch import Tensor
+from typing_extensions import Self
 
 from longvq_layers import _checks as check
 from longvq_layers import ops
 from longvq_layers.layers.codebook.distributed import Group
-from longvq_layers.layers.codebook.kmeans import code_sums, draw, kmeans, pick, spread
+from longvq_layers.layers.codebook.kmeans import kmeans
+from longvq_layers.layers.codebook.operations import code_sums, draw, pick, spread
 from longvq_layers.layers.codebook.state_dict import complete_entries, refuse_damaged
 from longvq_layers.layers.common.context import no_autocast, recomputing
-from longvq_layers.layers.common.precision import KeepsFloat32, storage_dtype
-from longvq_layers.layers.common.representation import call_repr
+from longvq_layers.layers.common.factory import Factory
+from longvq_layers.layers.common.precision import KeepsFloat32, storage_factory
+from longvq_layers.layers.common.representation import arguments_repr
 
 _SEED = 0x10C0DE
-_START_KEYS_PER_CODE = 64  # keys per code that the k-means start looks at; more only cost time
+_START_KEYS_PER_CODE = 64  # keys per code in the sample that k-means fits first; more only cost time
+_NEVER_CHOSEN = 1_000_000  # `idle` of a code that had no key at the start, where nothing is re-seeded
 
 
 class Codebook(KeepsFloat32):
@@ -25,11 +32,11 @@ class Codebook(KeepsFloat32):
         C_s = M_s / Ñ_s,   Ñ_s = (N_s + ε) ΣN / (ΣN + S ε)       (Laplace smoothing)
 
     The first training batch with any key fits the codes by k-means++. A code that no key chose for `revive_after`
-    steps is moved to a current key, drawn in proportion to its squared error, and its averages restart there.
-    Averages are taken at once; `embedding` follows at the start of the next training call, so that a recomputed
-    forward (activation checkpointing) sees the same codes. Nothing learns in eval mode, when frozen, or from masked
-    or non-finite keys. All arithmetic is float32 (or float64) with autocast off, and `.half()` or `.bfloat16()`
-    leave the buffers in float32.
+    steps moves to a current key, drawn in proportion to its squared error, and its averages restart there. Averages are
+    updated at once, but `embedding` only at the start of the next training call: so a recomputed forward (activation
+    checkpointing) sees the same codes. The codebook doesn't learn in eval mode, when frozen, or from masked or
+    non-finite keys. All arithmetic is float32 (or float64) with autocast off, and `.half()` or `.bfloat16()` leave the
+    buffers in float32.
 
     Args:
         num_heads: H, key-value heads.
@@ -39,8 +46,8 @@ class Codebook(KeepsFloat32):
         revive_after: training calls without a key after which a code is re-seeded, default 100; None = never.
         eps: ε of the smoothing, in keys, default 1e-5.
         process_group: data-parallel ranks that learn together; None = the default group if torch.distributed is
-            initialised. A group of this rank alone turns sharing off.
-        backend: which kernels search the nearest code, see `ops.vq_assign`.
+            initialised. With a group of this rank only, each rank learns by itself.
+        backend: of the search for the nearest code, see `ops.vq_assign`.
         device: where the buffers live.
         dtype: torch.float64 for double buffers, anything else gives float32.
 
@@ -60,6 +67,15 @@ class Codebook(KeepsFloat32):
 
     Source: van den Oord et al. 2017, appendix A.1 (EMA); Lingle 2023, Transformer-VQ (codes of keys).
     """
+
+    embedding: Tensor
+    ema_sum: Tensor
+    ema_count: Tensor
+    ema_error: Tensor
+    ema_energy: Tensor
+    idle: Tensor
+    steps: Tensor
+    initialized: Tensor
 
     _version = 1
 
@@ -82,16 +98,16 @@ class Codebook(KeepsFloat32):
         check.probability("Codebook", "decay", decay)
         if revive_after is not None and revive_after < 1:
             raise ValueError(f"Codebook: revive_after must be at least 1 step, or None for never, got {revive_after}")
-        if not 0 < eps < float("inf"):
+        if not 0 < eps < math.inf:
             raise ValueError(f"Codebook: eps must be a positive number of keys, got {eps}")
         self.num_heads, self.num_codes, self.dim = num_heads, num_codes, dim
         self.decay, self.revive_after, self.eps, self.backend = decay, revive_after, eps, backend
         self.frozen = False
         self._group = Group(process_group)
-        self._ready = False  # `initialized` for Python: reading the buffer would synchronise and break the graph
+        self._ready = False  # `initialized` as a Python bool: reading the buffer synchronises and breaks the graph
 
-        real = {"device": device, "dtype": storage_dtype(dtype)}
-        count = {"device": device, "dtype": torch.int64}
+        real = storage_factory(device, dtype)
+        count: Factory = {"device": device, "dtype": torch.int64}
         self.register_buffer("embedding", torch.empty(num_heads, num_codes, dim, **real))
         self.register_buffer("ema_sum", torch.empty(num_heads, num_codes, dim, **real))
         self.register_buffer("ema_count", torch.empty(num_heads, num_codes, **real))
@@ -104,7 +120,7 @@ class Codebook(KeepsFloat32):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Forget everything: random codes, no statistics, not initialised."""
+        """Start again: random codes, no statistics, not initialised."""
         self.embedding.normal_()
         self.ema_sum.copy_(self.embedding)
         self.ema_count.fill_(1)
@@ -113,25 +129,25 @@ class Codebook(KeepsFloat32):
         self._mark(False)
 
     def forward(self, k: Tensor, key_padding_mask: Tensor | None = None) -> Tensor:
-        """The code of every key; in training (unless frozen) the codebook also learns from them.
+        """The code of every key. In training mode, unless frozen, the codebook also learns from the keys.
 
         Args:
             k: (B, H, L, D) float, any floating dtype.
             key_padding_mask: (B, L) bool, True = ignore.
 
         Returns:
-            (B, H, L) int64 in [0, S). Codes at masked positions mean nothing.
+            (B, H, L) int64 in [0, S); any codes at masked positions.
         """
         return self.quantize(k, key_padding_mask)[0]
 
     def quantize(self, k: Tensor, key_padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """`forward`, and with the codes the table (H, S, D) they index, which later learning leaves unchanged."""
+        """The codes of `forward`, and the table (H, S, D) of their vectors, which later updates don't change."""
         self._check(k, key_padding_mask)
         with torch.no_grad(), no_autocast(k.device):
             learning = self.training and not self.frozen
             again = recomputing()
             keys = k.detach()
-            if keys.element_size() > 2:  # half types are read as they are, a copy in float32 would be twice their size
+            if keys.element_size() > 2:  # half types are read as they are: a float32 copy has twice their size
                 keys = keys.to(self.embedding.dtype)
             if learning and not again:
                 if not self._ready:
@@ -141,7 +157,7 @@ class Codebook(KeepsFloat32):
             codes = ops.vq_assign(keys, self.embedding, backend=self.backend)
             if not learning:
                 return codes, self.embedding
-            table = self.embedding.clone()  # autograd may keep it until after the next update
+            table = self.embedding.clone()  # autograd may need it after the next update
             if self._ready and not again:
                 flat, valid = self._flat(keys, key_padding_mask)
                 self._learn(flat, codes.transpose(0, 1).reshape(self.num_heads, -1), valid)
@@ -155,11 +171,20 @@ class Codebook(KeepsFloat32):
         mask: Tensor | None = None,
         iterations: int = 10,
         generator: torch.Generator | None = None,
-    ) -> "Codebook":
-        """Fit the codes to keys (H, N, D) by k-means and mark the codebook initialised; returns self.
+    ) -> Self:
+        """Fit the codes to keys by k-means and mark the codebook initialised.
 
-        `mask`, `iterations` and `generator` as in `kmeans`. Not shared between ranks: give each the same keys and
-        seed. Raises ValueError for a wrong shape, or when no finite unmasked key is left in some head.
+        Ranks don't share the result: give each the same keys and seed.
+
+        Args:
+            keys: (H, N, D) float.
+            mask, iterations, generator: see `kmeans`.
+
+        Returns:
+            The codebook itself.
+
+        Raises:
+            ValueError: a wrong shape, or a head without any finite, unmasked key.
         """
         if keys.dim() != 3 or (keys.shape[0], keys.shape[2]) != (self.num_heads, self.dim):
             expected = f"(H, N, D) = ({self.num_heads}, N, {self.dim})"
@@ -175,59 +200,53 @@ class Codebook(KeepsFloat32):
             )
         with no_autocast(keys.device):
             keys = keys.masked_fill(~valid.unsqueeze(-1), 0)
-            self._adopt(kmeans(keys, self.num_codes, iterations=iterations, mask=~valid, generator=generator))
+            self.embedding.copy_(kmeans(keys, self.num_codes, iterations=iterations, mask=~valid, generator=generator))
             codes = ops.vq_assign(keys.unsqueeze(0), self.embedding, backend=self.backend).squeeze(0)
             self._restart(keys, codes, valid)
         self._mark(True)
         return self
 
-    def freeze(self) -> "Codebook":
+    def freeze(self) -> Self:
         """Stop learning, also in training mode, until `unfreeze`; returns self."""
         self.frozen = True
         return self
 
-    def unfreeze(self) -> "Codebook":
+    def unfreeze(self) -> Self:
         """Learn again in training mode; returns self."""
         self.frozen = False
         return self
 
-    def reread(self) -> "Codebook":
-        """Take note of `initialized` after a loader has set the buffers one by one, as attributes; returns self.
+    def reread(self) -> Self:
+        """Read `initialized` again, after a loader has set the buffers as attributes; returns self.
 
-        `load_state_dict` does so by itself.
+        `load_state_dict` needs no such call.
         """
         self._ready = bool(self.initialized)
         return self
 
     def usage(self, within: int = 10) -> Tensor:
-        """Per head (H,), the fraction of codes that a key chose, or that were re-seeded, in the last `within` calls."""
+        """Per head (H,), the share of codes that a key chose, or that were re-seeded, in the last `within` calls."""
         return (self.idle < within).to(self.embedding.dtype).mean(-1)
 
     def perplexity(self) -> Tensor:
-        """Per head (H,), exp of the entropy of the averaged code frequencies: 1 = one code does all, S = all equal."""
+        """Per head (H,), exp of the entropy of the averaged code frequencies: 1 = one code has all keys, S = even."""
         share = self.ema_count / self.ema_count.sum(-1, keepdim=True)
         return torch.special.entr(share).sum(-1).exp()
 
     def quantization_error(self) -> Tensor:
         """Per head (H,), averaged Σ‖k − C_z‖² / Σ‖k − mean k‖²: 0 = exact, 1 = no better than one code.
 
-        NaN before any key was seen; infinite if the keys never differed and yet were missed.
+        NaN before the first key; infinite if all keys were equal but differed from their code.
         """
         return self.ema_error / self.ema_energy
 
     def extra_repr(self) -> str:
-        return call_repr(
-            (self.num_heads, self.num_codes, self.dim),
-            decay=self.decay,
-            revive_after=self.revive_after,
-            eps=self.eps,
-            backend=self.backend,
-        )
+        return arguments_repr(self, Codebook)
 
     # ---- learning -------------------------------------------------------------------------------------------------
 
     def _flat(self, keys: Tensor, key_padding_mask: Tensor | None) -> tuple[Tensor, Tensor]:
-        # (B, H, L, D), (B, L) -> keys (H, N, D) with zeros where not valid, valid (H, N); N = B * L
+        """(B, H, L, D), (B, L) -> keys (H, N, D) with zeros where not valid, valid (H, N), with N = B·L."""
         keys = keys.transpose(0, 1)
         valid = keys.isfinite().all(-1)
         if key_padding_mask is not None:
@@ -237,35 +256,24 @@ class Codebook(KeepsFloat32):
 
     @torch.compiler.disable(reason="the k-means start depends on the data; run one training step before compiling")
     def _start(self, keys: Tensor, valid: Tensor) -> None:
-        # keys (H, N, D), valid (H, N). Every rank contributes a sample of one shape; all get the first rank's result.
-        # A generator of its own, other numbers than those of torch's: see `spread` for why that isn't touched.
+        """Fit the codes to the first batch, keys (H, N, D), valid (H, N). All ranks get the first rank's result."""
+        # A generator of its own: a recomputed forward skips this, and must find torch's generator in the same state.
         generator = torch.Generator(keys.device).manual_seed(torch.initial_seed() ^ _SEED)
-        per_rank = -(-_START_KEYS_PER_CODE * self.num_codes // self._group.size)
-        if self._group.active or keys.shape[1] > per_rank:
-            order = torch.rand(valid.shape, device=valid.device, generator=generator)
-            order = torch.where(valid, order, -1.0)
-            order = torch.nn.functional.pad(order, (0, max(0, per_rank - order.shape[1])), value=-1.0)
-            score, index = order.topk(per_rank, dim=-1)
-            keys = torch.nn.functional.pad(keys, (0, 0, 0, max(0, per_rank - keys.shape[1])))
-            keys = self._group.gather(pick(keys, index), 1)
-            valid = self._group.gather((score >= 0).to(keys.dtype), 1) > 0
+        keys, valid = self._group.sample(keys, valid, _START_KEYS_PER_CODE * self.num_codes, generator)
         if not bool(valid.any(-1).all()):
-            return  # nothing to learn from yet on any rank: wait for the next batch
-        self._adopt(self._group.from_first(kmeans(keys, self.num_codes, mask=~valid, generator=generator)))
+            return  # some head has no key on any rank: wait for the next batch
+        self.embedding.copy_(self._group.from_first(kmeans(keys, self.num_codes, mask=~valid, generator=generator)))
         codes = ops.vq_assign(keys.unsqueeze(0), self.embedding, backend=self.backend).squeeze(0)
         codes = self._group.from_first(codes)
         self._restart(keys, codes, valid)
         self._mark(True)
 
-    def _adopt(self, embedding: Tensor) -> None:
-        self.embedding.copy_(embedding)
-
     def _restart(self, keys: Tensor, codes: Tensor, valid: Tensor) -> None:
-        # Averages and readings as if these keys had been seen for ever; `embedding` is what they were assigned with.
+        """Set averages and statistics as if every batch so far had these keys, with their codes in `embedding`."""
         _, counts = code_sums(keys, codes, valid, self.num_codes)
         self.ema_count.copy_(counts.clamp(min=1))
         self.ema_sum.copy_(self.embedding * self.ema_count.unsqueeze(-1))
-        self.idle.copy_(torch.where(counts > 0, 0, self.revive_after or 1_000_000))
+        self.idle.copy_(torch.where(counts > 0, 0, self.revive_after or _NEVER_CHOSEN))
         error = (keys - pick(self.embedding, codes)).square().sum(-1) * valid
         total = counts.sum(-1, keepdim=True)
         mean = keys.sum(1) / total.clamp(min=1)
@@ -273,13 +281,13 @@ class Codebook(KeepsFloat32):
         self.ema_energy.copy_(((keys - mean.unsqueeze(1)).square().sum(-1) * valid).sum(-1))
 
     def _refresh(self) -> None:
-        # C = M / Ñ; all in place and without branches on data, so that it compiles into one graph
+        """C = M / Ñ, in place and, as all updates, without branches on data, to compile into one graph."""
         total = self.ema_count.sum(-1, keepdim=True)
         smoothed = (self.ema_count + self.eps) * total / (total + self.num_codes * self.eps)
         self.embedding.copy_(self.ema_sum / smoothed.unsqueeze(-1))
 
     def _learn(self, keys: Tensor, codes: Tensor, valid: Tensor) -> None:
-        # keys (H, N, D), codes (H, N), valid (H, N); N may be 0 and valid may be all False on this rank
+        """Update averages and statistics with keys (H, N, D), codes and valid (H, N). This rank may have no key."""
         error = (keys - pick(self.embedding, codes)).square().sum(-1) * valid  # (H, N)
         sums, counts = code_sums(keys, codes, valid, self.num_codes)
         square = keys.square().sum((1, 2))  # keys are zero where not valid
@@ -291,7 +299,7 @@ class Codebook(KeepsFloat32):
         seen = total > 0
         energy = (square - sums.sum(1).square().sum(-1) / total.clamp(min=1)).clamp(min=0)  # Σ‖k − mean‖²
 
-        gamma = torch.where(seen, self.decay, 1.0).to(keys.dtype)  # a step without keys leaves everything as it was
+        gamma = torch.where(seen, self.decay, 1.0).to(keys.dtype)  # a step without keys changes nothing
         self.ema_sum.copy_(torch.lerp(sums, self.ema_sum, gamma[:, None, None]))
         self.ema_count.copy_(torch.lerp(counts, self.ema_count, gamma[:, None]))
         self.ema_error.copy_(torch.lerp(error, self.ema_error, gamma))
@@ -306,8 +314,10 @@ class Codebook(KeepsFloat32):
             self.idle.masked_fill_(revived, 0)
 
     def _spare_keys(self, keys: Tensor, error: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
-        # For each code a key it could be re-seeded with (H, S, D), and whether there is one (H, S). Under data
-        # parallelism code s takes its key from one rank, another one each step; the others contribute zeros.
+        """For each code a key to re-seed it with (H, S, D), and whether there is such a key (H, S).
+
+        Under data parallelism one rank gives the key of code s, in turn from step to step. The others give zeros.
+        """
         if self.revive_after is None or keys.shape[1] == 0:
             return torch.zeros_like(self.ema_sum), torch.zeros_like(self.ema_count)
         weight = torch.where((error > 0).any(-1, keepdim=True), error, valid.to(error.dtype))
@@ -332,10 +342,12 @@ class Codebook(KeepsFloat32):
             check.key_padding_mask("Codebook", key_padding_mask, k.shape[0], k.shape[2])
             check.same_device("Codebook", "k", k, key_padding_mask=key_padding_mask)
 
-    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors) -> None:
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Tensor], prefix: str, local_metadata: dict[str, Any], *args: Any
+    ) -> None:
         complete_entries(state_dict, prefix, local_metadata.get("version"))
         refuse_damaged(state_dict, prefix)
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
         flag = state_dict.get(prefix + "initialized")
         if flag is not None and flag.device.type != "meta":
             self._ready = bool(flag)

@@ -1,14 +1,15 @@
-"""What a `Codebook` loads: older and foreign entries are completed, damaged ones refused."""
+"""Entries of a `Codebook` in a state dict: entries of a bare table are completed, damaged ones refused."""
 
 import torch
+from torch import Tensor
 
-_LEARNT = ("ema_sum", "ema_count", "ema_error", "ema_energy", "idle", "steps", "initialized")
+_LEARNED = ("ema_sum", "ema_count", "ema_error", "ema_energy", "idle", "steps", "initialized")
 
 
-def complete_entries(state_dict: dict, prefix: str, version: int | None) -> None:
-    """Bring older or foreign entries to `Codebook._version`; a bare table of codes becomes an initialised codebook."""
+def complete_entries(state_dict: dict[str, Tensor], prefix: str, version: int | None) -> None:
+    """Give a bare table of codes, without `Codebook._version`, the other entries of an initialised codebook."""
     table = state_dict.get(prefix + "embedding")
-    if version is not None or table is None or any(prefix + name in state_dict for name in _LEARNT):
+    if version is not None or table is None or any(prefix + name in state_dict for name in _LEARNED):
         return
     heads, codes = table.shape[:2]
     state_dict[prefix + "ema_sum"] = table.clone()
@@ -20,12 +21,12 @@ def complete_entries(state_dict: dict, prefix: str, version: int | None) -> None
     state_dict[prefix + "initialized"] = torch.ones((), dtype=torch.bool, device=table.device)
 
 
-def refuse_damaged(state_dict: dict, prefix: str) -> None:
-    """Raise ValueError where codes or their averages are not finite."""
+def refuse_damaged(state_dict: dict[str, Tensor], prefix: str) -> None:
+    """Raise ValueError if codes or their averages are not finite."""
     for name in ("embedding", "ema_sum", "ema_count"):
         value = state_dict.get(prefix + name)
         if value is not None and value.device.type != "meta" and not bool(value.isfinite().all()):
             raise ValueError(
-                f"Codebook.load_state_dict: {prefix}{name} must be finite, got NaN or infinity; "
-                "the checkpoint is damaged or its training had diverged"
+                f"Codebook.load_state_dict: {prefix}{name} must be finite, got NaN or infinity; the checkpoint is "
+                "damaged or its training had diverged"
             )

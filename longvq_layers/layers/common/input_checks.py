@@ -1,4 +1,4 @@
-"""Checks of what a layer is called with, in the wording of the operators' checks."""
+"""Checks of a layer's inputs, in the grammar of `longvq_layers._checks`."""
 
 import torch
 from torch import Tensor
@@ -6,17 +6,17 @@ from torch import Tensor
 from longvq_layers import _checks as check
 
 
-def sequence(layer: str, name: str, x: object, width: int, parameter: Tensor, mask: Tensor | None) -> None:
-    """`x` is (B, L, width) in the dtype and on the device of the layer's `parameter`; `mask` is (B, L) bool.
+def sequence(layer: str, name: str, x: Tensor, width: int, parameter: Tensor, key_padding_mask: Tensor | None) -> None:
+    """`x` is (B, L, width) with the dtype and device of the layer's `parameter`; the mask is (B, L) bool or None.
 
-    Under autocast any real dtype will do.
+    Under autocast `x` may have any floating dtype.
     """
     check.tensor(layer, name, x, "B L d_model")
     check.real(layer, name, x)
     check.size(layer, name, x, (x.shape[0], x.shape[1], width), "B L d_model")
-    check.same_device(layer, f"the layer's parameters and {name}", parameter, **{name: x})
+    check.same_device(layer, "the layer's parameters", parameter, **{name: x})
     layer_dtype(layer, name, x, parameter)
-    padding(layer, mask, x)
+    padding(layer, key_padding_mask, x)
 
 
 def layer_dtype(layer: str, name: str, x: Tensor, parameter: Tensor) -> None:
@@ -28,14 +28,14 @@ def layer_dtype(layer: str, name: str, x: Tensor, parameter: Tensor) -> None:
         )
 
 
-def padding(layer: str, mask: object, x: Tensor) -> None:
-    """`mask` is None or (B, L) bool on the device of x (B, L, ...)."""
-    if mask is not None:
-        check.key_padding_mask(layer, mask, x.shape[0], x.shape[1])
-        check.same_device(layer, "the input", x, key_padding_mask=mask)
+def padding(layer: str, key_padding_mask: Tensor | None, x: Tensor) -> None:
+    """The mask is None or (B, L) bool on the device of x (B, L, ...)."""
+    if key_padding_mask is not None:
+        check.key_padding_mask(layer, key_padding_mask, x.shape[0], x.shape[1])
+        check.same_device(layer, "the input", x, key_padding_mask=key_padding_mask)
 
 
-def packed(layer: str, name: str, x: Tensor, cu_seqlens: object, axis: int = 1) -> None:
-    """`cu_seqlens` is None or the offsets of documents packed into the one row of x, whose length is that of `axis`."""
+def packed(layer: str, name: str, x: Tensor, cu_seqlens: Tensor | None, axis: int = 1) -> None:
+    """`cu_seqlens` is None or splits the only row of x into documents; `axis` is the axis of x that has the length."""
     if cu_seqlens is not None:
         check.cu_seqlens(layer, name, x, cu_seqlens, axis)

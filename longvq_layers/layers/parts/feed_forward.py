@@ -1,48 +1,24 @@
-"""The feed-forward block that follows a mixer, and the ways to drop."""
+"""The feed-forward block that follows a mixer."""
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
 from longvq_layers import _checks as check
-from longvq_layers.layers.common.representation import call_repr
+from longvq_layers.layers.common.representation import arguments_repr
+from longvq_layers.layers.parts.dropout import Dropout, make_dropout
 from longvq_layers.layers.parts.pointwise import silu_product
 
-ACTIVATIONS = {"silu": nn.functional.silu, "gelu": nn.functional.gelu, "relu": nn.functional.relu}
-
-
-class FeatureDropout(nn.Module):
-    """Drops whole channels of a sequence: x (B, L, d) loses the same channels at all L positions.
-
-    Args:
-        p: probability of dropping a channel, default 0.
-
-    Source: Tompson et al. 2014 (arXiv 1411.4280); "feature dropout" in Mega (arXiv 2209.10655).
-    """
-
-    def __init__(self, p: float = 0.0) -> None:
-        super().__init__()
-        self.p = p
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.training or self.p == 0:
-            return x
-        return x * nn.functional.dropout(x.new_ones(x.shape[0], 1, x.shape[-1]), self.p)
-
-    def extra_repr(self) -> str:
-        return f"p={self.p}"
-
-
-DROPOUTS = {"element": nn.Dropout, "feature": FeatureDropout}
-
-
-def make_dropout(caller: str, kind: str, p: float) -> nn.Module:
-    """Dropout of elements or of whole channels of (B, L, d)."""
-    check.one_of(caller, "dropout_type", kind, tuple(DROPOUTS))
-    return DROPOUTS[kind](p)
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": nn.functional.silu,
+    "gelu": nn.functional.gelu,
+    "relu": nn.functional.relu,
+}
 
 
 class FeedForward(nn.Module):
-    """Two linear layers with an activation between them, the second one gated if asked.
+    """Two linear layers with an activation between them, and with `glu` a gate.
 
         glu=False:  dropout(hidden_dropout(act(x W₁ + b₁)) W₂ + b₂)
         glu=True:   dropout(hidden_dropout(act(x W₁ + b₁) ⊙ (x W₃ + b₃)) W₂ + b₂)
@@ -53,7 +29,7 @@ class FeedForward(nn.Module):
         activation: "silu" (default), "gelu" or "relu".
         glu: whether the hidden layer is gated, default False.
         dropout: probability of dropping an output, default 0.0.
-        hidden_dropout: probability of dropping a hidden element, default that of `dropout`.
+        hidden_dropout: probability of dropping a hidden element, default `dropout`.
         dropout_type: "element" (default), or "feature" for whole channels of a sequence.
         device, dtype: of the parameters.
 
@@ -66,6 +42,11 @@ class FeedForward(nn.Module):
 
     Source: Vaswani et al. 2017, section 3.3; Shazeer 2020 (arXiv 2002.05202) for the gate.
     """
+
+    up: nn.Linear
+    down: nn.Linear
+    hidden_dropout: Dropout
+    dropout: Dropout
 
     def __init__(
         self,
@@ -96,7 +77,7 @@ class FeedForward(nn.Module):
         self.dropout = make_dropout(name, dropout_type, dropout)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (..., d_model) -> (..., d_model); with "feature" dropout in training (B, L, d_model)."""
+        """x (..., d_model) -> (..., d_model); with "feature" dropout in training mode (B, L, d_model)."""
         hidden = self.up(x)
         act = ACTIVATIONS[self.activation]
         if self.glu:
@@ -107,11 +88,4 @@ class FeedForward(nn.Module):
         return self.dropout(self.down(self.hidden_dropout(hidden)))
 
     def extra_repr(self) -> str:
-        return call_repr(
-            (self.d_model, self.d_ff),
-            activation=self.activation,
-            glu=self.glu,
-            dropout=self.dropout.p,
-            hidden_dropout=self.hidden_dropout.p,
-            dropout_type=self.dropout_type,
-        )
+        return arguments_repr(self, FeedForward)

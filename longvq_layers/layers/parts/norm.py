@@ -1,27 +1,27 @@
-"""The norms that a block may stand between: layer, root mean square, scale and batch norm, all with padding masks."""
-
-from collections.abc import Callable
+"""The norms of blocks: layer, root mean square, scale and batch norm. All are called with a padding mask."""
 
 import torch
 from torch import Tensor, nn
 
 from longvq_layers import _checks as check
 from longvq_layers.layers.common.context import recomputing
-from longvq_layers.layers.common.precision import KeepsFloat32, storage_dtype
+from longvq_layers.layers.common.precision import KeepsFloat32, storage_factory
 
 
 class LayerNorm(nn.LayerNorm):
-    """`nn.LayerNorm` over the last dimension, called like the other norms; the mask changes nothing."""
+    """`nn.LayerNorm` over the last dimension. The mask is there for the common interface and changes nothing."""
 
     def forward(self, x: Tensor, key_padding_mask: Tensor | None = None) -> Tensor:
         return super().forward(x)
 
 
 class RMSNorm(nn.RMSNorm):
-    """`nn.RMSNorm` over the last dimension, called like the other norms; the mask changes nothing.
+    """`nn.RMSNorm` over the last dimension. The mask is there for the common interface and changes nothing.
 
-    ε is 1e-6 unless given: that of `nn.RMSNorm` depends on the dtype, and a model should not.
+    The default ε is 1e-6. The default of `nn.RMSNorm` depends on the dtype, which would make models differ.
     """
+
+    weight: nn.Parameter
 
     def __init__(
         self,
@@ -33,7 +33,7 @@ class RMSNorm(nn.RMSNorm):
         super().__init__(dim, eps, device=device, dtype=dtype)
 
     def forward(self, x: Tensor, key_padding_mask: Tensor | None = None) -> Tensor:
-        # Under autocast x may be narrower than the weight, for which there is no fused kernel but a warning.
+        # Under autocast x may have a narrower dtype than the weight. PyTorch warns then, for lack of a fused kernel.
         return nn.functional.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
 
 
@@ -47,6 +47,8 @@ class ScaleNorm(nn.Module):
 
     Source: Nguyen and Salazar 2019, "Transformers without Tears"; the form in Mega (arXiv 2209.10655).
     """
+
+    scalar: nn.Parameter
 
     def __init__(
         self,
@@ -72,14 +74,14 @@ class ScaleNorm(nn.Module):
 
 
 class BatchNorm(KeepsFloat32):
-    """Batch normalisation of every channel over all positions that are no padding.
+    """Batch normalisation of every channel over all positions that aren't padding.
 
         training:  γ (x − mean) / √(var + ε) + β   over the batch, and running averages of mean and variance
         eval:      the same with the running averages
 
-    In training the statistics of a sequence contain its future and the other sequences: a causal model trained with
-    it is causal in eval mode only. Statistics are those of this process. They and the parameters stay float32 (or
-    float64) under `.half()` and `.bfloat16()`: a running average in 8 bits would stop at some value.
+    In training mode the statistics include the future and the other sequences, so a causal model is causal in eval mode
+    only. Ranks don't share statistics. Statistics and parameters stay float32 (or float64) under `.half()` and
+    `.bfloat16()`: small updates of a bfloat16 average would round to nothing.
 
     Args:
         dim: channels, the last dimension.
@@ -91,6 +93,11 @@ class BatchNorm(KeepsFloat32):
     Source: Ioffe and Szegedy 2015 (arXiv 1502.03167).
     """
 
+    weight: nn.Parameter
+    bias: nn.Parameter
+    running_mean: Tensor
+    running_var: Tensor
+
     def __init__(
         self,
         dim: int,
@@ -101,7 +108,7 @@ class BatchNorm(KeepsFloat32):
     ) -> None:
         super().__init__()
         self.dim, self.eps, self.momentum = dim, eps, momentum
-        real = {"device": device, "dtype": storage_dtype(dtype)}
+        real = storage_factory(device, dtype)
         self.weight = nn.Parameter(torch.empty(dim, **real))
         self.bias = nn.Parameter(torch.empty(dim, **real))
         self.register_buffer("running_mean", torch.empty(dim, **real))
@@ -109,13 +116,13 @@ class BatchNorm(KeepsFloat32):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Start again with γ and the variance 1, β and the mean 0."""
+        """Set γ and the variance to 1, β and the mean to 0."""
         for ones, zeros in ((self.weight, self.bias), (self.running_var, self.running_mean)):
             nn.init.ones_(ones)
             nn.init.zeros_(zeros)
 
     def forward(self, x: Tensor, key_padding_mask: Tensor | None = None) -> Tensor:
-        # x (B, L, dim), in eval mode (..., dim)
+        """x (B, L, dim), in eval mode (..., dim) -> the same shape; the mask is (B, L), True = ignore."""
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         if self.training:
             mean, var = self._statistics(wide, key_padding_mask)
@@ -133,7 +140,8 @@ class BatchNorm(KeepsFloat32):
         var = ((x - mean).square() * valid).sum((0, 1)) / count
         if not recomputing():
             with torch.no_grad():
-                # Without positions nothing is learned; the variance is that of a population, as in nn.BatchNorm1d.
+                # A batch without positions changes nothing. The running variance is the unbiased one, as in
+                # nn.BatchNorm1d.
                 share = self.momentum * (valid.sum() > 0).to(self.running_mean.dtype)
                 unbiased = var * (count / (count - 1).clamp(min=1))
                 self.running_mean.lerp_(mean.to(self.running_mean.dtype), share)
@@ -144,7 +152,8 @@ class BatchNorm(KeepsFloat32):
         return f"{self.dim}, eps={self.eps}, momentum={self.momentum}"
 
 
-NORMS: dict[str, Callable[..., nn.Module]] = {
+Norm = LayerNorm | RMSNorm | ScaleNorm | BatchNorm
+NORMS: dict[str, type[Norm]] = {
     "layer": LayerNorm,
     "rms": RMSNorm,
     "scale": ScaleNorm,
@@ -153,8 +162,11 @@ NORMS: dict[str, Callable[..., nn.Module]] = {
 
 
 def make_norm(
-    caller: str, kind: str, dim: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None
-) -> nn.Module:
-    """The norm of that name for (..., dim); call it with x and, where there is one, the mask (B, L), True = ignore."""
-    check.one_of(caller, "norm_type", kind, tuple(NORMS))
+    name: str, kind: str, dim: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+) -> Norm:
+    """The norm of that kind for (..., dim), called with x and a mask (B, L), True = ignore, or None.
+
+    `name` is the layer in errors.
+    """
+    check.one_of(name, "norm_type", kind, tuple(NORMS))
     return NORMS[kind](dim, device=device, dtype=dtype)

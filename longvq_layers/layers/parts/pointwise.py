@@ -1,8 +1,11 @@
-"""Elementwise steps of gated blocks that save only their inputs for backward, which others save as well.
+"""Elementwise steps of gated blocks that save only their inputs for backward.
 
-Composed of PyTorch's operators each would keep one more activation of the size of its output. A compiler decides by
-itself what to compute again, and cannot trace an autograd function with a forward-mode rule: it gets the operators.
+Other operations save these inputs anyway. A composition of PyTorch's operators would save one more tensor of the size
+of its output. A compiler decides itself what to recompute, and can't trace an autograd function with a forward-mode
+rule, so it gets the operators.
 """
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,79 +14,77 @@ from torch.autograd import Function
 
 def silu_product(a: Tensor, b: Tensor) -> Tensor:
     """``silu(a) ⊙ b`` of tensors of one shape."""
-    return _call(_SiluProduct, a, b, plain=False)
+    return _SiluProduct.forward(a, b) if _saves_nothing() else _SiluProduct.apply(a, b)
 
 
 def gated_residual(logits: Tensor, new: Tensor, old: Tensor, *, recompute: bool = False) -> Tensor:
     """``g ⊙ new + (1 − g) ⊙ old`` with ``g = sigmoid(logits)``, of tensors of one shape.
 
-    `recompute`: it is the last step of what checkpointing computes again, keeps nothing and need not run a second time.
+    `recompute`: this is the last operation of a checkpointed part, which saves nothing. Plain operators then spare the
+    recomputation of the operation itself.
     """
-    return _call(_GatedResidual, logits, new, old, plain=recompute)
+    plain = recompute or _saves_nothing()
+    return _GatedResidual.forward(logits, new, old) if plain else _GatedResidual.apply(logits, new, old)
 
 
-def _call(function: type[Function], *tensors: Tensor, plain: bool) -> Tensor:
-    plain = plain or torch.compiler.is_compiling() or not torch.is_grad_enabled()  # these keep nothing anyway
-    return function.forward(*tensors) if plain else function.apply(*tensors)
+def _saves_nothing() -> bool:
+    return torch.compiler.is_compiling() or not torch.is_grad_enabled()
+
+
+class _SavesInputs(Function):
+    """A function that saves its inputs for backward and forward mode."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
 
 
 def _silu_backward(grad: Tensor, x: Tensor) -> Tensor:
     if not torch.is_grad_enabled():
-        return torch.ops.aten.silu_backward(grad, x)  # one pass, but without a derivative of its own
+        return torch.ops.aten.silu_backward(grad, x)  # one pass over memory, but it can't be differentiated
     gate = x.sigmoid()
     return grad * gate * (1 + x * (1 - gate))
 
 
-class _SiluProduct(Function):
-    generate_vmap_rule = True
-
+class _SiluProduct(_SavesInputs):
     @staticmethod
-    def forward(a, b):
+    def forward(a: Tensor, b: Tensor) -> Tensor:
         return torch.nn.functional.silu(a) * b
 
     @staticmethod
-    def setup_context(ctx, inputs, output):
-        ctx.save_for_backward(*inputs)
-        ctx.save_for_forward(*inputs)
-
-    @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         a, b = ctx.saved_tensors
         da = _silu_backward((grad * b).to(a.dtype), a) if ctx.needs_input_grad[0] else None
         db = (grad * torch.nn.functional.silu(a)).to(b.dtype) if ctx.needs_input_grad[1] else None
         return da, db
 
     @staticmethod
-    def jvp(ctx, da, db):
+    def jvp(ctx: Any, da: Tensor, db: Tensor) -> Tensor:
         a, b = ctx.saved_tensors
         return _silu_backward(da, a) * b + torch.nn.functional.silu(a) * db
 
 
-class _GatedResidual(Function):
-    generate_vmap_rule = True
-
+class _GatedResidual(_SavesInputs):
     @staticmethod
-    def forward(logits, new, old):
+    def forward(logits: Tensor, new: Tensor, old: Tensor) -> Tensor:
         dtype = torch.promote_types(torch.promote_types(logits.dtype, new.dtype), old.dtype)
         return torch.lerp(old.to(dtype), new.to(dtype), logits.sigmoid().to(dtype))
 
     @staticmethod
-    def setup_context(ctx, inputs, output):
-        ctx.save_for_backward(*inputs)
-        ctx.save_for_forward(*inputs)
-
-    @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         logits, new, old = ctx.saved_tensors
         wanted, gate = ctx.needs_input_grad, logits.sigmoid()
-        # In this order no more than three results and temporaries exist at a time.
+        # In this order at most three results and temporaries exist at a time.
         dlogits = torch.ops.aten.sigmoid_backward(grad * (new - old), gate).to(logits.dtype) if wanted[0] else None
         dnew = grad * gate
         dold = (grad - dnew).to(old.dtype) if wanted[2] else None
         return dlogits, dnew.to(new.dtype), dold
 
     @staticmethod
-    def jvp(ctx, dlogits, dnew, dold):
+    def jvp(ctx: Any, dlogits: Tensor, dnew: Tensor, dold: Tensor) -> Tensor:
         logits, new, old = ctx.saved_tensors
         gate = logits.sigmoid()
         return (new - old) * gate * (1 - gate) * dlogits + gate * dnew + (1 - gate) * dold

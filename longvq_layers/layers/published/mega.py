@@ -1,14 +1,16 @@
-"""Checkpoints of the public Mega code: their keys and shapes, and the keys they get here."""
+"""Checkpoints of the public Mega code: their keys and shapes, and the keys in `MegaBlock`."""
 
 from collections.abc import Mapping
+from typing import TypedDict
 
 from torch import Tensor
+from typing_extensions import NotRequired
 
 from longvq_layers.layers.published import reader
 
-_CALLER = "MegaBlock.from_published"
+_NAME = "MegaBlock.from_published"
 
-# key there -> key in `MegaBlock`, shape there; W = kernels, which is D causal and 2D bidirectional
+# key there -> key in `MegaBlock`, shape there; W = kernels: D if causal, 2D if bidirectional
 _MEGA = {
     "mega_layer.move.delta": ("ema.delta", "W N 1"),
     "mega_layer.move.alpha": ("ema.alpha", "W N 1"),
@@ -43,37 +45,51 @@ _NORMS = {
     "scale": {"scalar": "1"},
     "batch": {"weight": "D", "bias": "D", "running_mean": "D", "running_var": "D"},
 }
-_IGNORED = (  # no numbers of the layer: it has them for bookkeeping
+_IGNORED = (  # bookkeeping of that code
     "mega_layer.rel_pos_bias._float_tensor",
     "mega_layer.norm.norm.num_batches_tracked",
     "nffn.norm.norm.num_batches_tracked",
 )
 
 
+class PublishedSizes(TypedDict):
+    """The arguments of `MegaBlock` that follow from a checkpoint's shapes."""
+
+    d_model: int
+    d_attn: int
+    d_value: int
+    d_ff: int
+    ema_dim: int
+    causal: bool
+    rel_pos_bias: str
+    max_positions: NotRequired[int]
+    norm_type: str
+
+
 def read_published(
     state_dict: Mapping[str, Tensor], prefix: str, chunk: int | None
-) -> tuple[dict[str, object], dict[str, Tensor]]:
-    """The arguments of `MegaBlock` that the shapes under `prefix` tell, and its state dict.
+) -> tuple[PublishedSizes, dict[str, Tensor]]:
+    """The arguments of `MegaBlock` that follow from the shapes under `prefix`, and its state dict.
 
     See `MegaBlock.from_published`.
     """
-    given = reader.entries(_CALLER, state_dict, prefix)
+    given = reader.entries(_NAME, state_dict, prefix)
     bias = "rotary" if "mega_layer.rel_pos_bias.alpha" in given else "simple"
     norm_type = _norm_type(given)
     layout = _MEGA | _BIAS[bias] | _norm_layout("mega_layer", "norm1", norm_type)
     if any(key.startswith("nffn.") for key in given):
         layout |= _FEED_FORWARD | _norm_layout("nffn", "norm2", norm_type)
-    sizes, values = reader.read(_CALLER, "a Mega layer", given, prefix, layout, _sizes, _IGNORED)
+    sizes, values = reader.read(_NAME, "a Mega layer", given, prefix, layout, _sizes, _IGNORED)
     if bias == "simple" and chunk is not None and chunk != sizes["M"]:
         raise ValueError(
-            f"{_CALLER}: chunk must be {sizes['M']}, the positions that {prefix}mega_layer.rel_pos_bias.rel_pos_bias "
+            f"{_NAME}: chunk must be {sizes['M']}, the positions that {prefix}mega_layer.rel_pos_bias.rel_pos_bias "
             f"covers, or None if the layer attended to all positions, got {chunk}"
         )
     if norm_type == "scale":
         for name in ("norm1.scalar", "norm2.scalar"):
             if name in values:
                 values[name] = values[name].squeeze(0)
-    options = {
+    options: PublishedSizes = {
         "d_model": sizes["D"],
         "d_attn": sizes["Z"],
         "d_value": sizes["E"],
@@ -83,7 +99,9 @@ def read_published(
         "rel_pos_bias": bias,
         "norm_type": norm_type,
     }
-    return options | ({"max_positions": sizes["M"]} if bias == "simple" else {}), values
+    if bias == "simple":
+        options["max_positions"] = sizes["M"]
+    return options, values
 
 
 def _norm_type(given: Mapping[str, object]) -> str:
@@ -100,12 +118,12 @@ def _norm_layout(there: str, here: str, norm_type: str) -> dict[str, tuple[str, 
 
 
 def _sizes(given: Mapping[str, Tensor]) -> dict[str, int]:
-    """What the letters stand for, each from one tensor; the others are checked against them."""
+    """The size of each letter, from one tensor. `reader.read` checks the others against it."""
     value, width = given["mega_layer.v_proj.weight"].shape
     kernels, averages = given["mega_layer.move.gamma"].shape
     attn = given["mega_layer.gamma"].shape[1]
     if kernels != width:
-        kernels = 2 * width  # neither: named as a wrong shape
+        kernels = 2 * width  # any other number is then refused as a wrong shape
     sizes = {"D": width, "E": value, "Z": attn, "N": averages, "W": kernels, "2D+Z+E": 2 * width + attn + value}
     sizes |= {"1": 1, "2": 2}
     if "mega_layer.rel_pos_bias.rel_pos_bias" in given:

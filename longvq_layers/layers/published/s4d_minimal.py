@@ -1,4 +1,4 @@
-"""Checkpoints of the public minimal S4D layer: their keys and shapes, and the keys they get here."""
+"""Checkpoints of the public minimal S4D layer: their keys and shapes, and the keys in `S4DLayer`."""
 
 from collections.abc import Mapping
 
@@ -7,7 +7,7 @@ from torch import Tensor
 from longvq_layers.layers.published import reader
 
 # key there -> key in `S4DLayer`, shape there
-_MINIMAL = {
+_LAYOUT = {
     "D": ("ssm.D", "H"),
     "kernel.log_dt": ("ssm.log_dt", "H"),
     "kernel.log_A_real": ("ssm.log_A_real", "H N"),
@@ -20,9 +20,9 @@ _MINIMAL = {
 
 def read_minimal(state_dict: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     """The tensors of `state_dict` under `prefix`, by the keys of `S4DLayer`. See `S4DLayer.from_minimal`."""
-    caller = "S4DLayer.from_minimal"
-    given = reader.entries(caller, state_dict, prefix)
-    _, values = reader.read(caller, "the minimal S4D layer", given, prefix, _MINIMAL, _sizes)
+    name = "S4DLayer.from_minimal"
+    given = reader.entries(name, state_dict, prefix)
+    _, values = reader.read(name, "the minimal S4D layer", given, prefix, _LAYOUT, _sizes)
     values["out_proj.weight"] = values["out_proj.weight"].squeeze(-1)  # a convolution of width 1 is a linear layer
     return values
 

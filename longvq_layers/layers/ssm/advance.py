@@ -1,15 +1,21 @@
-"""A state space model over the next piece of growing sequences, where masked tokens take no position."""
+"""State space models over the next piece of growing sequences."""
 
 from torch import Tensor, nn
 
 
 def advance(ssm: nn.Module, u: Tensor, state: Tensor, key_padding_mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Run a causal `DiagonalSSM`, `S4DLayer` or `DampedEMA` over u (B, T, H), finite, from `state` (B, H, N) on.
+    """Run an SSM over the next tokens of growing sequences, where masked tokens take no position.
 
-    Over a mask its `forward` would let time pass: here the state of a row stays exactly as it was.
+    The state of a row stays exactly the same over masked tokens. In `ssm.forward` it would decay.
+
+    Args:
+        ssm: a causal `DiagonalSSM`, `S4DLayer` or `DampedEMA`.
+        u: (B, T, H), finite.
+        state: (B, H, N), from `ssm.initial_state` or an earlier call.
+        key_padding_mask: (B, T) bool, True = the token takes no position. Default none.
 
     Returns:
-        y (B, T, H), 0 at masked positions, and the new state.
+        y (B, T, H), 0 at masked tokens, and the new state.
     """
     if u.shape[1] == 1:
         y, after = ssm.step(u[:, 0], state)
@@ -19,6 +25,7 @@ def advance(ssm: nn.Module, u: Tensor, state: Tensor, key_padding_mask: Tensor |
         return y.unsqueeze(1), after
     if key_padding_mask is None:
         return ssm(u, initial_state=state, return_state=True)
+    # Without the masked tokens, the rows are documents of one packed row.
     kept = ~key_padding_mask
     offsets = nn.functional.pad(kept.sum(1).cumsum(0), (1, 0)).int()
     packed, after = ssm(u[kept].unsqueeze(0), cu_seqlens=offsets, initial_state=state, return_state=True)

@@ -2,26 +2,47 @@
 
 import math
 from collections.abc import Callable, Collection
-from typing import ClassVar
+from dataclasses import dataclass
+from typing import ClassVar, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import Self
 
 from longvq_layers import _checks as check
 from longvq_layers import ops
 from longvq_layers.layers.common.context import no_autocast
-from longvq_layers.layers.common.precision import KeepsFloat32, storage_dtype
-from longvq_layers.layers.common.representation import call_repr
-from longvq_layers.layers.ssm import scan
+from longvq_layers.layers.common.precision import storage_factory
+from longvq_layers.layers.common.representation import arguments_repr
+from longvq_layers.layers.ssm.scan import ScanLayer, arithmetic_dtype
 from longvq_layers.layers.streaming import step_checks
 from longvq_layers.ops._dispatch import BACKENDS
 
-TRAINABLE = {"A": ("log_A_real", "A_imag"), "B": ("B",), "dt": ("log_dt",)}  # what `trained` may name
-_ORDINARY = (Tensor, nn.Parameter)
-_MOST_NEGATIVE = -1e4  # of Δ·Re A: exp of it is 0 anyway, and infinity would turn into NaN
+TRAINABLE = {"A": ("log_A_real", "A_imag"), "B": ("B",), "dt": ("log_dt",)}  # names of `trained` -> parameters
+INITS = ("lin", "inv", "real")
+_ORDINARY = (Tensor, nn.Parameter)  # the types of tensors whose changes can be noticed, see `_stamp`
+_LEAST_LOG_DECAY = -1e4  # least Δ·Re A: its exp is 0 anyway, while −infinity would become NaN
+
+_Terms: TypeAlias = tuple[Tensor, Tensor, Tensor]  # the arguments of an operator: decay, weight, skip
+_Stamp: TypeAlias = list[tuple[int, int, int, torch.dtype, torch.device]]
 
 
-class DiagonalSSM(KeepsFloat32):
+@dataclass(frozen=True)
+class _StepCache:
+    """The discretisation of the last step.
+
+    Attributes:
+        key: what `terms` were computed from.
+        tensors: the parameters and buffers, held so that no other tensor gets their ids.
+        terms: the arguments of `ops.ssm_step`.
+    """
+
+    key: tuple[torch.dtype, float, str, _Stamp]
+    tensors: tuple[Tensor | None, ...]
+    terms: _Terms
+
+
+class DiagonalSSM(ScanLayer):
     """One diagonal state space model per channel, with N = d_state / 2 complex modes in conjugate pairs.
 
         x'(t) = A x(t) + B u(t),  y(t) = 2 Re(C x(t)) + D u(t),   A = −exp(log_A_real) + i A_imag
@@ -29,9 +50,9 @@ class DiagonalSSM(KeepsFloat32):
         bilinear:         Ā = (1 + ΔA/2) / (1 − ΔA/2),  B̄ = ΔB / (1 − ΔA/2)
         x_t = Ā x_{t−1} + B̄ u_t,   y_t = 2 Re(C x_t) + D u_t
 
-    The real part of A is negative for every parameter value, so the model is stable. Bidirectional: a second readout
-    C over the reversed sequence, sharing A, B and Δ, is added. Everything is computed in float32 (float64 for float64
-    inputs) with autocast off, and `.half()` or `.bfloat16()` leave the parameters in float32.
+    The real part of A is negative for every parameter value, so the model is stable. Bidirectional: the outputs of a
+    second model over the reversed sequence are added; it has its own C and shares A, B and Δ. All arithmetic is float32
+    (float64 for float64 inputs) with autocast off, and `.half()` or `.bfloat16()` leave the parameters in float32.
 
     Args:
         channels: H, independent channels.
@@ -40,8 +61,8 @@ class DiagonalSSM(KeepsFloat32):
         init: of A: "lin" −½ + iπn (default), "inv" −½ + i (2N/π)(2N/(2n+1) − 1), or "real" −(n+1).
         discretization: "zoh" (default) or "bilinear".
         dt_min, dt_max: range of Δ, drawn log-uniformly, default 1e-3 to 1e-1.
-        trained: which of "A", "B" and "dt" are learned, default ("A", "dt"). What is not is a buffer of the same name,
-            so checkpoints fit either way; B, if not trained, is 1 (C absorbs it) and does not exist.
+        trained: which of "A", "B" and "dt" are learned, default ("A", "dt"). The others are buffers of the same names,
+            so checkpoints fit either way. An untrained B is 1 (C absorbs it) and doesn't exist.
         backend: see `ops.ssm_scan`.
         device: where the parameters live.
         dtype: torch.float64 for double parameters, anything else gives float32.
@@ -61,11 +82,19 @@ class DiagonalSSM(KeepsFloat32):
     Source: Gu et al. 2022 (arXiv 2206.11893), sections 3 and 4.
     """
 
-    # What `optimizer_groups` needs to know about this module's parameters.
+    log_dt: Tensor
+    log_A_real: Tensor
+    A_imag: Tensor
+    B: Tensor
+    C: nn.Parameter
+    D: nn.Parameter
+    trained: tuple[str, ...]
+
+    # For `optimizer_groups`.
     slow_parameters: ClassVar[dict[str, str]] = {name: kind for kind, names in TRAINABLE.items() for name in names}
     no_decay_parameters = ("C", "D")
 
-    _step_cache: tuple[tuple, tuple, tuple[Tensor, Tensor, Tensor]] | None = None  # see `_discrete_step`
+    _step_cache: _StepCache | None = None
 
     def __init__(
         self,
@@ -88,18 +117,18 @@ class DiagonalSSM(KeepsFloat32):
         check.flags("DiagonalSSM", causal=causal)
         if d_state % 2:
             raise ValueError(f"DiagonalSSM: d_state must be even (conjugate pairs), got {d_state}")
-        check.one_of("DiagonalSSM", "init", init, ("lin", "inv", "real"))
-        check.one_of("DiagonalSSM", "discretization", discretization, ("zoh", "bilinear"))
+        check.one_of("DiagonalSSM", "init", init, INITS)
+        check.one_of("DiagonalSSM", "discretization", discretization, tuple(DISCRETIZATIONS))
         check.one_of("DiagonalSSM", "backend", backend, BACKENDS)
         check.number("DiagonalSSM", "dt_min", dt_min)
         check.number("DiagonalSSM", "dt_max", dt_max)
-        if not 0 < dt_min <= dt_max < float("inf"):
+        if not 0 < dt_min <= dt_max < math.inf:
             raise ValueError(f"DiagonalSSM: dt_min and dt_max must be 0 < dt_min <= dt_max, got {dt_min}, {dt_max}")
         self.channels, self.d_state, self.causal = channels, d_state, causal
         self.init, self.discretization, self.backend = init, discretization, backend
         self.dt_min, self.dt_max = dt_min, dt_max
         self.trained = _names(trained)
-        real = {"device": device, "dtype": storage_dtype(dtype)}
+        real = storage_factory(device, dtype)
         shape = (channels, d_state // 2)  # (H, N)
         self._add("dt", "log_dt", torch.empty(channels, **real))
         self._add("A", "log_A_real", torch.empty(shape, **real))
@@ -134,15 +163,15 @@ class DiagonalSSM(KeepsFloat32):
         self.D.normal_()
 
     def discrete(self, dtype: torch.dtype = torch.float32, rate: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
-        """What `ops.ssm_scan` takes: log Ā (H, N), weight 2·C·B̄ (directions, H, N), both complex, and D (H,).
+        """The arguments of `ops.ssm_scan`: log Ā (H, N) and weight 2·C·B̄ (directions, H, N), complex, and D (H,).
 
         `dtype` is the precision of the arithmetic, float32 or float64; `rate` multiplies Δ.
         """
         with no_autocast(self.log_dt.device):
             dt = (self.log_dt.to(dtype).exp() * rate).unsqueeze(-1)
-            decay = (-self.log_A_real.to(dtype).exp() * dt).clamp(min=_MOST_NEGATIVE)
+            decay = (-self.log_A_real.to(dtype).exp() * dt).clamp(min=_LEAST_LOG_DECAY)
             turn = self.A_imag.to(dtype) * dt
-            log_decay, gain = (_zoh if self.discretization == "zoh" else _bilinear)(decay, turn)
+            log_decay, gain = DISCRETIZATIONS[self.discretization](decay, turn)
             if "B" in self.trained:
                 gain = gain * torch.view_as_complex(self.B.to(dtype).contiguous())
             readout = torch.view_as_complex(self.C.to(dtype).contiguous()).reshape(-1, *turn.shape)
@@ -162,11 +191,11 @@ class DiagonalSSM(KeepsFloat32):
 
         Args:
             u: (B, L, H), any floating dtype.
-            key_padding_mask: (B, L) bool, True = this input counts as 0 and this output is 0. Time goes on over
-                padding: the state keeps decaying.
-            cu_seqlens: (documents + 1,) int32, offsets of documents in one row (B = 1), each of which is run by
-                itself, see `ops.ssm_scan`. States are then (documents, H, N). Default none.
-            initial_state: (B, H, N) complex, as returned before; causal only. Default zero.
+            key_padding_mask: (B, L) bool, True = this input counts as 0 and this output is 0. The state keeps
+                decaying over padding.
+            cu_seqlens: (documents + 1,) int32, offsets of documents in one row (B = 1) that don't see each other, see
+                `ops.ssm_scan`. States are then (documents, H, N). Default none.
+            initial_state: (B, H, N) complex, from an earlier call; causal only. Default zero.
             return_state: also return the state after the last position; causal only. Default False.
             rate: multiplies Δ in this call, default 1.0. A model trained at 16 kHz reads 8 kHz with 2.0.
 
@@ -174,16 +203,14 @@ class DiagonalSSM(KeepsFloat32):
             y (B, L, H), dtype of u; with `return_state` also the state (B, H, N), complex.
 
         Raises:
-            ValueError, TypeError: wrong shapes or dtypes, a `rate` that is no finite number above 0.
-            NotImplementedError: a state asked of a bidirectional model, whose outputs depend on the future.
+            ValueError, TypeError: wrong shapes or dtypes, a `rate` that isn't a finite number above 0.
+            NotImplementedError: a bidirectional model with a state: its outputs depend on the future.
         """
-        scan.inputs("DiagonalSSM", u, self.channels, key_padding_mask, cu_seqlens)
-        if initial_state is not None or return_state:
-            self._need_causal("initial_state and return_state need")
+        self._check_forward(u, key_padding_mask, cu_seqlens, initial_state is not None or return_state)
         _check_rate(rate)
         self._forget_step()
-        log_decay, weight, skip = self.discrete(scan.arithmetic(u.dtype), rate)
-        return scan.scan(
+        log_decay, weight, skip = self.discrete(arithmetic_dtype(u.dtype), rate)
+        return self._scan(
             u,
             (log_decay, log_decay),
             weight,
@@ -192,7 +219,6 @@ class DiagonalSSM(KeepsFloat32):
             cu_seqlens=cu_seqlens,
             initial_state=initial_state,
             return_state=return_state,
-            backend=self.backend,
         )
 
     def initial_state(self, batch: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -204,12 +230,12 @@ class DiagonalSSM(KeepsFloat32):
         return torch.zeros(shape, dtype=complex_dtype, device=self.log_dt.device)
 
     def step(self, u: Tensor, state: Tensor, *, rate: float = 1.0) -> tuple[Tensor, Tensor]:
-        """One position, the same numbers as `forward` up to rounding.
+        """Run the next position. Outputs equal those of `forward` up to rounding.
 
-        The discretisation is kept between calls while no gradient is asked for. Changes of the parameters are noticed
-        (optimizer steps, `load_state_dict`, `.to()`, any in-place operation), except those that PyTorch does not count,
-        made in place by a fused optimizer or through `.data` or a NumPy view: these are noticed from the next
-        `forward`, `initial_state`, `train` or `eval` on.
+        The discretisation is cached between calls while no gradient is asked for. Most changes of the parameters are
+        noticed at once: optimizer steps, `load_state_dict`, `.to()`, any in-place operation. PyTorch doesn't count
+        changes in place by a fused optimizer, through `.data` or through a NumPy view. They take effect from the next
+        call of `forward`, `initial_state`, `train` or `eval` on.
 
         Args:
             u: (B, H), any floating dtype.
@@ -220,77 +246,61 @@ class DiagonalSSM(KeepsFloat32):
             y (B, H), dtype of u, and the new state (B, H, N).
 
         Raises:
-            ValueError, TypeError: wrong shapes, dtypes or devices, a `rate` that is no finite number above 0.
+            ValueError, TypeError: wrong shapes, dtypes or devices, a `rate` that isn't a finite number above 0.
             NotImplementedError: a bidirectional model.
         """
-        self._need_causal("step() needs")
-        if not isinstance(u, Tensor) or u.shape[1:] != (self.channels,):  # the rest is checked by `ops.ssm_step`
+        step_checks.causal("DiagonalSSM.step", self.causal)
+        if not isinstance(u, Tensor) or u.shape[1:] != (self.channels,):  # `ops.ssm_step` checks the rest
             check.tensor("DiagonalSSM.step", "u", u, "B H")
             check.size("DiagonalSSM.step", "u", u, (u.shape[0], self.channels), "B H")
         _check_rate(rate)
-        decay, weight, skip = self._discrete_step(scan.arithmetic(u.dtype), rate)
+        decay, weight, skip = self._discrete_step(arithmetic_dtype(u.dtype), rate)
         return ops.ssm_step(u, decay, weight, state, skip=skip, backend=self.backend)
 
-    def _discrete_step(self, dtype: torch.dtype, rate: float) -> tuple[Tensor, Tensor, Tensor]:
-        """What `ops.ssm_step` takes: Ā and 2·C·B̄ (H, N) and D (H,), from the last call if nothing has changed."""
+    def _discrete_step(self, dtype: torch.dtype, rate: float) -> _Terms:
+        """The arguments of `ops.ssm_step`: Ā and 2·C·B̄ (H, N) and D (H,), from the cache if nothing has changed."""
         if torch.compiler.is_compiling():
             return self._discretise_step(dtype, rate)
         tensors = (*self._parameters.values(), *self._buffers.values())
-        # Another number of them: some are computed from others, by a parametrisation or a hook.
+        # A parametrisation or a hook computes tensors from others; then their number is another.
         stamp = _stamp(tensors) if len(tensors) == 5 + ("B" in self.trained) else None
         if stamp is None or (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)):
             return self._discretise_step(dtype, rate)
         if tensors[0].is_cuda and torch.cuda.is_current_stream_capturing():
-            return self._discretise_step(dtype, rate)  # a CUDA graph outlives what is kept here
+            return self._discretise_step(dtype, rate)  # a CUDA graph lives longer than the cache
         key = (dtype, rate, self.discretization, stamp)
-        cache = self._step_cache  # read once: another thread may forget it meanwhile
-        if cache is not None and cache[0] == key:
-            return cache[2]
-        # Ordinary tensors also in a caller's inference mode: a later call may need to save them for backward.
+        cache = self._step_cache  # read once: another thread may clear it meanwhile
+        if cache is not None and cache.key == key:
+            return cache.terms
+        # No inference tensors, even in a caller's inference mode: a later call may save the terms for backward.
         with torch.inference_mode(False), torch.no_grad():
             terms = self._discretise_step(dtype, rate)
         if _stamp(terms) is not None:
-            self._step_cache = (key, tensors, terms)  # the tensors are held so that no other one gets their id
+            self._step_cache = _StepCache(key, tensors, terms)
         return terms
 
-    def _discretise_step(self, dtype: torch.dtype, rate: float) -> tuple[Tensor, Tensor, Tensor]:
+    def _discretise_step(self, dtype: torch.dtype, rate: float) -> _Terms:
         log_decay, weight, skip = self.discrete(dtype, rate)
         return log_decay.exp(), weight[0], skip
 
     def _forget_step(self) -> None:
-        # Where a sequence starts, or the module is changed as a whole: bounds what an unnoticed edit can spoil.
+        # Called where a sequence starts and where the whole module changes, to bound the harm of unnoticed changes.
         if not torch.compiler.is_compiling() and self._step_cache is not None:
             self._step_cache = None
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         self._forget_step()
         return super()._apply(fn, recurse)
 
-    def train(self, mode: bool = True) -> nn.Module:
+    def train(self, mode: bool = True) -> Self:
         self._forget_step()
         return super().train(mode)
 
-    def __getstate__(self) -> dict:
+    def __getstate__(self) -> dict[str, object]:
         return {name: value for name, value in self.__dict__.items() if name != "_step_cache"}
 
-    def _need_causal(self, what: str) -> None:
-        if not self.causal:
-            raise NotImplementedError(
-                f"DiagonalSSM: {what} causal=True; a bidirectional model's outputs depend on inputs to come"
-            )
-
     def extra_repr(self) -> str:
-        return call_repr(
-            (self.channels,),
-            d_state=self.d_state,
-            causal=self.causal,
-            init=self.init,
-            discretization=self.discretization,
-            dt_min=self.dt_min,
-            dt_max=self.dt_max,
-            trained=self.trained,
-            backend=self.backend,
-        )
+        return arguments_repr(self, DiagonalSSM)
 
 
 def _names(trained: object) -> tuple[str, ...]:
@@ -302,18 +312,18 @@ def _names(trained: object) -> tuple[str, ...]:
     return tuple(name for name in choices if name in trained)
 
 
-def _check_rate(rate: object) -> None:
+def _check_rate(rate: float) -> None:
     check.number("DiagonalSSM", "rate", rate)
     if not 0 < rate < math.inf:
         raise ValueError(f"DiagonalSSM: rate must be a finite number above 0, got {rate}")
 
 
-def _stamp(tensors: tuple[Tensor, ...]) -> list | None:
-    """What changes when one of the tensors does, or None where nothing may be kept.
+def _stamp(tensors: tuple[Tensor, ...]) -> _Stamp | None:
+    """A value that changes when a tensor does; None if changes can't be noticed, so that nothing may be cached.
 
-    That is so for subclasses (fake tensors), inside `torch.func` (no storage) and for inference tensors (no version).
-    The address is there for `.data = `, which leaves the version. What leaves both can't be noticed: `.data.mul_()`,
-    fused optimizers. `_forget_step` bounds the harm.
+    They can't be noticed in subclasses (fake tensors), inside `torch.func` (no storage) and in inference tensors (no
+    version). Assigning `.data` changes the address, but not the version. `.data.mul_()` and fused optimizers change
+    neither; `_forget_step` bounds the harm.
     """
     try:
         stamp = [(id(t), t._version, t.data_ptr(), t.dtype, t.device) for t in tensors if type(t) in _ORDINARY]
@@ -323,19 +333,23 @@ def _stamp(tensors: tuple[Tensor, ...]) -> list | None:
 
 
 def _zoh(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    # z = ΔA = a + ib -> log Ā = z and B̄ / Δ = (exp(z) − 1) / z, without cancellation for small z
+    # z = ΔA = a + ib -> log Ā = z and B̄ / Δ = (exp(z) − 1) / z, exact for small z
     half = (b / 2).sin()
     grown = torch.complex(a.expm1() * b.cos() - 2 * half * half, a.exp() * b.sin())  # exp(z) − 1
     z = torch.complex(a, b)
-    tiny = z.abs() < 1e-12  # Δ or A underflowed: the quotient's limit is 1
+    tiny = z.abs() < 1e-12  # Δ or A underflowed; the limit of the quotient is 1
     return z, torch.where(tiny, 1.0, grown / torch.where(tiny, 1.0, z))
 
 
 def _bilinear(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     # w = ΔA/2 = x + iy -> log Ā = log(1 + w) − log(1 − w) and B̄ / Δ = 1 / (1 − w)
     x, y = a / 2, b / 2
-    # |1+w|²/|1−w|² = 1 + 4x/((1−x)²+y²) keeps small decays exact; at w = −1, where Ā = 0, the logarithm is kept finite
+    # |1+w|²/|1−w|² = 1 + 4x/((1−x)²+y²) keeps small decays exact. The clamp keeps the logarithm finite where Ā = 0.
     ratio = (4 * x / ((1 - x).square() + y.square())).clamp(min=-1 + 1e-7)
     real = torch.where(1 + x == 0, 1e-12, 1 + x)
     angle = torch.atan2(y, real) + torch.atan2(y, 1 - x)
     return torch.complex(ratio.log1p() / 2, angle), 1 / torch.complex(1 - x, -y)
+
+
+# Functions from ΔA = a + ib to log Ā and B̄ / Δ (at B = 1).
+DISCRETIZATIONS: dict[str, Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]] = {"zoh": _zoh, "bilinear": _bilinear}

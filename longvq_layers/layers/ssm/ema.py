@@ -8,23 +8,23 @@ from torch import Tensor, nn
 from longvq_layers import _checks as check
 from longvq_layers import ops
 from longvq_layers.layers.common.context import no_autocast
-from longvq_layers.layers.common.precision import KeepsFloat32, storage_dtype
-from longvq_layers.layers.common.representation import call_repr
-from longvq_layers.layers.ssm import scan
+from longvq_layers.layers.common.precision import storage_factory
+from longvq_layers.layers.common.representation import arguments_repr
+from longvq_layers.layers.ssm.scan import ScanLayer, arithmetic_dtype
 from longvq_layers.layers.streaming import step_checks
 from longvq_layers.ops._dispatch import BACKENDS
 
 
-class DampedEMA(KeepsFloat32):
+class DampedEMA(ScanLayer):
     """One damped moving average per channel and dimension, read out into one number per channel.
 
         p = sigmoid(delta),   q = 1 − p · sigmoid(alpha)
         x_t = q x_{t−1} + u_t,   y_t = Σ_n p_n beta_n gamma_n / √ndim · x_{t,n} + omega u_t
 
-    that is, a convolution with the kernel K_l = Σ_n p_n beta_n gamma_n q_n^l / √ndim. Bidirectional: a second average
-    with parameters of its own runs from the end to the start and is added, so the present counts in both. 0 ≤ q ≤ 1 for
-    every parameter value, so it is stable. No activation: the block that uses it applies silu. Everything is computed
-    in float32 (float64 for float64 inputs) with autocast off, and `.half()` or `.bfloat16()` leave the parameters in
+    This is a convolution with the kernel K_l = Σ_n p_n beta_n gamma_n q_n^l / √ndim. Bidirectional: a second average
+    with its own parameters runs from the end to the start and is added, so both count the present. 0 ≤ q ≤ 1 for
+    every parameter value, so the average is stable. No activation follows: blocks apply silu themselves. All arithmetic
+    is float32 (float64 for float64 inputs) with autocast off, and `.half()` or `.bfloat16()` leave the parameters in
     float32.
 
     Args:
@@ -37,7 +37,7 @@ class DampedEMA(KeepsFloat32):
 
     Parameters:
         delta, alpha, beta (H, N, 1), gamma (H, N), bidirectional (2H, N, 1) and (2H, N) with the forward direction
-        first; omega (H,). These are the published names and shapes. None of them is decayed by `optimizer_groups`.
+        first; omega (H,). Names and shapes are the published ones. `optimizer_groups` doesn't decay any of them.
 
     Raises:
         ValueError, TypeError: sizes out of range or unknown options; in `forward` a wrong shape or dtype.
@@ -50,6 +50,11 @@ class DampedEMA(KeepsFloat32):
     Source: Mega (arXiv 2209.10655), section 3.1; initial values and the bidirectional form as in its public code.
     """
 
+    delta: nn.Parameter
+    alpha: nn.Parameter
+    beta: nn.Parameter
+    gamma: nn.Parameter
+    omega: nn.Parameter
     no_decay_parameters = ("delta", "alpha", "beta", "gamma", "omega")  # for `optimizer_groups`
 
     def __init__(
@@ -68,7 +73,7 @@ class DampedEMA(KeepsFloat32):
         check.flags("DampedEMA", causal=causal)
         check.one_of("DampedEMA", "backend", backend, BACKENDS)
         self.channels, self.ndim, self.causal, self.backend = channels, ndim, causal, backend
-        real = {"device": device, "dtype": storage_dtype(dtype)}
+        real = storage_factory(device, dtype)
         rows = channels if causal else 2 * channels
         self.delta = nn.Parameter(torch.empty(rows, ndim, 1, **real))
         self.alpha = nn.Parameter(torch.empty(rows, ndim, 1, **real))
@@ -89,7 +94,7 @@ class DampedEMA(KeepsFloat32):
         self.omega.normal_()
 
     def discrete(self, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
-        """What `ops.ssm_scan` takes: log q and weight p·beta·gamma/√ndim (directions, H, N), and omega (H,).
+        """The arguments of `ops.ssm_scan`: log q and weight p·beta·gamma/√ndim (directions, H, N), and omega (H,).
 
         `dtype` is the precision of the arithmetic, float32 or float64.
         """
@@ -112,11 +117,11 @@ class DampedEMA(KeepsFloat32):
 
         Args:
             u: (B, L, H), any floating dtype.
-            key_padding_mask: (B, L) bool, True = this input counts as 0 and this output is 0. Time goes on over
-                padding: the state keeps decaying.
-            cu_seqlens: (documents + 1,) int32, offsets of documents in one row (B = 1), each of which is run by
-                itself, see `ops.ssm_scan`. States are then (documents, H, N). Default none.
-            initial_state: (B, H, N) real, as returned before; causal only. Default zero.
+            key_padding_mask: (B, L) bool, True = this input counts as 0 and this output is 0. The state keeps
+                decaying over padding.
+            cu_seqlens: (documents + 1,) int32, offsets of documents in one row (B = 1) that don't see each other, see
+                `ops.ssm_scan`. States are then (documents, H, N). Default none.
+            initial_state: (B, H, N) real, from an earlier call; causal only. Default zero.
             return_state: also return the state after the last position; causal only. Default False.
 
         Returns:
@@ -124,13 +129,11 @@ class DampedEMA(KeepsFloat32):
 
         Raises:
             ValueError, TypeError: wrong shapes or dtypes.
-            NotImplementedError: a state asked of a bidirectional average, whose outputs depend on the future.
+            NotImplementedError: a bidirectional average with a state: its outputs depend on the future.
         """
-        scan.inputs("DampedEMA", u, self.channels, key_padding_mask, cu_seqlens)
-        if initial_state is not None or return_state:
-            self._need_causal("initial_state and return_state need")
-        log_decay, weight, skip = self.discrete(scan.arithmetic(u.dtype))
-        return scan.scan(
+        self._check_forward(u, key_padding_mask, cu_seqlens, initial_state is not None or return_state)
+        log_decay, weight, skip = self.discrete(arithmetic_dtype(u.dtype))
+        return self._scan(
             u,
             log_decay,
             weight,
@@ -139,16 +142,15 @@ class DampedEMA(KeepsFloat32):
             cu_seqlens=cu_seqlens,
             initial_state=initial_state,
             return_state=return_state,
-            backend=self.backend,
         )
 
     def initial_state(self, batch: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The zero state (batch, H, N), float32; with `dtype` float64, for float64 inputs, float64."""
+        """The zero state (batch, H, N), float64 for inputs of `dtype` float64, else float32."""
         step_checks.batch("DampedEMA.initial_state", batch)
-        return torch.zeros(batch, self.channels, self.ndim, dtype=scan.arithmetic(dtype), device=self.delta.device)
+        return torch.zeros(batch, self.channels, self.ndim, dtype=arithmetic_dtype(dtype), device=self.delta.device)
 
     def step(self, u: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-        """One position, the same numbers as `forward` up to rounding.
+        """Run the next position. Outputs equal those of `forward` up to rounding.
 
         Args:
             u: (B, H), any floating dtype.
@@ -161,28 +163,22 @@ class DampedEMA(KeepsFloat32):
             ValueError, TypeError: wrong shapes, dtypes or devices.
             NotImplementedError: a bidirectional average.
         """
-        self._need_causal("step() needs")
+        step_checks.causal("DampedEMA.step", self.causal)
         check.tensor("DampedEMA.step", "u", u, "B H")
         check.real("DampedEMA.step", "u", u)
         check.size("DampedEMA.step", "u", u, (u.shape[0], self.channels), "B H")
-        log_decay, weight, skip = self.discrete(scan.arithmetic(u.dtype))
+        log_decay, weight, skip = self.discrete(arithmetic_dtype(u.dtype))
         return ops.ssm_step(u, log_decay[0].exp(), weight[0], state, skip=skip, backend=self.backend)
 
-    def _need_causal(self, what: str) -> None:
-        if not self.causal:
-            raise NotImplementedError(
-                f"DampedEMA: {what} causal=True; a bidirectional average's outputs depend on inputs to come"
-            )
-
     def extra_repr(self) -> str:
-        return call_repr((self.channels,), ndim=self.ndim, causal=self.causal, backend=self.backend)
+        return arguments_repr(self, DampedEMA)
 
 
 def _log_decay(delta: Tensor, alpha: Tensor) -> Tensor:
     """log(1 − sigmoid(delta) sigmoid(alpha)), accurate and finite at both ends."""
     lost = delta.sigmoid() * alpha.sigmoid()
-    # Slow decay: 1 − lost would round away what is lost. Fast decay: lost rounds to 1, and what is left,
-    # (1 − p) + p (1 − a), is summed from its logarithms instead.
+    # Slow decay: log1p, because 1 − lost would round to 1. Fast decay: lost rounds to 1, so the rest
+    # 1 − p a = (1 − p) + p (1 − a) is summed from the logarithms of its terms.
     slow = torch.where(lost < 0.5, lost, 0.0)
     log_p, log_1p = nn.functional.logsigmoid(delta), nn.functional.logsigmoid(-delta)
     fast = torch.logaddexp(log_1p, log_p + nn.functional.logsigmoid(-alpha))

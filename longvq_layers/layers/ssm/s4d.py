@@ -8,11 +8,11 @@ from torch import Tensor, nn
 from longvq_layers import _checks as check
 from longvq_layers.layers.common import input_checks
 from longvq_layers.layers.common.padding import zero_padding
-from longvq_layers.layers.common.representation import call_repr
-from longvq_layers.layers.published import s4d_minimal
+from longvq_layers.layers.common.representation import arguments_repr
+from longvq_layers.layers.published.s4d_minimal import read_minimal
 from longvq_layers.layers.ssm.diagonal import DiagonalSSM
 
-_ACTIVATIONS = {"gelu": nn.GELU, "silu": nn.SiLU, "relu": nn.ReLU, "identity": nn.Identity}
+ACTIVATIONS: dict[str, type[nn.Module]] = {"gelu": nn.GELU, "silu": nn.SiLU, "relu": nn.ReLU, "identity": nn.Identity}
 
 
 class S4DLayer(nn.Module):
@@ -47,6 +47,10 @@ class S4DLayer(nn.Module):
     Source: Gu et al. 2022 (arXiv 2206.11893).
     """
 
+    ssm: DiagonalSSM
+    act: nn.Module
+    out_proj: nn.Linear
+
     def __init__(
         self,
         d_model: int,
@@ -70,7 +74,7 @@ class S4DLayer(nn.Module):
         check.floating("S4DLayer", dtype)
         check.flags("S4DLayer", causal=causal, glu=glu)
         check.probability("S4DLayer", "dropout", dropout)
-        check.one_of("S4DLayer", "activation", activation, tuple(_ACTIVATIONS))
+        check.one_of("S4DLayer", "activation", activation, tuple(ACTIVATIONS))
         self.d_model, self.activation, self.glu = d_model, activation, glu
         self.ssm = DiagonalSSM(
             d_model,
@@ -85,7 +89,7 @@ class S4DLayer(nn.Module):
             device=device,
             dtype=dtype,
         )
-        self.act = _ACTIVATIONS[activation]()
+        self.act = ACTIVATIONS[activation]()
         self.dropout = nn.Dropout(dropout)
         self.out_proj = nn.Linear(d_model, 2 * d_model if glu else d_model, device=device, dtype=dtype)
 
@@ -104,8 +108,8 @@ class S4DLayer(nn.Module):
         Args:
             x: (B, L, d_model), dtype of the layer.
             key_padding_mask: (B, L) bool, True = this input counts as 0.
-            cu_seqlens: (documents + 1,) int32, offsets of documents in one row (B = 1), each of which is run by
-                itself, see `ops.ssm_scan`. States are then (documents, d_model, N). Default none.
+            cu_seqlens: (documents + 1,) int32, offsets of documents in one row (B = 1) that don't see each other, see
+                `ops.ssm_scan`. States are then (documents, d_model, N). Default none.
             initial_state: (B, d_model, N) complex; causal only. Default zero.
             return_state: also return the state after the last position; causal only. Default False.
             rate: multiplies Δ in this call, default 1.0. A model trained at 16 kHz reads 8 kHz with 2.0.
@@ -114,39 +118,45 @@ class S4DLayer(nn.Module):
             (B, L, d_model), exactly 0 at masked positions; with `return_state` also the state (B, d_model, N).
 
         Raises:
-            ValueError, TypeError: a wrong shape, dtype or device, a `rate` that is no finite number above 0.
-            NotImplementedError: a state asked of a bidirectional layer, whose outputs depend on the future.
+            ValueError, TypeError: a wrong shape, dtype or device, a `rate` that isn't a finite number above 0.
+            NotImplementedError: a bidirectional layer with a state: its outputs depend on the future.
         """
         input_checks.sequence("S4DLayer", "x", x, self.d_model, self.out_proj.weight, key_padding_mask)
         input_checks.packed("S4DLayer", "x", x, cu_seqlens)
-        options = {"cu_seqlens": cu_seqlens, "initial_state": initial_state, "return_state": return_state, "rate": rate}
-        result = self.ssm(x, key_padding_mask, **options)
-        y, state = result if return_state else (result, None)
+        result = self.ssm(
+            x,
+            key_padding_mask,
+            cu_seqlens=cu_seqlens,
+            initial_state=initial_state,
+            return_state=return_state,
+            rate=rate,
+        )
+        y = result[0] if return_state else result
         y = zero_padding(self._mix_channels(y, self.out_proj), key_padding_mask)
-        return (y, state) if return_state else y
+        return (y, result[1]) if return_state else y
 
     def initial_state(self, batch: int) -> Tensor:
         """The zero state (batch, d_model, N), complex, for `step`."""
         return self.ssm.initial_state(batch, self.out_proj.weight.dtype)
 
     def step(self, x: Tensor, state: Tensor, *, rate: float = 1.0) -> tuple[Tensor, Tensor]:
-        """One position, in constant time and memory. What is kept between calls: see `DiagonalSSM.step`.
+        """Run the next position, in constant time and memory. `DiagonalSSM.step` says what is cached between calls.
 
         Args:
             x: (B, d_model), dtype of the layer.
-            state: (B, d_model, N), complex, from `initial_state`, `forward` or the step before.
+            state: (B, d_model, N), complex, from `initial_state`, `forward` or the step before; not modified.
             rate: multiplies Δ in this call, default 1.0.
 
         Returns:
             y (B, d_model) and the new state (B, d_model, N).
 
         Raises:
-            ValueError, TypeError: wrong shapes, dtypes or devices, a `rate` that is no finite number above 0.
+            ValueError, TypeError: wrong shapes, dtypes or devices, a `rate` that isn't a finite number above 0.
             NotImplementedError: a bidirectional layer.
         """
-        out_proj = self.out_proj  # looked up once: attributes of a module take microseconds, for every token
+        out_proj = self.out_proj  # looked up once: reading an attribute of a module takes microseconds
         weight = out_proj.weight
-        if getattr(x, "dtype", None) is not weight.dtype:  # the rest is checked by the SSM
+        if getattr(x, "dtype", None) is not weight.dtype:  # the SSM checks the rest
             check.tensor("S4DLayer.step", "x", x, "B d_model")
             check.real("S4DLayer.step", "x", x)
             input_checks.layer_dtype("S4DLayer.step", "x", x, weight)
@@ -167,14 +177,14 @@ class S4DLayer(nn.Module):
     ) -> "S4DLayer":
         """A layer with the numbers of the public minimal S4D layer (`models/s4/s4d.py` of `state-spaces/s4`).
 
-        That layer is causal, with zero-order hold, GELU and GLU, and takes (B, d_model, L); this one gives the same
-        outputs for (B, L, d_model). Its dropout (by default whole channels) is not part of a checkpoint.
+        That layer is causal, with zero-order hold, GELU and GLU, and takes (B, d_model, L). The new layer gives the
+        same outputs for (B, L, d_model). A checkpoint doesn't hold that layer's dropout (by default of whole channels).
 
         Args:
             state_dict: under `prefix` the keys D (H,), kernel.log_dt (H,), kernel.log_A_real (H, N), kernel.A_imag
-                (H, N), kernel.C (H, N, 2), output_linear.0.weight (2H, H, 1) and output_linear.0.bias (2H,); what that
-                layer did not train has the same key. Not modified, nothing is shared.
-            prefix: what stands before these keys, such as "layers.3.". Default none.
+                (H, N), kernel.C (H, N, 2), output_linear.0.weight (2H, H, 1) and output_linear.0.bias (2H,). The keys
+                are the same for tensors that were not trained. Tensors are copied.
+            prefix: text before these keys, such as "layers.3.". Default none.
             dropout, trained, backend: of the new layer, as in `S4DLayer`.
             device, dtype: of the new layer, default those of output_linear.0.weight.
 
@@ -182,8 +192,8 @@ class S4DLayer(nn.Module):
             The layer, in training mode.
 
         Raises:
-            ValueError: missing or unknown keys under `prefix`, wrong shapes; names them.
-            TypeError: a value that is no real floating-point tensor.
+            ValueError: missing or unknown keys under `prefix`, or wrong shapes; names them.
+            TypeError: a value that isn't a real floating-point tensor.
 
         Example:
             >>> shapes = {"D": (4,), "kernel.log_dt": (4,), "kernel.log_A_real": (4, 8), "kernel.A_imag": (4, 8)}
@@ -192,7 +202,7 @@ class S4DLayer(nn.Module):
             >>> layer(torch.randn(2, 50, 4)).shape
             torch.Size([2, 50, 4])
         """
-        values = s4d_minimal.read_minimal(state_dict, prefix)
+        values = read_minimal(state_dict, prefix)
         weight = values["out_proj.weight"]
         width, modes = values["ssm.A_imag"].shape
         layer = cls(
@@ -205,26 +215,12 @@ class S4DLayer(nn.Module):
             device=weight.device if device is None else device,
             dtype=dtype or weight.dtype,
         )
-        layer.load_state_dict(values, strict=False)  # B, if trained, starts at the 1 that the checkpoint means
+        layer.load_state_dict(values, strict=False)  # the checkpoint has no B; a trained B starts at 1, its value there
         return layer
 
-    def _mix_channels(self, y: Tensor, out_proj: nn.Module) -> Tensor:
+    def _mix_channels(self, y: Tensor, out_proj: nn.Linear) -> Tensor:
         y = out_proj(self.dropout(self.act(y)))
         return nn.functional.glu(y, dim=-1) if self.glu else y
 
     def extra_repr(self) -> str:
-        ssm = self.ssm
-        return call_repr(
-            (self.d_model,),
-            d_state=ssm.d_state,
-            causal=ssm.causal,
-            dropout=self.dropout.p,
-            activation=self.activation,
-            glu=self.glu,
-            init=ssm.init,
-            discretization=ssm.discretization,
-            dt_min=ssm.dt_min,
-            dt_max=ssm.dt_max,
-            trained=ssm.trained,
-            backend=ssm.backend,
-        )
+        return arguments_repr(self, S4DLayer, self.ssm)

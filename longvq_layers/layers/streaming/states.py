@@ -1,4 +1,4 @@
-"""What layers keep of growing sequences: states whose size doesn't grow with the length."""
+"""The states of layers over growing sequences. No state grows with the length; `clone` makes a branch."""
 
 from dataclasses import dataclass, replace
 
@@ -10,13 +10,13 @@ from longvq_layers.ops.vq_state import VQAttentionState
 
 @dataclass(eq=False, repr=False)
 class LocalAttentionState(State):
-    """The last W − 1 tokens of a batch of sequences, for `LocalAttention.step`, which updates it in place.
+    """The last W − 1 tokens of a batch of sequences; `LocalAttention.step` updates them in place.
 
-    Nothing grows with the length. The newest token comes last; a row that is shorter has its tokens at the end.
+    The newest token is the last. A row with fewer tokens has them at the end.
 
     Attributes:
         keys: (B, Hkv, W − 1, D), dtype of the layer.
-        values: (B, Hkv, W − 1, D).
+        values: (B, Hkv, W − 1, D), dtype of the layer.
         lengths: (B,) int64, number of tokens that each row has seen.
     """
 
@@ -27,12 +27,10 @@ class LocalAttentionState(State):
 
 @dataclass(eq=False, repr=False)
 class LongVQState(State):
-    """The past of a batch of sequences, made by `LongVQBlock.initial_state`; its size doesn't grow with the length.
-
-    The tensors are updated in place by `LongVQBlock.step`; `clone` makes a branch.
+    """The past of a batch of sequences; `LongVQBlock.step` updates it in place.
 
     Attributes:
-        memory: state of the state space model, (B, d_model, N), complex for "s4d" and real for "ema".
+        memory: (B, d_model, N) state of the SSM, complex for "s4d" and real for "ema".
         attention: state of the attention over quantised keys.
     """
 
@@ -42,15 +40,14 @@ class LongVQState(State):
 
 @dataclass(eq=False, repr=False)
 class MegaState(State):
-    """The past of a batch of sequences, as `MegaBlock.step` needs it; made by `MegaBlock.initial_state`.
+    """The past of a batch of sequences; `MegaBlock.step` updates keys, values and lengths in place.
 
-    The attention needs the keys and values of the current chunk only, of which row b holds ``lengths[b] % C``. Nothing
-    grows with the length. Keys, values and lengths are updated in place; `clone` makes a branch.
+    Attention needs the keys and values of the current chunk only. Row b holds the first ``lengths[b] % C`` of them.
 
     Attributes:
         ema: (B, d_model, N) state of the moving average, float32 or float64.
-        keys: (B, C, d_attn), C = chunk; the dtype of the block.
-        values: (B, C, d_value).
+        keys: (B, C, d_attn), C = chunk, dtype of the block.
+        values: (B, C, d_value), dtype of the block.
         lengths: (B,) int64, number of tokens that each row has seen.
     """
 
@@ -62,10 +59,10 @@ class MegaState(State):
 
 @dataclass(eq=False, repr=False)
 class S4DState(State):
-    """The past of a batch of sequences, made by `S4DBlock.initial_state`; its size doesn't grow with the length.
+    """The past of a batch of sequences; `S4DBlock.step` leaves it as it is and returns a new one.
 
     Attributes:
-        memory: state of the SSM, (B, d_model, N) complex.
+        memory: (B, d_model, N) complex, state of the SSM.
     """
 
     memory: Tensor
@@ -73,13 +70,13 @@ class S4DState(State):
 
 @dataclass(eq=False, repr=False)
 class SPADEState(State):
-    """The past of a batch of sequences, for `SPADEBlock.step`, which updates it in place. Its size never changes.
+    """The past of a batch of sequences; `SPADEBlock.step` updates it in place.
 
     Attributes:
-        local: the window of the local attention.
-        ssm: (B, d_model, N) complex, state of the SSM; None in a block without.
-        memory_keys, memory_values: (B, H, M, D), the encoder's output as the cross-attention needs it; None in a block
-            without. They are never changed, so `clone` shares them.
+        local: state of the local attention.
+        ssm: (B, d_model, N) complex, state of the SSM; None in a block without SSM.
+        memory_keys, memory_values: (B, H, M, D), keys and values of the encoder's output; None in a block without
+            cross-attention. They never change, so `clone` shares them.
         memory_key_padding_mask: (B, M) bool, True = ignore, or None.
     """
 
@@ -95,16 +92,16 @@ class SPADEState(State):
         return self.local.lengths
 
     def clone(self) -> "SPADEState":
-        """A copy that shares no memory but that of the encoder's output, to continue a sequence in two ways."""
+        """A copy to continue a sequence in two ways. It shares only the encoder's output."""
         return replace(self, local=self.local.clone(), ssm=None if self.ssm is None else self.ssm.clone())
 
 
 @dataclass(eq=False, repr=False)
 class BackboneState(State):
-    """The states of the blocks of a stack, in order. Of constant size, whatever the length of the sequences.
+    """The states of the blocks of a `SequenceBackbone`.
 
     Attributes:
-        layers: one state per block.
+        layers: one state per block, in order.
     """
 
     layers: tuple[State, ...]

@@ -224,8 +224,8 @@ def test_refusals():
         for wrong, error, message in (
             ((x[:, :3], state), ValueError, "x must have shape"),
             ((x.double(), state), TypeError, "dtype of the layer"),
-            ((x, None), TypeError, "state must be a LocalAttentionState"),
-            ((x[:1], state), ValueError, "state must have keys of shape"),
+            ((x, None), TypeError, "state must be of type LocalAttentionState"),
+            ((x[:1], state), ValueError, r"state\.keys must have shape"),
             ((x, state, torch.zeros(2, 1, dtype=torch.bool)), ValueError, "key_padding_mask must have 1 dim"),
         ):
             with pytest.raises(error, match=message):

@@ -87,7 +87,7 @@ def test_refusals():
         for wrong, error, message in (
             ((x[:, :3], state), ValueError, "x must have shape"),
             ((x.double(), state), TypeError, "dtype of the layer"),
-            ((x, None), TypeError, "state must be a VQAttentionState"),
+            ((x, None), TypeError, "state must be of type VQAttentionState"),
             ((x[:1], state), ValueError, "k and v must have"),
             ((x, state, torch.zeros(2, 1, dtype=torch.bool)), ValueError, "key_padding_mask must have 1 dim"),
             ((x, causal.initial_state(2).to("meta")), ValueError, "state must be on the device"),

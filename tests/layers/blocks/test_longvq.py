@@ -287,7 +287,7 @@ def test_wrong_arguments_are_named():
             "activation must be 'softmax' with num_codes=None, got 'laplace'",
         ),
         ({"hidden_dropout": 1.0}, r"hidden_dropout must be at least 0 and below 1, got 1\.0"),
-        ({"d_ff": -1}, "d_ff must be at least 1, got -1"),
+        ({"d_ff": -1}, "d_ff must be at least 0, got -1"),
         ({"ema_dim": 0}, "ema_dim must be at least 1, got 0"),
         ({"d_state": 0}, "d_state must be at least 1, got 0"),
     ):

@@ -150,7 +150,7 @@ def test_refusals_leave_the_state_alone():
     causal, both = trained("longvq", causal=True), trained("longvq")
     dense = LongVQBlock(WIDTH, num_codes=None, causal=True).eval()
     state, x = causal.initial_state(2), torch.randn(2, WIDTH)
-    for block, text in ((both, "causal=True"), (dense, "num_codes=None.*every past key")):
+    for block, text in ((both, "causal=True"), (dense, "num_codes must be an int.*every past key")):
         for call in (lambda block: block.initial_state(2), lambda block: block.step(x, state)):
             with pytest.raises(NotImplementedError, match=text):
                 call(block)
@@ -160,8 +160,12 @@ def test_refusals_leave_the_state_alone():
         for wrong, error, message in (
             ((x[:, :3], state), ValueError, "LongVQBlock.step: x must have shape"),
             ((x.double(), state), TypeError, "LongVQBlock.step: x must have the dtype of the layer"),
-            ((x, None), TypeError, "LongVQBlock.step: state must be a LongVQState, from initial_state, got NoneType"),
-            ((x, state.attention), TypeError, "state must be a LongVQState.*got VQAttentionState"),
+            (
+                (x, None),
+                TypeError,
+                "LongVQBlock.step: state must be of type LongVQState, from initial_state, got NoneType",
+            ),
+            ((x, state.attention), TypeError, "state must be of type LongVQState.*got VQAttentionState"),
             ((x[:1], state), ValueError, "LongVQBlock.step: x must have the B = 2 of the state, got 1"),
             ((x, state, torch.zeros(2, 1, dtype=torch.bool)), ValueError, "key_padding_mask must have 1 dim"),
             ((x, state, torch.zeros(2)), TypeError, "key_padding_mask must be bool"),

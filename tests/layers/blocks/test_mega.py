@@ -151,7 +151,7 @@ def test_biases_equal_the_published_ones():
             assert_close(bias.rows(positions, length), expected, "rows")
     rotary.bfloat16()
     assert rotary.table(3).dtype == torch.float32  # angles don't survive 8 bits
-    with pytest.raises(ValueError, match="max_positions = 7 positions, got a sequence of 8"):
+    with pytest.raises(ValueError, match="max_positions = 7, got 8"):
         simple(8)
     with pytest.raises(ValueError, match="dim must be even"):
         RotaryRelativeBias(3)
@@ -159,7 +159,7 @@ def test_biases_equal_the_published_ones():
 
 def test_a_simple_bias_limits_the_length_unless_there_are_chunks():
     x = torch.randn(1, 40, 16)
-    with pytest.raises(ValueError, match="max_positions = 32 positions, got a sequence of 40"):
+    with pytest.raises(ValueError, match="max_positions = 32, got 40"):
         MegaBlock(16, rel_pos_bias="simple", max_positions=32)(x)
     assert MegaBlock(16, rel_pos_bias="simple", max_positions=32, chunk=8)(x).shape == x.shape
     assert MegaBlock(16)(x).shape == x.shape
@@ -214,7 +214,7 @@ def test_wrong_options_are_named():
         ({"chunk": 2.0}, "chunk must be an int"),
         ({"d_attn": 0}, "d_attn must be at least 1"),
         ({"d_attn": 3}, "dim must be even"),
-        ({"d_ff": -1}, "d_ff must be at least 1, got -1"),
+        ({"d_ff": -1}, "d_ff must be at least 0, got -1"),
         ({"max_positions": 0, "rel_pos_bias": "simple"}, "max_positions must be at least 1"),
         ({"activation": "gelu"}, "activation must be one of 'softmax', 'laplace', 'relu2', got 'gelu'"),
         ({"rel_pos_bias": "alibi"}, "rel_pos_bias must be one of 'simple', 'rotary', got 'alibi'"),

@@ -135,9 +135,9 @@ def test_refusals():
         for wrong, error, message in (
             ((x[:, :3], state), ValueError, "x must have shape"),
             ((x.double(), state), TypeError, "dtype of the layer"),
-            ((x, None), TypeError, "state must be a SPADEState"),
-            ((x[:1], state), ValueError, "state must have keys of shape"),
-            ((x, make(global_ssm=False).initial_state(2)), ValueError, "state must be one of a block with an SSM"),
+            ((x, None), TypeError, "state must be of type SPADEState"),
+            ((x[:1], state), ValueError, r"state\.keys must have shape"),
+            ((x, make(global_ssm=False).initial_state(2)), ValueError, "state must be of a block with an SSM"),
             ((x, decoder.initial_state(2, torch.randn(2, 3, 8))), ValueError, "of a block without cross-attention"),
             ((x, make(d_state=6).initial_state(2)), ValueError, r"state\.ssm must have shape"),
             ((x, state, torch.zeros(2, 1, dtype=torch.bool)), ValueError, "key_padding_mask must have 1 dim"),

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from longvq_layers.layers.parts.feed_forward import FeatureDropout, FeedForward, make_dropout
+from longvq_layers.layers.parts.dropout import FeatureDropout, make_dropout
+from longvq_layers.layers.parts.feed_forward import FeedForward
 from tests.tolerances import assert_close
 
 

@@ -110,11 +110,14 @@ def test_options_and_independence():
 def test_what_does_not_fit_is_named():
     good = Minimal(4, 3).state_dict()
     lacking = {k: v for k, v in good.items() if k not in ("D", "kernel.C")}
-    with pytest.raises(ValueError, match=r"^S4DLayer\.from_minimal: state_dict lacks D, kernel\.C; is prefix='' right"):
+    with pytest.raises(
+        ValueError,
+        match=r"^S4DLayer\.from_minimal: state_dict must have D, kernel\.C, got.* prefix='' right",
+    ):
         S4DLayer.from_minimal(lacking)
-    with pytest.raises(ValueError, match=r"lacks layers\.3D, .*is prefix='layers\.3' right"):
+    with pytest.raises(ValueError, match=r"must have layers\.3D, .*is prefix='layers\.3' right"):
         S4DLayer.from_minimal({f"layers.3.{k}": v for k, v in good.items()}, "layers.3")
-    with pytest.raises(ValueError, match=r"the minimal S4D layer has no l\.kernel\.B"):
+    with pytest.raises(ValueError, match=r"only the keys of the minimal S4D layer, got l\.kernel\.B"):
         S4DLayer.from_minimal({"l.kernel.B": torch.ones(4, 3)} | {f"l.{k}": v for k, v in good.items()}, "l.")
     for key, shape, text in (
         ("D", (5,), r"D must have shape \(H\) = \(4,\), got \(5,\)"),

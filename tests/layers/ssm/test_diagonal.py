@@ -128,9 +128,9 @@ def test_gradcheck(rule, causal):
 
 def test_what_a_bidirectional_layer_cannot_do():
     layer = S4DLayer(4, d_state=4)
-    with pytest.raises(NotImplementedError, match=r"step\(\) needs causal=True.*depend on inputs to come"):
+    with pytest.raises(NotImplementedError, match=r"step: causal must be True.*depend on the future"):
         layer.step(torch.randn(2, 4), layer.initial_state(2))
-    with pytest.raises(NotImplementedError, match="initial_state and return_state need causal=True"):
+    with pytest.raises(NotImplementedError, match="DiagonalSSM: causal must be True to run with a state"):
         layer(torch.randn(2, 3, 4), return_state=True)
 
 

@@ -136,9 +136,9 @@ def test_nothing_is_decayed():
 def test_wrong_calls_are_named():
     both, causal = DampedEMA(4), DampedEMA(4, causal=True)
     u = torch.randn(2, 3, 4)
-    with pytest.raises(NotImplementedError, match=r"DampedEMA: step\(\) needs causal=True"):
+    with pytest.raises(NotImplementedError, match=r"DampedEMA\.step: causal must be True"):
         both.step(u[:, 0], both.initial_state(2))
-    with pytest.raises(NotImplementedError, match="DampedEMA: initial_state and return_state need causal=True"):
+    with pytest.raises(NotImplementedError, match="DampedEMA: causal must be True to run with a state"):
         both(u, return_state=True)
     with pytest.raises(ValueError, match=r"DampedEMA.step: u must have shape \(B, H\) = \(2, 4\), got \(2, 3\)"):
         causal.step(u[:, 0, :3], causal.initial_state(2))
