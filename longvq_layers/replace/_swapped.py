@@ -6,7 +6,7 @@ from torch import Tensor
 
 from longvq_layers import ops
 from longvq_layers.layers.attention.codebook_attention import CodebookAttention
-from longvq_layers.layers.codebook.kmeans import code_sums, pick
+from longvq_layers.layers.codebook.operations import code_sums, pick
 from longvq_layers.layers.common.context import no_autocast, recomputing
 from longvq_layers.layers.common.precision import KeepsFloat32, storage_dtype
 from longvq_layers.layers.streaming import step_checks
