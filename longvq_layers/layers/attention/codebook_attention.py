@@ -204,7 +204,7 @@ class CodebookAttention(AttentionCore):
             self.last_commitment = None
             return
         index = codes.transpose(0, 1).reshape(self.num_kv_heads, -1)
-        nearest = pick(table, index).unflatten(1, (k.shape[0], k.shape[2])).transpose(0, 1)  # (B, Hkv, L, D)
+        nearest = torch.unflatten(pick(table, index), 1, (k.shape[0], k.shape[2])).transpose(0, 1)  # (B, Hkv, L, D)
         distance = (k.to(table.dtype) - nearest).square().sum(-1)  # (B, Hkv, L)
         count: Tensor | int = max(distance.numel(), 1)
         if key_padding_mask is not None:

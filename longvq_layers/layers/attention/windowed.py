@@ -67,12 +67,13 @@ def windowed_attention(
         labels = labels.masked_fill(key_padding_mask, -1)
     labels = pad(labels, sides, value=-1)
     key_labels = labels.unfold(1, width, rows)  # (1 or B, count, width)
-    query_labels = labels[:, back : back + count * rows].unflatten(1, (count, rows))
+    query_labels = torch.unflatten(labels[:, back : back + count * rows], 1, (count, rows))
 
     # Contiguous before padding: padding by nothing keeps strides, other padding makes tensors contiguous, and a graph
     # that is compiled for all lengths must not depend on the difference.
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
-    q = pad(q, (0, 0, 0, count * rows - length)).unflatten(2, (count, rows)).transpose(1, 2)  # (B, count, H, rows, D)
+    q = pad(q, (0, 0, 0, count * rows - length))
+    q = torch.unflatten(q, 2, (count, rows)).transpose(1, 2)  # (B, count, H, rows, D)
     k, v = (pad(x, (0, 0, *sides)).unfold(2, width, rows).permute(0, 2, 1, 4, 3) for x in (k, v))  # … width, D
 
     def attend(blocks: slice, all_keys_exist: bool) -> Tensor:
@@ -86,7 +87,7 @@ def windowed_attention(
         queries, keys, values = (x[:, blocks].flatten(0, 1) for x in (q, k, v))
         grouped = q.shape[2] != k.shape[2]
         out = scaled_dot_product_attention(queries, keys, values, attn_mask=mask, enable_gqa=grouped)
-        return out.unflatten(0, (batch, blocks.stop - blocks.start))
+        return torch.unflatten(out, 0, (batch, blocks.stop - blocks.start))
 
     first = last = 0  # the blocks between them have all their keys
     if key_padding_mask is None and cu_seqlens is None:

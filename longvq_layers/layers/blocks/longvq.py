@@ -262,16 +262,16 @@ class LongVQBlock(ResidualBlock, StreamingLayer[LongVQState]):
 
         Raises NotImplementedError for a bidirectional block and for one with num_codes=None, as `step` does.
         """
-        self._check_streams("LongVQBlock.initial_state")
+        attention = self._streaming_attention("LongVQBlock.initial_state")
         memory = self.ssm.initial_state(batch, self.q_proj.weight.dtype)
-        return LongVQState(memory, self.attention.initial_state(batch))
+        return LongVQState(memory, attention.initial_state(batch))
 
     def _step(self, x: Tensor, state: LongVQState, key_padding_mask: Tensor | None) -> tuple[Tensor, LongVQState]:
         normed = self._before_mixer(x, key_padding_mask)
         memory, ssm_state = advance(self.ssm, normed, state.memory, key_padding_mask)
         memory = self._memory(memory)
         q, k, v = self._project(memory, normed)
-        o = self.attention.step(q, k, v, state.attention, key_padding_mask)
+        o = self._streaming_attention("LongVQBlock.step").step(q, k, v, state.attention, key_padding_mask)
         y = self._finish(x, memory, normed, o, key_padding_mask)
         state.memory.copy_(ssm_state)  # last: a call that raises must leave the state as it was
         return y, state
@@ -327,12 +327,17 @@ class LongVQBlock(ResidualBlock, StreamingLayer[LongVQState]):
         return self.d_model, self.q_proj.weight
 
     def _check_streams(self, name: str) -> None:
+        self._streaming_attention(name)
+
+    def _streaming_attention(self, name: str) -> CodebookAttention:
+        """The attention, or NotImplementedError where the block can't stream."""
         step_checks.causal(name, self.causal)
-        if self.num_codes is None:
+        if not isinstance(self.attention, CodebookAttention):
             raise NotImplementedError(
                 f"{name}: num_codes must be an int to stream, got None: attention without quantisation needs every "
                 "past key, which no state of constant size holds"
             )
+        return self.attention
 
     def check_state(self, name: str, x: Tensor, state: LongVQState) -> None:
         super().check_state(name, x, state)

@@ -299,10 +299,9 @@ class MegaBlock(ResidualBlock, StreamingLayer[MegaState]):
     def _project(self, normed: Tensor, average: Tensor) -> tuple[Tensor, Tensor, Tensor, _Gates]:
         """Q, K, V and the gates, from X' and the moving average EMA(X')."""
         m = self.dropout(silu(average))
-        update, z_and_reset, candidate = self.mx_proj(m).split(
-            [self.d_model, self.d_attn + self.d_value, self.d_model], dim=-1
-        )
-        z, reset = silu(z_and_reset).split([self.d_attn, self.d_value], dim=-1)
+        sizes = [self.d_model, self.d_attn + self.d_value, self.d_model]
+        update, z_and_reset, candidate = torch.split(self.mx_proj(m), sizes, dim=-1)
+        z, reset = torch.split(silu(z_and_reset), [self.d_attn, self.d_value], dim=-1)
         q, k = (z * self.gamma[i] + self.beta[i] for i in range(2))
         v = self.hidden_dropout(silu(self.v_proj(normed)))
         return q, k, v, _Gates(update.sigmoid(), reset, candidate)

@@ -254,7 +254,9 @@ class Codebook(KeepsFloat32):
         keys = torch.where(valid.unsqueeze(-1), keys, 0).to(self.embedding.dtype)
         return keys.reshape(self.num_heads, -1, self.dim), valid.reshape(self.num_heads, -1)
 
-    @torch.compiler.disable(reason="the k-means start depends on the data; run one training step before compiling")
+    @torch.compiler.disable(  # type: ignore[untyped-decorator]  # PyTorch's decorator has no types
+        reason="the k-means start depends on the data; run one training step before compiling"
+    )
     def _start(self, keys: Tensor, valid: Tensor) -> None:
         """Fit the codes to the first batch, keys (H, N, D), valid (H, N). All ranks get the first rank's result."""
         # A generator of its own: a recomputed forward skips this, and must find torch's generator in the same state.

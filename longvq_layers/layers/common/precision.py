@@ -24,7 +24,7 @@ class KeepsFloat32(nn.Module):
                 return tensor.to(device=result.device, dtype=torch.float32)
             return result
 
-        return super()._apply(at_least_float32, recurse)
+        return super()._apply(at_least_float32, recurse)  # type: ignore[no-untyped-call]  # of PyTorch
 
 
 def storage_dtype(dtype: torch.dtype | None) -> torch.dtype:

@@ -14,7 +14,7 @@ from torch.autograd import Function
 
 def silu_product(a: Tensor, b: Tensor) -> Tensor:
     """``silu(a) ⊙ b`` of tensors of one shape."""
-    return _SiluProduct.forward(a, b) if _saves_nothing() else _SiluProduct.apply(a, b)
+    return _call(_SiluProduct, a, b, plain=False)
 
 
 def gated_residual(logits: Tensor, new: Tensor, old: Tensor, *, recompute: bool = False) -> Tensor:
@@ -23,12 +23,12 @@ def gated_residual(logits: Tensor, new: Tensor, old: Tensor, *, recompute: bool 
     `recompute`: this is the last operation of a checkpointed part, which saves nothing. Plain operators then spare the
     recomputation of the operation itself.
     """
-    plain = recompute or _saves_nothing()
-    return _GatedResidual.forward(logits, new, old) if plain else _GatedResidual.apply(logits, new, old)
+    return _call(_GatedResidual, logits, new, old, plain=recompute)
 
 
-def _saves_nothing() -> bool:
-    return torch.compiler.is_compiling() or not torch.is_grad_enabled()
+def _call(function: type[Function], *tensors: Tensor, plain: bool) -> Tensor:
+    plain = plain or torch.compiler.is_compiling() or not torch.is_grad_enabled()  # then nothing is saved anyway
+    return function.forward(*tensors) if plain else function.apply(*tensors)
 
 
 class _SavesInputs(Function):

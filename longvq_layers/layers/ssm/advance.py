@@ -2,14 +2,20 @@
 
 from torch import Tensor, nn
 
+from longvq_layers.layers.ssm.diagonal import DiagonalSSM
+from longvq_layers.layers.ssm.ema import DampedEMA
+from longvq_layers.layers.ssm.s4d import S4DLayer
 
-def advance(ssm: nn.Module, u: Tensor, state: Tensor, key_padding_mask: Tensor | None) -> tuple[Tensor, Tensor]:
+
+def advance(
+    ssm: DiagonalSSM | S4DLayer | DampedEMA, u: Tensor, state: Tensor, key_padding_mask: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """Run an SSM over the next tokens of growing sequences, where masked tokens take no position.
 
     The state of a row stays exactly the same over masked tokens. In `ssm.forward` it would decay.
 
     Args:
-        ssm: a causal `DiagonalSSM`, `S4DLayer` or `DampedEMA`.
+        ssm: causal.
         u: (B, T, H), finite.
         state: (B, H, N), from `ssm.initial_state` or an earlier call.
         key_padding_mask: (B, T) bool, True = the token takes no position. Default none.

@@ -38,7 +38,7 @@ class _StepCache:
     """
 
     key: tuple[torch.dtype, float, str, _Stamp]
-    tensors: tuple[Tensor | None, ...]
+    tensors: tuple[Tensor, ...]
     terms: _Terms
 
 
@@ -261,7 +261,8 @@ class DiagonalSSM(ScanLayer):
         """The arguments of `ops.ssm_step`: Ā and 2·C·B̄ (H, N) and D (H,), from the cache if nothing has changed."""
         if torch.compiler.is_compiling():
             return self._discretise_step(dtype, rate)
-        tensors = (*self._parameters.values(), *self._buffers.values())
+        # Not parameters() and buffers(), which are slow.
+        tensors = tuple(t for t in (*self._parameters.values(), *self._buffers.values()) if t is not None)
         # A parametrisation or a hook computes tensors from others; then their number is another.
         stamp = _stamp(tensors) if len(tensors) == 5 + ("B" in self.trained) else None
         if stamp is None or (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)):

@@ -63,7 +63,7 @@ class ScanLayer(KeepsFloat32):
                 backend=self.backend,
             )
             if not self.causal:
-                y = y + ops.ssm_scan(
+                y = y + ops.ssm_scan(  # type: ignore[operator]  # a tensor, because return_state is False
                     u,
                     log_decay[1],
                     weight[1],

@@ -163,7 +163,7 @@ def test_refusals_leave_the_state_alone():
             (
                 (x, None),
                 TypeError,
-                "LongVQBlock.step: state must be of type LongVQState, from initial_state, got NoneType",
+                "LongVQBlock.step: state must be of type LongVQState, from.*got NoneType",
             ),
             ((x, state.attention), TypeError, "state must be of type LongVQState.*got VQAttentionState"),
             ((x[:1], state), ValueError, "LongVQBlock.step: x must have the B = 2 of the state, got 1"),

@@ -211,7 +211,7 @@ def test_a_rate_for_each_kind():
 def test_wrong_rates_are_named():
     layer = S4DLayer(4, d_state=4)
     for wrong, text in (
-        ({"A": 1e-3, "C": 1e-3}, r"ssm_lr must name rates of 'A', 'B', 'dt', got \['C'\]"),
+        ({"A": 1e-3, "C": 1e-3}, r"ssm_lr must have rates of 'A', 'B', 'dt' only, got \['C'\]"),
         ({"dt": -1.0}, r"ssm_lr\['dt'\] must be a finite number, at least 0, got -1\.0"),
         ({"B": math.nan}, r"ssm_lr\['B'\] must be a finite number, at least 0, got nan"),
         (math.inf, "ssm_lr must be a finite number, at least 0, got inf"),
