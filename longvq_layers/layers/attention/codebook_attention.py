@@ -131,7 +131,7 @@ class CodebookAttention(AttentionCore):
         self._check_queries("CodebookAttention", q, cu_seqlens)
         codes, table = self.codebook.quantize(k, key_padding_mask)
         with no_autocast(q.device):
-            self._store_commitment(k, codes, table, key_padding_mask)
+            self.store_commitment(k, codes, table, key_padding_mask)
             return ops.vq_attention(
                 q,
                 k,
@@ -199,7 +199,7 @@ class CodebookAttention(AttentionCore):
                 backend=self.backend,
             )
 
-    def _store_commitment(self, k: Tensor, codes: Tensor, table: Tensor, key_padding_mask: Tensor | None) -> None:
+    def store_commitment(self, k: Tensor, codes: Tensor, table: Tensor, key_padding_mask: Tensor | None) -> None:
         if not self.training or not self.commitment:
             self.last_commitment = None
             return

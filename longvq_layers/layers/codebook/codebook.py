@@ -103,7 +103,7 @@ class Codebook(KeepsFloat32):
         self.num_heads, self.num_codes, self.dim = num_heads, num_codes, dim
         self.decay, self.revive_after, self.eps, self.backend = decay, revive_after, eps, backend
         self.frozen = False
-        self._group = Group(process_group)
+        self.group = Group(process_group)
         self._ready = False  # `initialized` as a Python bool: reading the buffer synchronises and breaks the graph
 
         real = storage_factory(device, dtype)
@@ -261,12 +261,12 @@ class Codebook(KeepsFloat32):
         """Fit the codes to the first batch, keys (H, N, D), valid (H, N). All ranks get the first rank's result."""
         # A generator of its own: a recomputed forward skips this, and must find torch's generator in the same state.
         generator = torch.Generator(keys.device).manual_seed(torch.initial_seed() ^ _SEED)
-        keys, valid = self._group.sample(keys, valid, _START_KEYS_PER_CODE * self.num_codes, generator)
+        keys, valid = self.group.sample(keys, valid, _START_KEYS_PER_CODE * self.num_codes, generator)
         if not bool(valid.any(-1).all()):
             return  # some head has no key on any rank: wait for the next batch
-        self.embedding.copy_(self._group.from_first(kmeans(keys, self.num_codes, mask=~valid, generator=generator)))
+        self.embedding.copy_(self.group.from_first(kmeans(keys, self.num_codes, mask=~valid, generator=generator)))
         codes = ops.vq_assign(keys.unsqueeze(0), self.embedding, backend=self.backend).squeeze(0)
-        codes = self._group.from_first(codes)
+        codes = self.group.from_first(codes)
         self._restart(keys, codes, valid)
         self._mark(True)
 
@@ -294,7 +294,7 @@ class Codebook(KeepsFloat32):
         sums, counts = code_sums(keys, codes, valid, self.num_codes)
         square = keys.square().sum((1, 2))  # keys are zero where not valid
         spare, has_spare = self._spare_keys(keys, error, valid)
-        sums, counts, error, square, spare, has_spare = self._group.sum(
+        sums, counts, error, square, spare, has_spare = self.group.sum(
             sums, counts, error.sum(-1), square, spare, has_spare
         )
         total = counts.sum(-1)  # (H,)
@@ -325,9 +325,9 @@ class Codebook(KeepsFloat32):
         weight = torch.where((error > 0).any(-1, keepdim=True), error, valid.to(error.dtype))
         spare = pick(keys, draw(weight, spread(self.num_heads, self.num_codes, self.steps)))
         mine = valid.any(-1, keepdim=True).expand(-1, self.num_codes)
-        if self._group.active:
-            owner = (torch.arange(self.num_codes, device=keys.device) + self.steps) % self._group.size
-            mine = mine & (owner == self._group.rank)
+        if self.group.active:
+            owner = (torch.arange(self.num_codes, device=keys.device) + self.steps) % self.group.size
+            mine = mine & (owner == self.group.rank)
         return spare * mine.unsqueeze(-1), mine.to(keys.dtype)
 
     # ---- bookkeeping ----------------------------------------------------------------------------------------------

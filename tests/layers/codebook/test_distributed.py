@@ -44,7 +44,7 @@ def rank_main(rank, folder):
     history.append({name: value.clone() for name, value in one_sided.state_dict().items()})
     alone = dist.new_group([0]), dist.new_group([1])
     private = Codebook(2, 6, 4, process_group=alone[rank])
-    assert copy.deepcopy(private)._group.group is alone[rank]
+    assert copy.deepcopy(private).group.group is alone[rank]
     if rank == 0:
         private(*batch(0, 1))  # the other rank takes no part, and is not waited for
 
