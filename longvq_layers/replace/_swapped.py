@@ -136,7 +136,7 @@ class SwappedAttention(KeepsFloat32, CarriesSettings, CodebookAttention):
             far_q, far_k = (q, k) if far is None else far
             keys = self.in_metric(far_k)
             codes, table = self.codebook.quantize(keys, key_padding_mask)
-            self._commit(keys, codes, table, key_padding_mask)
+            self.store_commitment(keys, codes, table, key_padding_mask)
             scale = self.head_dim**-0.5 if scale is None else scale
             learning = self.training and not self.codebook.frozen and not recomputing()
             if learning:
@@ -334,7 +334,7 @@ class SwappedAttention(KeepsFloat32, CarriesSettings, CodebookAttention):
         keys, codes, valid = (x.transpose(0, 1).flatten(1, 2) for x in (keys, codes, valid))
         error = (keys - pick(table, codes)).square().sum(-1, keepdim=True)
         sums, counts = code_sums(torch.where(valid.unsqueeze(-1), error, 0), codes, valid, self.num_codes)
-        sums, counts = self.codebook._group.sum(sums.squeeze(-1), counts)
+        sums, counts = self.codebook.group.sum(sums.squeeze(-1), counts)
         self.spread_sum.lerp_(sums, 1 - self.codebook.decay)
         self.spread_count.lerp_(counts, 1 - self.codebook.decay)
 
