@@ -1,4 +1,4 @@
-"""Layers on documents packed into one row: each document comes out as it does alone."""
+"""Layers on documents packed into one row: each document has the output that it has alone."""
 
 import copy
 import itertools
@@ -20,7 +20,7 @@ each_direction = pytest.mark.parametrize("causal", [True, False], ids=["causal",
 @each_layer
 @each_direction
 @pytest.mark.parametrize("masked", [False, True])
-def test_each_document_comes_out_as_alone_with_gradients(name, causal, masked):
+def test_each_document_equals_itself_alone_with_gradients(name, causal, masked):
     layer = trained(name, causal=causal, dtype=torch.float64)
     x = torch.randn(1, 40, WIDTH, dtype=torch.float64, requires_grad=True)
     mask = torch.rand(1, 40) < 0.3 if masked else None
@@ -34,7 +34,7 @@ def test_each_document_comes_out_as_alone_with_gradients(name, causal, masked):
         pairs.append([y, *torch.autograd.grad(y, leaves, onto)])
     for i, (a, b) in enumerate(zip(*pairs, strict=True)):
         assert_close(a, b, f"result {i}")
-    assert (pairs[0][0] - layer(x, mask)).abs().max() > 1e-3  # the documents would see each other
+    assert (pairs[0][0] - layer(x, mask)).abs().max() > 1e-3  # without cu_seqlens the documents see each other
 
 
 @pytest.mark.parametrize("name", ["ssm", "s4d"])
@@ -51,7 +51,7 @@ def test_each_document_has_a_state_of_its_own(name):
 
 @pytest.mark.parametrize("name", ["vq", "vq_exact"])
 def test_the_codebook_learns_from_the_whole_row(name):
-    """Keys are those of single positions here: documents are nothing to it."""
+    """The codebook learns from single keys, so documents make no difference to it."""
     layer, x = LAYERS[name](), torch.randn(1, 40, WIDTH)
     other = copy.deepcopy(layer)
     for _ in range(3):

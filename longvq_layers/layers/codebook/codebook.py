@@ -145,11 +145,11 @@ class Codebook(KeepsFloat32):
         self._check(k, key_padding_mask)
         with torch.no_grad(), no_autocast(k.device):
             learning = self.training and not self.frozen
-            again = recomputing()
+            rerun = recomputing()
             keys = k.detach()
             if keys.element_size() > 2:  # half types are read as they are: a float32 copy has twice their size
                 keys = keys.to(self.embedding.dtype)
-            if learning and not again:
+            if learning and not rerun:
                 if not self._ready:
                     self._start(*self._flat(keys, key_padding_mask))
                 else:
@@ -158,7 +158,7 @@ class Codebook(KeepsFloat32):
             if not learning:
                 return codes, self.embedding
             table = self.embedding.clone()  # autograd may need it after the next update
-            if self._ready and not again:
+            if self._ready and not rerun:
                 flat, valid = self._flat(keys, key_padding_mask)
                 self._learn(flat, codes.transpose(0, 1).reshape(self.num_heads, -1), valid)
             return codes, table

@@ -1,4 +1,4 @@
-"""CrossAttention against torch.nn.MultiheadAttention, and what it makes of an absent memory."""
+"""CrossAttention against torch.nn.MultiheadAttention, masked and empty memories, and errors."""
 
 import itertools
 
@@ -35,7 +35,7 @@ def test_equals_multihead_attention_with_gradients(masked):
         assert_close(a, b, "gradient")
 
 
-def test_nothing_to_see_counts_as_zero():
+def test_a_fully_masked_or_empty_memory_counts_as_zero():
     layer = CrossAttention(8, 2)
     x, memory = torch.randn(2, 5, 8), torch.randn(2, 4, 8, requires_grad=True)
     mask = torch.zeros(2, 4, dtype=torch.bool)
@@ -51,7 +51,7 @@ def test_nothing_to_see_counts_as_zero():
 
 
 @pytest.mark.parametrize("masked", [False, True])
-def test_each_document_has_a_memory_of_its_own(masked):
+def test_each_document_attends_to_its_own_memory(masked):
     layer = CrossAttention(8, 2, dtype=torch.float64)
     cuts = torch.tensor([0, 4, 4, 9, 10], dtype=torch.int32)
     x, memory = torch.randn(1, 10, 8).double(), torch.randn(4, 6, 8).double()
@@ -65,7 +65,7 @@ def test_each_document_has_a_memory_of_its_own(masked):
     assert layer(x[:, :0], memory[:0], cu_seqlens=cuts[:1]).shape == (1, 0, 8)
 
 
-def test_bad_arguments_are_named():
+def test_wrong_arguments_are_named():
     layer, x, memory = CrossAttention(8, 2), torch.randn(2, 5, 8), torch.randn(2, 4, 8)
     mask = torch.zeros(2, 4, dtype=torch.bool)
     for wrong, error, message in (

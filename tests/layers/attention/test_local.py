@@ -14,7 +14,7 @@ from tests.tolerances import assert_close
 
 
 def dense(q, k, v, window, causal, bias=None, mask=None, cu_seqlens=None):
-    """The definition: every pair, a loop over queries."""
+    """The definition of the layer's attention: a loop over queries."""
     batch, heads, length, width = q.shape
     k, v = (x.repeat_interleave(heads // k.shape[1], dim=1) for x in (k, v))
     document = [0] * length
@@ -66,7 +66,7 @@ def test_equals_the_dense_definition_with_gradients(case):
     options = {"window": window, "causal": causal, "bias": bias}
     out = windowed_attention(q, k, v, **options, key_padding_mask=mask, cu_seqlens=cuts)
     expected = dense(q, k, v, window, causal, bias, mask, cuts)
-    if mask is not None:  # a masked query sees itself alone, and is the caller's to clear
+    if mask is not None:  # the output of a masked query is up to the caller
         itself = v.repeat_interleave(q.shape[1] // v.shape[1], dim=1)
         assert_close(out.transpose(1, 2)[mask], itself.transpose(1, 2)[mask], "out of masked queries")
         out = out.masked_fill(mask[:, None, :, None], 0)
@@ -96,7 +96,7 @@ def test_gradcheck(causal):
 
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("length", [5, 150])
-def test_the_layer_is_the_definition_between_projections(causal, length):
+def test_the_layer_projects_around_the_definition(causal, length):
     layer = LocalAttention(8, 4, window=7, causal=causal, num_kv_heads=2, dtype=torch.float64)
     torch.nn.init.normal_(layer.window_bias)
     x = torch.randn(2, length, 8, dtype=torch.float64)
@@ -106,7 +106,7 @@ def test_the_layer_is_the_definition_between_projections(causal, length):
 
 
 @pytest.mark.parametrize("causal", [True, False])
-def test_nothing_outside_the_window_is_seen(causal):
+def test_positions_outside_the_window_have_no_influence(causal):
     layer = LocalAttention(8, 2, window=5, causal=causal, dtype=torch.float64)
     x = torch.randn(1, 90, 8, dtype=torch.float64)
     changed = x.clone()
@@ -115,7 +115,7 @@ def test_nothing_outside_the_window_is_seen(causal):
     assert seen == list(range(40 if causal else 36, 45))
 
 
-def test_a_window_of_one_is_the_value_itself():
+def test_a_window_of_one_gives_the_value_itself():
     layer = LocalAttention(8, 2, window=1, causal=True)
     x = torch.randn(2, 70, 8)
     assert_close(layer(x), layer.out_proj(layer.v_proj(x)), "y")
@@ -251,6 +251,6 @@ def test_the_window_bias_is_not_decayed():
 def test_one_compiled_graph_serves_all_lengths():
     layer = LocalAttention(8, 2, window=5, causal=True)
     compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend="aot_eager")
-    for length in (100, 128, 301):  # with and without an unfinished block
+    for length in (100, 128, 301):  # with and without a partial last block
         x = torch.randn(2, length, 8)
         assert_close(compiled(x), layer(x), f"y of length {length}")

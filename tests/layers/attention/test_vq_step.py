@@ -1,4 +1,4 @@
-"""VQAttention step by step: equal to `forward` in eval mode, nothing learns, and what is refused."""
+"""VQAttention.step: equal to `forward` in eval mode, without learning, and errors."""
 
 import pytest
 import torch
@@ -26,7 +26,7 @@ def test_tokens_and_pieces_equal_forward(name, dtype):
     assert_close(torch.stack(tokens, 1), expected, "tokens")
 
 
-def test_padded_prompts_go_on_at_their_own_lengths():
+def test_padded_prompts_continue_at_their_own_lengths():
     layer = trained("vq", causal=True)
     x = torch.randn(2, 30, WIDTH)
     padded, mask = x.clone(), torch.zeros(2, 30, dtype=torch.bool)
@@ -45,7 +45,7 @@ def test_padded_prompts_go_on_at_their_own_lengths():
     assert_close(token[1], other[0, 30], "token of the full row")
 
 
-def test_nothing_learns_also_before_the_first_batch():
+def test_steps_teach_nothing_even_before_the_first_batch():
     layer = VQAttention(WIDTH, 2, num_codes=6, window=3, causal=True).eval()
     before = {name: x.clone() for name, x in layer.state_dict().items()}
     x = torch.randn(1, 20, WIDTH)
@@ -66,7 +66,7 @@ def test_half_precision_layers_keep_a_float32_state():
     assert_close(y, expected, "y")
 
 
-def test_values_of_another_width():
+def test_value_dim_may_differ_from_head_dim():
     core = CodebookAttention(4, 2, 8, value_dim=5, num_codes=6, window=3, causal=True).eval()
     q, k, v = torch.randn(1, 4, 9, 8), torch.randn(1, 2, 9, 8), torch.randn(1, 2, 9, 5)
     with torch.no_grad():

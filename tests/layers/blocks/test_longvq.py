@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from longvq_layers import ops
 from longvq_layers.layers import (
     CodebookAttention,
     DampedEMA,
@@ -18,46 +19,8 @@ from longvq_layers.layers import (
     commitment_loss,
     optimizer_groups,
 )
+from tests.layers.blocks.longvq_blocks import LENGTH, OPTIONS, WIDTH, WINDOW, block_of, each_direction, each_option
 from tests.tolerances import assert_close
-
-WIDTH, LENGTH, WINDOW = 6, 15, 3
-
-OPTIONS = {
-    "default": {},
-    "post": {"norm": "post"},
-    "rms": {"norm_type": "rms"},
-    "post_scale": {"norm": "post", "norm_type": "scale"},
-    "batch": {"norm_type": "batch"},
-    "ema": {"ssm": "ema", "ema_dim": 3},
-    "no_ffn": {"d_ff": 0},
-    "post_no_ffn": {"norm": "post", "d_ff": 0},
-    "gelu_glu": {"ffn_activation": "gelu", "glu": True, "d_ff": 7},
-    "relu": {"ffn_activation": "relu", "norm": "post"},
-    "laplace": {"activation": "laplace"},
-    "heads": {"num_heads": 2, "d_attn": 4, "d_value": 10},
-    "no_bias": {"window_bias": False},
-    "no_window": {"window": 0},
-    "exact": {"local_keys": "exact"},
-    "dense": {"num_codes": None},
-    "dense_plain": {"num_codes": None, "window_bias": False, "num_heads": 2, "norm": "post"},
-    "gates_of_x": {"ssm_gate": False},
-    "gates_of_x_post": {"ssm_gate": False, "norm": "post"},
-}
-each_option = pytest.mark.parametrize("name", OPTIONS)
-each_direction = pytest.mark.parametrize("causal", [True, False], ids=["causal", "bidirectional"])
-
-
-def block_of(name: str, causal: bool) -> LongVQBlock:
-    """A block in eval mode, float64, none of whose parameters is what it starts with."""
-    options = {"num_codes": LENGTH, "window": WINDOW, "d_state": 4, **OPTIONS[name]}
-    block = LongVQBlock(WIDTH, causal=causal, dtype=torch.float64, **options)
-    with torch.no_grad():
-        for parameter in block.parameters():
-            parameter += 0.2 * torch.randn_like(parameter)
-        for norm in (block.norm1, block.norm2):
-            if hasattr(norm, "running_mean"):
-                norm.running_mean.normal_(), norm.running_var.uniform_(0.5, 2)
-    return block.eval()
 
 
 def plain_norm(norm: nn.Module, kind: str, x: Tensor) -> Tensor:
@@ -71,7 +34,7 @@ def plain_norm(norm: nn.Module, kind: str, x: Tensor) -> Tensor:
 
 
 def plain_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, window: int, causal: bool, kind: str):
-    """(L, d) each, of one head: dense attention with a bias (W,) or (2W − 1,) for close pairs, pair by pair."""
+    """Dense attention of one head, pair by pair: q, k, v (L, d), with a bias (W,) or (2W − 1,) inside the window."""
     out = torch.zeros_like(v)
     for i in range(len(q)):
         keys = range(i + 1) if causal else range(len(k))
@@ -91,7 +54,7 @@ def plain_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, window
 
 
 def plain_block(block: LongVQBlock, x: Tensor, options: dict) -> tuple[Tensor, Tensor]:
-    """Output and keys of one sequence (L, d_model), by the equations of the docstring with exact keys."""
+    """Output and keys of one sequence (L, d_model), by the equations of the class with exact keys."""
     heads, pre = options.get("num_heads", 1), options.get("norm", "pre") == "pre"
     kind = options.get("norm_type", "layer")
     inner = plain_norm(block.norm1, kind, x) if pre else x
@@ -136,7 +99,7 @@ def test_equals_the_equations(name, causal):
 
 @pytest.mark.parametrize("name", [name for name in OPTIONS if name != "default"])
 def test_options_change_the_result_or_the_parameters(name):
-    """So that the test above does not compare one block with itself."""
+    """Otherwise the test above would compare a block with itself."""
     block, default = block_of(name, True), block_of("default", True)
     own, others = ({key: value.shape for key, value in module.state_dict().items()} for module in (block, default))
     if own == others:
@@ -152,7 +115,7 @@ def test_repr_reproduces_the_call(name):
     assert repr(again) == repr(block)
 
 
-def test_what_the_options_are_made_of():
+def test_options_choose_the_parts_and_their_sizes():
     assert isinstance(LongVQBlock(8).ssm, DiagonalSSM) and isinstance(LongVQBlock(8, ssm="ema").ssm, DampedEMA)
     assert LongVQBlock(8, ssm="ema", ema_dim=5, causal=True).ssm.ndim == 5
     assert LongVQBlock(8, ssm="ema", causal=True, backend="torch").ssm.backend == "torch"
@@ -219,7 +182,7 @@ def test_dense_attention_under_masks_and_documents(causal, window_bias, kind):
                     added = torch.stack([bias[h, c if n else 0] * n for n, c in zip(near, column, strict=True)])
                     weights = (k[row, h // 2, keys] @ q[row, h, i] * 3**-0.5 + added).softmax(0)
                     expected[row, h, i] = weights @ v[row, h // 2, keys]
-    if mask is not None:  # anything may stand there
+    if mask is not None:  # masked inputs may be anything
         for x in (q, k, v):
             x[mask[:, None].expand(x.shape[:3])] = torch.nan
     cu_seqlens = None if kind == "mask" else torch.tensor(offsets, dtype=torch.int32)
@@ -230,7 +193,7 @@ def test_dense_attention_under_masks_and_documents(causal, window_bias, kind):
     assert all(p.grad.isfinite().all() for p in (*leaves, *attention.parameters()))
 
 
-def test_dense_attention_is_what_the_codes_approximate():
+def test_codes_approximate_dense_attention():
     core = CodebookAttention(2, 1, 4, num_codes=20, window=3, causal=True, dtype=torch.float64).eval()
     dense = DenseAttention(2, 1, 4, window=3, causal=True, dtype=torch.float64)
     nn.init.normal_(core.window_bias)
@@ -263,7 +226,7 @@ def test_a_block_without_codes_trains_and_has_no_commitment():
 )
 def test_compiled_equals_eager(name):
     block = block_of(name, True).train()
-    block(torch.randn(2, LENGTH, WIDTH, dtype=torch.float64))  # the start of a codebook is not compiled
+    block(torch.randn(2, LENGTH, WIDTH, dtype=torch.float64))  # the k-means start of a codebook can't be compiled
     eager, x = copy.deepcopy(block), torch.randn(2, LENGTH, WIDTH, dtype=torch.float64)
     results = []
     for module, call in ((block, torch.compile(block, fullgraph=True, backend="aot_eager")), (eager, eager)):
@@ -302,3 +265,65 @@ def test_wrong_arguments_are_named():
             LongVQBlock(8, **options)
     with pytest.raises(ValueError, match=r"num_codes must be at least 1, got 0"):
         LongVQBlock(8, num_codes=0)
+
+
+@pytest.mark.parametrize("norm", ["pre", "post"])
+@pytest.mark.parametrize("causal", [True, False])
+def test_longvq_equals_the_definition(norm, causal):
+    block = LongVQBlock(6, num_heads=2, num_codes=5, window=3, d_state=4, norm=norm, causal=causal).double()
+    block(torch.randn(2, 30, 6, dtype=torch.float64))
+    for parameter in block.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    block.eval()
+    x = torch.randn(2, 20, 6, dtype=torch.float64)
+    silu, heads = F.silu, lambda t: t.view(2, 20, 2, -1).transpose(1, 2)
+    inner = block.norm1(x) if norm == "pre" else x
+    z = silu(block.ssm(inner))
+    q, k = z @ block.q_proj.weight.T + block.q_proj.bias, z @ block.k_proj.weight.T + block.k_proj.bias
+    attention_gate = silu(z @ block.attention_gate.weight.T + block.attention_gate.bias)
+    v = silu(inner @ block.v_proj.weight.T + block.v_proj.bias)
+    out = ops.vq_attention(
+        heads(q),
+        heads(k),
+        heads(v),
+        block.codebook.embedding,
+        causal=causal,
+        window=3,
+        bias=block.attention.window_bias,
+        backend="reference",
+    )
+    out = out.transpose(1, 2).reshape(2, 20, 6)
+    u = silu(
+        inner @ block.candidate_x.weight.T
+        + (attention_gate * out) @ block.candidate_o.weight.T
+        + block.candidate_x.bias
+    )
+    gate = torch.sigmoid(z @ block.output_gate.weight.T + block.output_gate.bias)
+    y = gate * u + (1 - gate) * x
+    expected = (
+        y + block.ffn(block.norm2(y)) if norm == "pre" else block.norm2(block.norm1(y) + block.ffn(block.norm1(y)))
+    )
+    assert_close(block(x), expected, "output")
+
+
+def test_longvq_default_widths_fit_the_heads():
+    block = LongVQBlock(10, num_heads=4)
+    assert (block.d_attn, block.d_value, block.d_ff) == (8, 12, 20)
+    assert block(torch.randn(1, 5, 10)).shape == (1, 5, 10)
+
+
+def test_a_block_learns():
+    # Copy the token 12 positions before, which is outside the window of 2.
+    block = LongVQBlock(16, num_codes=16, window=2, d_state=16, causal=True)
+    embed, head = nn.Embedding(6, 16), nn.Linear(16, 6)
+    model = nn.ModuleList([embed, block, head])
+    optimizer = torch.optim.AdamW(optimizer_groups(model, lr=1e-2, weight_decay=0.0, ssm_lr=1e-2))
+    losses = []
+    for _ in range(120):
+        tokens = torch.randint(6, (8, 1, 12)).expand(-1, 2, -1).reshape(8, 24)
+        loss = F.cross_entropy(head(block(embed(tokens)))[:, 12:].flatten(0, 1), tokens[:, 12:].roll(-1, 1).flatten())
+        optimizer.zero_grad()
+        (loss + commitment_loss(model)).backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[0] > 1.6 and sum(losses[-10:]) / 10 < 1.4, losses[-10:]

@@ -1,4 +1,4 @@
-"""LongVQBlock(recompute=True): the same numbers from less memory."""
+"""LongVQBlock(recompute=True): the same numbers with less memory."""
 
 import copy
 
@@ -7,12 +7,12 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from longvq_layers.layers import LongVQBlock, commitment_loss
-from tests.layers.blocks.test_longvq import LENGTH, OPTIONS, WIDTH, block_of
+from tests.layers.blocks.longvq_blocks import LENGTH, OPTIONS, WIDTH, block_of
 from tests.tolerances import assert_close
 
 
 def results_of_training(block, call, x, mask) -> list[torch.Tensor]:
-    """Output, gradients and what the codebook and norms have learned, after two steps."""
+    """Output, gradients, and buffers of codebook and norms after two training forwards."""
     torch.manual_seed(5)
     for _ in range(2):
         x = x.detach().requires_grad_()
@@ -30,7 +30,7 @@ NAMES = ["default", "post", "batch", "no_ffn", "gelu_glu", "heads", "gates_of_x"
     [*((name, around) for name in NAMES for around in ("nothing", "checkpoint")), ("default", "compile")],
 )
 def test_training_is_the_same(name, around, dropout):
-    torch.compiler.reset()  # blocks compiled before count towards the limit of recompilations
+    torch.compiler.reset()  # the limit of recompilations counts blocks that earlier tests compiled
     plain = block_of(name, True).train()
     for module in plain.modules():
         if isinstance(module, torch.nn.Dropout):
@@ -38,7 +38,7 @@ def test_training_is_the_same(name, around, dropout):
     x = torch.randn(2, LENGTH, WIDTH, dtype=torch.float64)
     mask = torch.zeros(2, LENGTH, dtype=torch.bool)
     mask[1, 9:] = True
-    plain(x, mask)  # the start of a codebook is not compiled
+    plain(x, mask)  # the k-means start of a codebook can't be compiled
     block = copy.deepcopy(plain)
     block.recompute = True
     call = {
@@ -53,7 +53,7 @@ def test_training_is_the_same(name, around, dropout):
 
 
 @pytest.mark.parametrize("name", OPTIONS)
-def test_fewer_activations_are_kept(name):
+def test_fewer_activations_are_saved(name):
     kept = {}
     block = block_of(name, False).train().float()
     x = torch.randn(1, 200, WIDTH)
@@ -64,7 +64,7 @@ def test_fewer_activations_are_kept(name):
         storages = {}
 
         def keep(tensor, storages=storages):
-            storages[tensor.untyped_storage().data_ptr()] = tensor  # which keeps it, so that no address comes twice
+            storages[tensor.untyped_storage().data_ptr()] = tensor  # held, so that no other tensor gets its address
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
@@ -74,7 +74,7 @@ def test_fewer_activations_are_kept(name):
     assert kept[False] - kept[True] > 6 * x.nbytes, kept
 
 
-def test_evaluation_and_steps_don_t_notice():
+def test_evaluation_and_steps_stay_the_same():
     block = LongVQBlock(WIDTH, num_codes=4, d_state=4, causal=True, recompute=True)
     x = torch.randn(2, 20, WIDTH)
     block(x).sum().backward()

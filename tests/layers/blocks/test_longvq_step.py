@@ -1,4 +1,4 @@
-"""LongVQBlock step by step: equal to `forward` in eval mode for any pieces and masks, and what is refused."""
+"""LongVQBlock.step: equal to `forward` in eval mode for any pieces and masks, and errors."""
 
 import copy
 
@@ -26,7 +26,7 @@ def blocks():
 @pytest.mark.parametrize("masked", [False, True])
 @each_block
 def test_pieces_equal_forward(blocks, name, masked, data):
-    """Masked tokens take no position: each row is what `forward` gives for its unmasked tokens alone."""
+    """Masked tokens take no position: each row equals `forward` of its unmasked tokens alone."""
     block, rows = blocks[name], data.draw(st.integers(0, 3))
     torch.manual_seed(data.draw(st.integers(0, 2**16)))
     sizes = data.draw(st.lists(st.one_of(st.integers(0, 2), st.integers(0, 12)), max_size=6))
@@ -74,7 +74,7 @@ def test_padded_prompts_equal_a_padded_forward(blocks, name, side):
 
 
 @each_block
-def test_a_masked_token_leaves_its_row_exactly_as_it_was(blocks, name):
+def test_a_masked_token_keeps_its_row_exactly(blocks, name):
     block = blocks[name]
     with torch.no_grad():
         _, state = block.step(torch.randn(3, 9, WIDTH, dtype=torch.float64), block.initial_state(3))
@@ -123,7 +123,7 @@ def test_single_and_half_precision(name, dtype):
         assert state.memory.real.dtype == torch.float32
         if dtype == torch.float32:
             assert_close(y, block(x), "y")
-        else:  # a key on the border of two codes may round to either
+        else:  # rounding decides the code of a key between two codes
             similar = torch.nn.functional.cosine_similarity(y.float(), block(x).float(), dim=-1)
             assert (similar > 0.99).double().mean() > 0.9
 
@@ -137,7 +137,7 @@ def test_under_autocast():
     assert torch.nn.functional.cosine_similarity(y.float().flatten(), expected.float().flatten(), dim=0) > 0.99
 
 
-def test_nothing_learns():
+def test_steps_teach_nothing():
     block = LongVQBlock(WIDTH, num_codes=6, window=3, d_state=4, causal=True, norm_type="batch").eval()
     before = copy.deepcopy(block.state_dict())
     x = torch.randn(1, 9, WIDTH)

@@ -1,4 +1,4 @@
-"""The Mega block: its attention against the dense definition, chunks, padding, options and initial values."""
+"""MegaBlock: its attention against the dense definition, chunks, padding, options and initial values."""
 
 import copy
 import itertools
@@ -39,7 +39,7 @@ def inputs(batch=2, length=11):
 
 
 def dense(attention, q, k, v, mask):
-    """Row by row and chunk by chunk, from each row's first real token, with masked tokens taken out of the sums."""
+    """The definition, row by row and chunk by chunk from each row's first unmasked token, without masked tokens."""
     state = {f"mega_layer.rel_pos_bias.{name}": p for name, p in attention.bias.named_parameters()}
     rows = []
     for b in range(len(q)):
@@ -93,9 +93,9 @@ def test_attention_equals_the_definition(activation, causal, chunk, kind):
 @each_activation
 @pytest.mark.parametrize("offsets", [[0, 11], [0, 0, 3, 3, 9, 10, 11], [0, 4, 8, 11]])
 @pytest.mark.parametrize("chunk", [None, 3])
-def test_packed_documents_are_rows(activation, offsets, chunk):
+def test_packed_documents_equal_rows(activation, offsets, chunk):
     attention, leaves, mask = make(activation, True, chunk), inputs(batch=1), torch.rand(1, 11) < 0.2
-    mask[0, 4] = True  # with which a document begins
+    mask[0, 4] = True  # the first token of a document
     y = attention(*leaves, mask, cu_seqlens=torch.tensor(offsets, dtype=torch.int32))
     for start, end in itertools.pairwise(offsets):
         at = slice(start, end)
@@ -105,7 +105,7 @@ def test_packed_documents_are_rows(activation, offsets, chunk):
 
 
 @pytest.mark.parametrize("chunk", [None, CHUNK])
-def test_the_bias_is_one_matrix_for_all_rows(chunk, monkeypatch):
+def test_all_rows_share_one_bias_matrix(chunk, monkeypatch):
     shapes, plain = [], torch.nn.functional.scaled_dot_product_attention
 
     def watched(*arguments, attn_mask, **options):
@@ -150,7 +150,7 @@ def test_biases_equal_the_published_ones():
             positions = torch.arange(length)
             assert_close(bias.rows(positions, length), expected, "rows")
     rotary.bfloat16()
-    assert rotary.table(3).dtype == torch.float32  # angles don't survive 8 bits
+    assert rotary.table(3).dtype == torch.float32  # bfloat16 can't represent the angles
     with pytest.raises(ValueError, match="max_positions = 7, got 8"):
         simple(8)
     with pytest.raises(ValueError, match="dim must be even"):
@@ -176,12 +176,12 @@ def test_initial_values_and_optimizer_groups():
     assert decayed == {f"{name}.weight" for name in ("v_proj", "mx_proj", "h_proj", "ffn.up", "ffn.down")}
 
 
-def test_each_dropout_is_where_it_is_said_to_be():
+def test_each_dropout_is_in_its_place():
     x = torch.randn(2, 9, 16)
     for options in ({"dropout": 0.5}, {"attention_dropout": 0.9}, {"hidden_dropout": 0.5}):
         for activation in ("softmax", "laplace"):
             block = MegaBlock(16, d_ff=0, activation=activation, **options)
-            with torch.no_grad():  # at first the attention is too small to be noticed
+            with torch.no_grad():  # with initial values attention is too small to see its dropout
                 block.h_proj.weight.mul_(50)
             assert (block(x) - block(x)).abs().max() > 1e-4, options
             assert torch.equal(block.eval()(x), block(x))
@@ -190,7 +190,7 @@ def test_each_dropout_is_where_it_is_said_to_be():
     seen = []
     block.attention.register_forward_pre_hook(lambda module, args: seen.append(args[2]))
     block(x)
-    assert set((seen[0] == 0).sum(1).unique().tolist()) == {0, 9}  # whole channels of V
+    assert set((seen[0] == 0).sum(1).unique().tolist()) == {0, 9}  # V loses whole channels
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""Steps of the Mega block: pieces of any length equal the whole, rows go on by themselves, the state stays small."""
+"""MegaBlock.step: pieces of any length equal the whole, rows are independent, the state stays small, and errors."""
 
 import copy
 import io
@@ -29,9 +29,9 @@ def _no_grad():
 def make(variant="softmax", dtype=torch.float64, chunk=CHUNK, **options):
     block = MegaBlock(WIDTH, ema_dim=4, chunk=chunk, causal=True, dtype=dtype, **VARIANTS[variant], **options)
     for name, parameter in block.named_parameters():
-        if not name.startswith("norm"):  # attention large enough to matter
+        if not name.startswith("norm"):  # larger than initial values, so that attention matters
             parameter.add_(torch.randn_like(parameter) / 3)
-    block(torch.randn(2, 30, WIDTH, dtype=dtype))  # statistics of the batch norm
+    block(torch.randn(2, 30, WIDTH, dtype=dtype))  # so that batch norms have statistics
     return block.eval()
 
 
@@ -71,7 +71,7 @@ def test_masked_tokens_take_no_position(variant, pieces):
     assert state.lengths.tolist() == (~mask).sum(1).tolist()
 
 
-def test_one_token_without_its_time_axis():
+def test_one_token_without_a_time_axis():
     block, x = make(), torch.randn(2, 3, WIDTH, dtype=torch.float64)
     state, other = block.initial_state(2), block.initial_state(2)
     for t in range(3):
@@ -82,7 +82,7 @@ def test_one_token_without_its_time_axis():
 
 
 @pytest.mark.parametrize("length", [3, 8])
-def test_states_branch_select_and_travel(length):
+def test_states_are_cloned_selected_and_moved(length):
     block, x = make(), torch.randn(3, 20, WIDTH, dtype=torch.float64)
     _, state = block.step(x[:, :length], block.initial_state(3))
     branch, rows = state.clone(), torch.tensor([2, 0, 0, 1])
@@ -112,7 +112,7 @@ def test_precision(dtype):
         y, state = block.step(piece, state)
         assert y.dtype == dtype
         outputs.append(y)
-    # Outputs of some hundred half-precision roundings each, in another order.
+    # Each output has some hundred roundings in half precision, in a different order than in `forward`.
     bound = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 8e-2}[dtype]
     whole = block(x)
     assert (torch.cat(outputs, 1) - whole).abs().max() <= bound * (1 + whole.abs().max())

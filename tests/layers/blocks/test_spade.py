@@ -1,4 +1,4 @@
-"""SPADEBlock against a plain rewrite of its equations, its decoder form, and what is refused."""
+"""SPADEBlock against a plain rewrite of its equations, its decoder form, and errors."""
 
 import copy
 
@@ -13,13 +13,13 @@ def make(**options):
     options = {"window": 3, "d_state": 4, "causal": True, "dtype": torch.float64, **options}
     block = SPADEBlock(8, 2, **options).eval()
     with torch.no_grad():
-        for p in block.parameters():  # also biases, gains and the logit: nothing is 0, 1 or ½ by default
+        for p in block.parameters():  # biases, gains and the logit too, so that none has its initial 0, 1 or ½
             p.add_(torch.randn_like(p) * 0.1)
     return block
 
 
 def plain(block, x, memory=None):
-    """The equations on one unpadded batch, from the weights alone, but for the SSM."""
+    """The equations for a batch without padding, from the weights alone, except for the SSM."""
     p, functional = dict(block.named_parameters()), torch.nn.functional
 
     def norm(name, y):
@@ -81,7 +81,7 @@ def test_equals_its_equations(form, norm, causal, decoder):
     assert_close(block(x, memory=memory), plain(block, x, memory), "y")
 
 
-def test_only_what_is_asked_for_exists():
+def test_only_parts_that_are_asked_for_exist():
     names = {name.split(".")[0] for name, _ in make(global_ssm=False).named_parameters()}
     assert names == {"norm1", "norm2", "local", "ffn"}
     assert not any(isinstance(m, DiagonalSSM) for m in make(global_ssm=False).modules())
@@ -89,10 +89,10 @@ def test_only_what_is_asked_for_exists():
     assert SPADEBlock(8, 2, combine="add").combine_logit.sigmoid() == 0.5
 
 
-def test_an_upper_block_sees_its_window_and_no_more():
+def test_an_upper_block_sees_its_window_only():
     x = torch.randn(1, 30, 8).double()
     changed = x.clone()
-    changed[:, 10] += torch.randn(8)  # not the same in all channels, which a layer norm removes
+    changed[:, 10] += torch.randn(8)  # different in each channel: a layer norm removes an equal change
     for form, last in (({"global_ssm": False}, 12), ({}, 29)):
         block = make(**form)
         seen = (block(changed) - block(x)).abs().sum((0, 2)).nonzero().flatten().tolist()
@@ -139,7 +139,7 @@ def test_a_missing_or_unexpected_memory_is_named():
         make(cross_attention=True)(x, memory=torch.randn(2, 3, 8).double())
 
 
-def test_dropout_is_where_it_should_be():
+def test_each_dropout_is_in_its_place():
     block = SPADEBlock(8, 2, dropout=0.5, hidden_dropout=0.0, dropout_type="feature", cross_attention=True)
     x, memory = torch.randn(2, 20, 8), torch.randn(2, 5, 8)
     torch.nn.init.zeros_(block.ffn.down.weight), torch.nn.init.zeros_(block.ffn.down.bias)
@@ -151,7 +151,7 @@ def test_dropout_is_where_it_should_be():
 
 
 @pytest.mark.parametrize("norm_type", ["layer", "rms", "scale", "batch"])
-def test_the_norm_is_that_of_all_norms(norm_type):
+def test_norm_type_reaches_every_norm(norm_type):
     block = SPADEBlock(8, 2, norm_type=norm_type, cross_attention=True)
     kinds = [type(m).__name__.lower() for name, m in block.named_modules() if name.startswith("norm")]
     assert len(kinds) == 5 and all(kind.startswith(norm_type) for kind in kinds)
@@ -167,7 +167,7 @@ def test_optimizer_groups():
     assert {id(block.combine_logit), id(block.local.window_bias)} <= groups["no_decay"]
 
 
-def test_bad_options_are_named():
+def test_wrong_options_are_named():
     for wrong in (
         {"combine": "sum"},
         {"norm": "none"},

@@ -1,4 +1,4 @@
-"""SPADEBlock step by step: equal to `forward` in eval mode, and what is refused."""
+"""SPADEBlock.step: equal to `forward` in eval mode, and errors."""
 
 import copy
 
@@ -76,7 +76,7 @@ def test_masked_tokens_take_no_position(data):
             assert_close(y[row, mine], block(x[at, mine], **given_memory)[0], "row")
 
 
-def test_a_masked_row_stays_exactly_as_it_was():
+def test_a_masked_row_keeps_its_state_exactly():
     block = make(cross_attention=True)
     with torch.no_grad():
         _, state = block.step(torch.randn(2, 7, 8), block.initial_state(2, torch.randn(2, 5, 8)))
@@ -88,7 +88,7 @@ def test_a_masked_row_stays_exactly_as_it_was():
 
 
 @pytest.mark.parametrize("form", FORMS, ids=str)
-def test_branches_of_a_state(form):
+def test_a_state_can_be_cloned_and_selected(form):
     block = make(**form)
     x = torch.randn(3, 12, 8)
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""The codebook learns what the keys are, from all keys and only from real ones, and only when it should."""
+"""The codebook: its updates, statistics, re-seeding, and when and from which keys it learns."""
 
 from types import SimpleNamespace
 
@@ -79,7 +79,7 @@ def test_learning_follows_keys_that_move():
     assert (book.quantization_error() < 0.1).all()
 
 
-def test_readings():
+def test_statistics():
     book = Codebook(1, 4, 1, decay=0.0, revive_after=None)
     assert book.quantization_error().isnan().all()
     keys = torch.tensor([-10.0, -5.0, 5.0, 10.0]).view(1, 1, 4, 1)
@@ -97,7 +97,7 @@ def test_readings():
 def test_dead_codes_are_revived_with_fresh_averages():
     book, stubborn = Codebook(2, 16, 6, revive_after=5), Codebook(2, 16, 6, revive_after=None)
     old, new = Source(centres=16, noise=0.01), Source(centres=8, noise=0.01)
-    new.centres += 40  # every old code but a few is now useless
+    new.centres += 40  # nearly all old codes get no key any more
     uses = []
     for step in range(60):
         k = new() if step else old()
@@ -110,7 +110,7 @@ def test_dead_codes_are_revived_with_fresh_averages():
         nearest = torch.stack([each.embedding[h][each(batch)[:, h]] for h in range(2)], 1)
         errors.append((batch - nearest).square().sum(-1).mean())
     assert errors[0] < 0.01 < 1 < errors[1]
-    # Revived codes lie among today's keys; averages left over from before would drag them back towards 0.
+    # Revived codes lie among the current keys. Old averages would pull them back towards 0.
     assert (book.embedding.mean(-1) > 30).sum() >= 28
 
 
@@ -125,7 +125,7 @@ def test_without_revival_dead_codes_stay():
     assert book.embedding.isfinite().all()
 
 
-def test_masked_and_broken_keys_teach_nothing():
+def test_masked_and_non_finite_keys_teach_nothing():
     source = Source()
     plain, masked = Codebook(2, 12, 6, revive_after=3), Codebook(2, 12, 6, revive_after=3)
     for step in range(12):
@@ -134,7 +134,7 @@ def test_masked_and_broken_keys_teach_nothing():
         wide[:, :, :5] = torch.nan
         wide[:, :, 13:] = k
         mask[:, 13:] = False
-        mask[0, 2] = False  # not masked but NaN, as after an overflow in half precision
+        mask[0, 2] = False  # unmasked NaN, as after an overflow in half precision
         for book, keys, padding in ((plain, k, None), (masked, wide, mask)):
             torch.manual_seed(step)
             book(keys, padding)
@@ -186,7 +186,7 @@ def test_initialize_():
     old = book.embedding.clone()
     book(source())
     book(source())
-    assert (book.embedding - old).abs().max() < 0.1  # training goes on from there, and does not start over
+    assert (book.embedding - old).abs().max() < 0.1  # training continues from there, without a new k-means start
     mask = torch.zeros(2000, dtype=torch.bool)
     mask[1000:] = True
     poisoned = keys.clone()
@@ -202,7 +202,9 @@ def test_initialize_():
 def test_two_forwards_before_backward():
     attention = CodebookAttention(2, 2, 6, num_codes=4, window=2)
     q = torch.randn(2, 2, 20, 6, requires_grad=True)
-    (attention(q, q, q).sum() + attention(q, q, q).sum()).backward()  # learning must not touch what autograd kept
+    (
+        attention(q, q, q).sum() + attention(q, q, q).sum()
+    ).backward()  # learning must not change tensors that autograd saved
     assert q.grad.isfinite().all()
 
 
@@ -226,7 +228,7 @@ def test_half_precision_keys_are_counted_in_float32():
     with torch.autocast("cpu", torch.bfloat16):
         book(k)
         book(k)
-    assert book.ema_count.flatten().tolist() == [3000, 3000]  # bfloat16 stops counting at 256
+    assert book.ema_count.flatten().tolist() == [3000, 3000]  # a bfloat16 counter stops at 256
     assert sorted(book.ema_sum.flatten().tolist()) == [3000, 300000]
 
 
@@ -249,7 +251,7 @@ def test_half_precision_keys_are_read_as_they_are(dtype, backend, monkeypatch):
         books[-1].eval()
         read.clear()
         codes.append(books[-1](batches[0].float() if wide else batches[0]))
-        assert read == [torch.float32 if wide else dtype]  # no copy of them in float32
+        assert read == [torch.float32 if wide else dtype]  # not copied to float32
         books[-1].codes = codes
     assert same(*map(snapshot, books))
     assert all(torch.equal(a, b) for a, b in zip(books[0].codes, books[1].codes, strict=True))
@@ -274,13 +276,13 @@ def test_wrong_arguments_are_named():
 
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_activation_checkpointing_drops_the_same_elements_again(reentrant):
-    """Learning draws nothing from torch's generator, from which the second forward must draw what the first did."""
+    """Learning must not use torch's generator: the second forward has to draw the same dropout as the first."""
     results = []
     x = torch.randn(2, 30, 16)
     for wrap in (lambda layer, x: layer(x), lambda layer, x: checkpoint(layer, x, use_reentrant=reentrant)):
         torch.manual_seed(0)
         layer = LongVQBlock(16, num_codes=4, window=3, d_state=4, dropout=0.5)
-        for _ in range(3):  # the first one starts the codebook
+        for _ in range(3):  # the first forward fits the codebook by k-means
             layer.zero_grad()
             wrap(layer, x.clone().requires_grad_()).square().sum().backward()
             results.append([parameter.grad.clone() for parameter in layer.parameters()])

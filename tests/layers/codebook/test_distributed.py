@@ -1,4 +1,4 @@
-"""Two data-parallel ranks learn one codebook, and a rank without keys stops nobody."""
+"""Two data-parallel ranks learn one codebook, even if one of them has no keys."""
 
 import copy
 import os
@@ -16,7 +16,7 @@ STEPS = 12
 
 
 def batch(rank, step):
-    """Keys (B, H, L, D) and mask of a rank: lengths differ, and now and then a rank has no key at all."""
+    """Keys (B, H, L, D) and mask of a rank. Lengths differ, and in some steps a rank has no key at all."""
     generator = torch.Generator().manual_seed(100 * step + rank)
     length = 20 + 7 * rank + step
     k = torch.randn(3, 2, length, 4, generator=generator) + 4 * rank + (30 if step >= 4 else 0)
@@ -31,7 +31,7 @@ def batch(rank, step):
 def rank_main(rank, folder):
     torch.set_num_threads(1)
     store = f"file://{os.path.join(folder, 'store')}"
-    dist.init_process_group("gloo", store, rank=rank, world_size=2, timeout=timedelta(seconds=60))
+    dist.init_process_group("gloo", store, rank=rank, world_size=2, timeout=timedelta(minutes=10))
     torch.manual_seed(rank)
     book, one_sided = Codebook(2, 6, 4, revive_after=3), Codebook(2, 6, 4, revive_after=3)
     history = []
@@ -46,7 +46,7 @@ def rank_main(rank, folder):
     private = Codebook(2, 6, 4, process_group=alone[rank])
     assert copy.deepcopy(private).group.group is alone[rank]
     if rank == 0:
-        private(*batch(0, 1))  # the other rank takes no part, and is not waited for
+        private(*batch(0, 1))  # a group of one rank: it must not wait for the other rank
 
     torch.manual_seed(0)
     layer = torch.nn.parallel.DistributedDataParallel(VQAttention(8, 2, num_codes=4, window=2))
@@ -67,16 +67,16 @@ def test_two_ranks_learn_one_codebook(tmp_path):
     for step, (one, other) in enumerate(zip(first, second, strict=True)):
         for name in one:
             assert torch.equal(one[name], other[name]), (step, name)
-    assert bool(first[0]["initialized"])  # although rank 0 had no keys then
+    assert bool(first[0]["initialized"])  # although rank 0 had no keys in step 0
     assert not torch.equal(first[5]["ema_sum"], first[4]["ema_sum"])
-    assert torch.equal(first[6]["ema_sum"], first[5]["ema_sum"])  # nobody had keys
-    # Dead codes were revived, on both ranks to the same keys; also when one rank has none to offer.
+    assert torch.equal(first[6]["ema_sum"], first[5]["ema_sum"])  # no rank had keys
+    # Dead codes were revived with the same keys on both ranks, even if one rank has no key to give.
     for state in first[STEPS - 1 : STEPS + 1]:
         assert ((state["embedding"].mean(-1) - 32).abs() < 6).all()
     for state in first[:STEPS]:
         assert (state["ema_sum"] / state["ema_count"].unsqueeze(-1)).abs().max() < 45
 
-    # One process that sees both ranks' keys takes the same averages.
+    # One process with the keys of both ranks computes the same averages.
     book = Codebook(2, 6, 4, revive_after=None)
     book.load_state_dict(first[0])
     codes_of = [batch(rank, 1) for rank in range(2)]

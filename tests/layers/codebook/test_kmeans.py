@@ -1,4 +1,4 @@
-"""K-means: finds what is there, and is finite and repeatable when there is little to find."""
+"""K-means: finds clusters, is reproducible, and stays finite with few or equal keys."""
 
 import pytest
 import torch
@@ -33,7 +33,7 @@ def test_is_better_than_random_keys_and_improves_with_iterations():
 
 
 def test_start_is_spread_by_squared_distance():
-    # 500 keys at 0, one far away: k-means++ takes it second with certainty, a uniform start almost never.
+    # 500 keys at 0 and one far away: k-means++ always takes it second, a uniform start almost never.
     keys = torch.zeros(1, 501, 2)
     keys[0, 250] = 100.0
     for seed in range(5):
@@ -54,7 +54,7 @@ def test_codes_that_lose_their_keys_move_to_far_keys():
     assert moved.flatten().tolist() == [pytest.approx(4.05), 9.0, 7.0]
 
 
-def test_offset_does_not_cost_precision():
+def test_an_offset_of_all_keys_costs_no_precision():
     keys = torch.randn(1, 200, 4, dtype=torch.float64)
     plain = kmeans(keys, 8, generator=seeded())
     shifted = kmeans(keys + 100, 8, generator=seeded()) - 100
@@ -86,8 +86,8 @@ def test_any_number_of_keys_and_duplicates(heads, count, num_codes, distinct, sc
         if not len(real):
             assert (codebook[head] == 0).all()
             continue
-        assert (start[head][:, None] == real).all(-1).any(-1).all()  # every code starts as a key that counts
-        if len(real.unique(dim=0)) <= num_codes:  # enough codes: every key is met, however small the differences
+        assert (start[head][:, None] == real).all(-1).any(-1).all()  # every code starts as an unmasked key
+        if len(real.unique(dim=0)) <= num_codes:  # enough codes: each key has its own, however small the differences
             assert error(real.double()[None], codebook[head].double()[None]) <= (1e-5 * scale) ** 2
 
 
@@ -115,7 +115,7 @@ def test_spread_covers_the_unit_interval_evenly():
     for step in (0, 7, 3_000_000):
         numbers = spread(3, 200, torch.tensor(step))
         assert numbers.dtype == torch.float64 and ((numbers >= 0) & (numbers < 1)).all()
-        # Every twentieth of the interval gets about ten of the 200 numbers.
+        # Each twentieth of the interval gets about ten of the 200 numbers.
         assert all((row.histc(20, 0, 1) - 10).abs().max() <= 4 for row in numbers)
     over_time = torch.stack([spread(1, 5, torch.tensor(3_000_000 + step)) for step in range(200)])  # (steps, 1, 5)
     assert all((code.histc(20, 0, 1) - 10).abs().max() <= 4 for code in over_time[:, 0].T.contiguous())

@@ -29,7 +29,7 @@ def test_training_resumes_exactly():
         assert torch.equal(value, other.state_dict()[name]), name
 
 
-def test_loading_an_untrained_checkpoint_starts_over():
+def test_after_loading_an_untrained_checkpoint_k_means_runs_again():
     book = learned()
     book.load_state_dict(Codebook(2, 5, 4).state_dict())
     far = 1000 + torch.randn(3, 2, 20, 4)
@@ -39,7 +39,7 @@ def test_loading_an_untrained_checkpoint_starts_over():
 
 @pytest.mark.parametrize("how", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"])
 @pytest.mark.parametrize("steps", [0, 2])
-def test_copies_know_whether_they_are_initialised(how, steps):
+def test_copies_keep_the_initialised_flag(how, steps):
     clone = how(learned(steps))
     assert bool(clone.initialized) == clone._ready == (steps > 0)
 

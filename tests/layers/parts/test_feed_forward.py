@@ -1,4 +1,4 @@
-"""The feed-forward block and the ways to drop."""
+"""The feed-forward block and its dropout."""
 
 import pytest
 import torch
@@ -22,10 +22,10 @@ def test_equals_its_equation(glu, activation):
     assert ffn(x[:, 0]).shape == (2, 5) and ffn(x[:, :0]).shape == (2, 0, 5)
 
 
-def test_the_two_dropouts_are_where_they_should_be():
+def test_each_dropout_is_in_its_place():
     x = torch.randn(2, 50, 64)
     last = FeedForward(64, 128, dropout=0.5, hidden_dropout=0.0)
-    assert 0.4 < (last(x) == 0).double().mean() < 0.6  # on the output
+    assert 0.4 < (last(x) == 0).double().mean() < 0.6  # of the output
     inner = FeedForward(64, 128, dropout=0.0, hidden_dropout=0.5)
     seen = []
     inner.down.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
@@ -39,10 +39,10 @@ def test_the_two_dropouts_are_where_they_should_be():
 def test_feature_dropout_drops_channels_of_a_sequence():
     drop, x = FeatureDropout(0.25), torch.ones(40, 9, 50)
     y = drop(x)
-    assert (y == y[:, :1]).all()  # all positions alike
+    assert (y == y[:, :1]).all()  # equal at all positions
     assert y.unique().tolist() == pytest.approx([0.0, 4 / 3])
     assert 0.2 < (y == 0).double().mean() < 0.3
-    assert not torch.equal(y[0], y[1])  # but each sequence has its own
+    assert not torch.equal(y[0], y[1])  # sequences drop different channels
     assert torch.equal(drop.eval()(x), x) and torch.equal(FeatureDropout(0.0)(x), x)
 
 

@@ -14,7 +14,7 @@ each_kind = pytest.mark.parametrize("kind", NORMS)
 
 
 def moved(kind: str, dim: int, **factory) -> nn.Module:
-    """A norm whose parameters are not those it starts with."""
+    """A norm whose parameters differ from their initial values."""
     norm = make_norm("test", kind, dim, **factory)
     for parameter in norm.parameters():
         nn.init.normal_(parameter)
@@ -33,7 +33,7 @@ def test_each_equals_its_equation():
     assert_close(batch(x), (x - mean) / (var + 1e-5).sqrt() * batch.weight + batch.bias, "batch")
 
 
-def test_batch_norm_equals_that_of_torch_on_the_unmasked_positions():
+def test_batch_norm_equals_torch_on_unmasked_positions():
     ours, theirs = moved("batch", 5, dtype=torch.float64), nn.BatchNorm1d(5, dtype=torch.float64)
     theirs.load_state_dict({**ours.state_dict(), "num_batches_tracked": torch.tensor(0)})
     mask = torch.rand(3, 20) < 0.4
@@ -53,10 +53,10 @@ def test_batch_norm_without_positions_learns_nothing():
         assert norm(x, mask).isfinite().all()
     assert all(torch.equal(value, before[name]) for name, value in norm.state_dict().items())
     one = torch.ones(1, 1, 4)
-    assert norm(one).isfinite().all() and norm.running_var.isfinite().all()  # a variance of one number
+    assert norm(one).isfinite().all() and norm.running_var.isfinite().all()  # the variance of one number
 
 
-def test_batch_norm_learns_once_where_backward_recomputes():
+def test_batch_norm_learns_once_with_activation_checkpointing():
     norm, other = (make_norm("test", "batch", 4) for _ in range(2))
     x = torch.randn(2, 9, 4, requires_grad=True)
     checkpoint(norm, x, use_reentrant=False).square().sum().backward()
@@ -105,7 +105,7 @@ def test_constant_and_huge_inputs_stay_finite(kind):
         assert y.isfinite().all() and x.grad.isfinite().all(), value
 
 
-@pytest.mark.parametrize("kind", ["scale", "batch"])  # the others are one call of PyTorch
+@pytest.mark.parametrize("kind", ["scale", "batch"])  # the other norms are one call of PyTorch
 def test_compiled_equals_eager(kind):
     norm = moved(kind, 4)
     compiled = torch.compile(copy.deepcopy(norm), fullgraph=True, backend="aot_eager")

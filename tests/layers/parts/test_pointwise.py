@@ -1,4 +1,4 @@
-"""The elementwise steps that save only their inputs: values, derivatives of all kinds, and what they save."""
+"""Elementwise steps that save only their inputs: values, derivatives of all kinds, and saved tensors."""
 
 import pytest
 import torch
@@ -23,13 +23,13 @@ each = pytest.mark.parametrize(
 
 
 @each
-@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")  # PyTorch's own, of jvp
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")  # PyTorch's jvp calls it
 def test_values_and_derivatives(ours, plain, count):
     leaves = [torch.randn(2, 5, dtype=torch.float64, requires_grad=True) for _ in range(count)]
     assert_close(ours(*leaves), plain(*leaves), "y")
     assert torch.autograd.gradcheck(ours, leaves, check_forward_ad=True, check_batched_grad=True)
     assert torch.autograd.gradgradcheck(ours, leaves)
-    for wanted in range(count):  # any subset of them may need a gradient
+    for wanted in range(count):  # any subset of the inputs may need a gradient
         some = [leaf.detach().requires_grad_(i == wanted) for i, leaf in enumerate(leaves)]
         (own,) = torch.autograd.grad(ours(*some).square().sum(), some[wanted])
         (other,) = torch.autograd.grad(plain(*some).square().sum(), some[wanted])

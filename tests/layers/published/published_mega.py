@@ -25,7 +25,7 @@ def random_state(
     norm_type="layer",
     prefix="",
 ) -> dict[str, Tensor]:
-    """Names and shapes as the public code saves them, numbers large enough to matter."""
+    """A checkpoint with the names and shapes of the public code, and large values so that each tensor matters."""
     kernels = width if causal else 2 * width
     shapes = {
         "mega_layer.move.delta": (kernels, averages, 1),
@@ -89,7 +89,7 @@ def ema(state: dict, x: Tensor, mask: Tensor, causal: bool) -> Tensor:
         total = y[:, t]
         for s in range(t + 1):
             total = total + kernel[:width, t - s] * x[:, s]
-        for s in range(t, 0 if causal else length):  # the present is counted by both directions
+        for s in range(t, 0 if causal else length):  # both directions count the present
             total = total + kernel[width:, s - t] * x[:, s]
         rows.append(total)
     return torch.nn.functional.silu(torch.stack(rows, dim=1))
@@ -128,7 +128,7 @@ def attend(state: dict, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, causal: b
     if activation == "softmax":
         weights = (scores / math.sqrt(q.shape[-1]) + bias).masked_fill(~allowed, -math.inf).softmax(-1)
         return weights.nan_to_num() @ v
-    # A causal layer divides by the number of positions up to the query, a bidirectional one by that of real keys.
+    # A causal layer divides by the number of positions up to the query, a bidirectional one by that of unmasked keys.
     count = past.sum(-1, keepdim=True) if causal else (~mask).sum(-1).clamp(min=1).view(-1, 1, 1)
     scores = scores / count + bias
     if activation == "relu2":

@@ -1,4 +1,4 @@
-"""Layers of the public Mega code: equal outputs, and refusals that name what does not fit."""
+"""Checkpoints of the public Mega code: equal outputs, and errors that name the tensor."""
 
 import pytest
 import torch
@@ -23,7 +23,7 @@ def test_outputs_are_equal(causal, activation, bias, chunk, padded):
     expected = published_mega.layer(state, x, mask, chunk=chunk, causal=causal, activation=activation)
     real = torch.ones(3, 13, dtype=torch.bool) if mask is None else ~mask
     assert_close(block(x, mask)[real], expected[real], "output")
-    # Every part of the layer matters to this comparison.
+    # Every part of the layer changes the output, so the comparison covers it.
     for name in block.state_dict():
         changed = MegaBlock.from_published(state, chunk=chunk, activation=activation).eval()
         with torch.no_grad():
@@ -37,18 +37,18 @@ def test_outputs_are_equal(causal, activation, bias, chunk, padded):
 @pytest.mark.parametrize("ffn", [7, 0])
 def test_norms_and_feed_forward_are_equal(norm, norm_type, ffn):
     state = published_mega.random_state(norm_type=norm_type, ffn=ffn, prefix="encoder.layers.3.")
-    state["encoder.layers.30.mega_layer.gamma"] = torch.zeros(1)  # of another layer
+    state["encoder.layers.30.mega_layer.gamma"] = torch.zeros(1)  # an entry of another layer
     block = MegaBlock.from_published(state, "encoder.layers.3.", norm=norm, ffn_activation="gelu").eval()
     assert (block.norm, block.norm_type, block.d_ff) == (norm, norm_type, ffn)
     x = torch.randn(2, 9, WIDTH, dtype=torch.float64)
     own = {name.removeprefix("encoder.layers.3."): value for name, value in state.items()}
     options = {"norm_place": norm, "norm_type": norm_type, "ffn_activation": torch.nn.functional.gelu}
     assert_close(block(x), published_mega.layer(own, x, **options), "output")
-    small = 1e-3 * x  # where ε counts
+    small = 1e-3 * x  # small enough for ε to matter
     assert_close(block(small), published_mega.layer(own, small, **options), "output, small input")
 
 
-def test_sizes_dtype_and_memory_are_those_of_the_checkpoint():
+def test_sizes_and_dtype_follow_the_checkpoint_and_tensors_are_copied():
     state = published_mega.random_state(causal=True, bias="rotary")
     state = {name: value.to(torch.bfloat16) for name, value in state.items()}
     block = MegaBlock.from_published(state, chunk=4, dropout=0.1, attention_dropout=0.2)
@@ -63,7 +63,7 @@ def test_sizes_dtype_and_memory_are_those_of_the_checkpoint():
     assert torch.equal(state["mega_layer.v_proj.weight"], before)
 
 
-def test_what_does_not_fit_is_named():
+def test_wrong_checkpoints_are_named():
     state = published_mega.random_state(prefix="l.", positions=5)
     convert = MegaBlock.from_published
     lacking = {name: value for name, value in state.items() if not name.endswith(("move.omega", "fc2.bias"))}

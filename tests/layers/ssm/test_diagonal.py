@@ -83,7 +83,7 @@ def test_extreme_parameters_stay_stable(rule):
 
 
 @each_rule
-def test_a_pole_at_zero_sums(rule):
+def test_a_pole_at_zero_gives_a_sum(rule):
     ssm = DiagonalSSM(2, d_state=2, causal=True, discretization=rule)
     torch.nn.init.constant_(ssm.log_A_real, -90)
     torch.nn.init.zeros_(ssm.A_imag)
@@ -126,7 +126,7 @@ def test_gradcheck(rule, causal):
     assert torch.autograd.gradcheck(run, (x, *values))
 
 
-def test_what_a_bidirectional_layer_cannot_do():
+def test_a_bidirectional_layer_refuses_states():
     layer = S4DLayer(4, d_state=4)
     with pytest.raises(NotImplementedError, match=r"step: causal must be True.*depend on the future"):
         layer.step(torch.randn(2, 4), layer.initial_state(2))
@@ -169,7 +169,7 @@ def test_optimizer_groups():
     }
     rates = {key: (g["lr"], g["weight_decay"]) for key, g in groups.items()}
     assert rates == {"ssm": (1e-3, 0.0), "no_decay": (1e-2, 0.0), "decay": (1e-2, 0.1)}
-    assert optimizer_groups(model, lr=1e-4, weight_decay=0)[0]["lr"] == 1e-4  # never faster than the rest
+    assert optimizer_groups(model, lr=1e-4, weight_decay=0)[0]["lr"] == 1e-4  # never above lr
     torch.optim.AdamW(optimizer_groups(model, lr=1e-2, weight_decay=0.1))
     with pytest.raises(ValueError, match="lr must be a finite number, at least 0, got -1"):
         optimizer_groups(model, lr=-1, weight_decay=0)
@@ -188,7 +188,7 @@ def test_arguments_of_the_wrong_type_are_named():
         optimizer_groups(layer, **right, ssm_lr={"dt": "x"})
 
 
-def test_numbers_of_other_libraries_are_numbers():
+def test_numbers_of_other_libraries_are_accepted():
     number = numpy.float32(0.5)
     layer = S4DLayer(8, d_state=4, causal=True, dt_min=numpy.float32(1e-3), dt_max=number)
     assert {group["lr"] for group in optimizer_groups(layer, lr=number, weight_decay=number)} == {1e-3, 0.5}
@@ -222,7 +222,7 @@ def test_ensembles_by_vmap(backend, causal):
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit.trace. is deprecated:DeprecationWarning")
-def test_the_decay_is_read_where_it_can_be():
+def test_the_decay_is_checked_where_its_values_can_be_read():
     decay = torch.ones(3, 2)
     seen = []
     assert check.values_are_readable(decay) and check.values_are_readable(torch.nn.Parameter(decay))

@@ -27,7 +27,7 @@ def test_equals_the_published_convolution(causal, backend):
     u = torch.randn(2, 40, 5, dtype=torch.float64)
     kernels = published_kernels(ema, 40).split(5)
     expected = torch.empty_like(u)
-    for t in range(40):  # lag 0 is in both kernels
+    for t in range(40):  # both kernels include lag 0
         past = sum(kernels[0][:, t - j] * u[:, j] for j in range(t + 1))
         future = 0 if causal else sum(kernels[1][:, j - t] * u[:, j] for j in range(t, 40))
         expected[:, t] = past + future + ema.omega * u[:, t]
@@ -117,7 +117,7 @@ def test_gradients_equal_those_of_the_definition():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_leaves_the_parameters_in_float32(dtype):
+def test_half_keeps_the_parameters_in_float32(dtype):
     ema = DampedEMA(4, causal=True)
     half = copy.deepcopy(ema).to(dtype)
     for a, b in zip(ema.parameters(), half.parameters(), strict=True):

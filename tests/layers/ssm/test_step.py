@@ -1,4 +1,4 @@
-"""Steps of the SSM: what is kept between them is never stale, never copied and never in the way of a gradient."""
+"""DiagonalSSM.step caches the discretisation: it is never stale, never copied, and never blocks a gradient."""
 
 import copy
 import io
@@ -17,7 +17,7 @@ def make(**options):
 
 
 def fresh(ssm, u, state, rate=1.0):
-    """A step by the operator, with nothing kept."""
+    """A step by the operator, without a cache."""
     log_decay, weight, skip = ssm.discrete(torch.float64 if u.dtype == torch.float64 else torch.float32, rate)
     return ops.ssm_step(u, log_decay.exp(), weight[0], state, skip=skip)[0]
 
@@ -29,7 +29,7 @@ def inputs(ssm, dtype=torch.float32):
 
 @pytest.fixture
 def count(monkeypatch):
-    """How often anything was discretised so far."""
+    """A function that tells how often anything was discretised so far."""
     calls = []
     plain = DiagonalSSM.discrete
     monkeypatch.setattr(DiagonalSSM, "discrete", lambda self, *args: calls.append(1) or plain(self, *args))
@@ -55,7 +55,7 @@ def inference_edit(ssm):
 
 
 def same_address_edit(ssm):
-    ssm.eval()  # without it nobody could notice, see `DiagonalSSM.step`
+    ssm.eval()  # clears the cache; the change itself can't be noticed, see `DiagonalSSM.step`
     ssm.C.data.mul_(3)
     ssm.train()
 
@@ -120,9 +120,9 @@ def test_steps_discretise_once(count):
         assert count() == 1
         with torch.inference_mode():
             ssm.step(u, state)
-        ssm.step(u.bfloat16(), state)  # the same arithmetic
+        ssm.step(u.bfloat16(), state)  # the same precision of arithmetic
         assert count() == 1
-        for expected, other in enumerate((0.5, 1.0, 2), start=2):  # one entry: each replaces the last
+        for expected, other in enumerate((0.5, 1.0, 2), start=2):  # the cache has one entry
             assert torch.equal(ssm.step(u, state, rate=other)[0], fresh(ssm, u, state, other))
             assert count() == 2 * expected - 1
     start = count()
@@ -133,12 +133,12 @@ def test_steps_discretise_once(count):
     frozen = make(trained=()).requires_grad_(False)
     start = count()
     for _ in range(3):
-        frozen.step(u, state)  # gradients are on, and nothing asks for one
+        frozen.step(u, state)  # gradients are on, but no tensor requires one
     assert count() == start + 1
 
 
 @pytest.mark.parametrize("start", ["forward", "initial_state", "train", "eval", "half"])
-def test_a_new_sequence_looks_again(start, count):
+def test_a_new_sequence_clears_the_cache(start, count):
     ssm = make()
     u, state = inputs(ssm)
     with torch.no_grad():
@@ -175,14 +175,14 @@ def test_gradients_after_steps_without():
     with torch.inference_mode():
         ssm.requires_grad_(False).step(u, state)
     u.requires_grad_()
-    ssm.step(u, state)[0].sum().backward()  # through what was kept in inference mode
+    ssm.step(u, state)[0].sum().backward()  # through terms that were cached in inference mode
     assert_close(u.grad[0], (ssm.discrete(torch.float64)[1][0].sum(-1).real + ssm.D), "gradient of u")
     ssm.requires_grad_(True)
     assert ssm.step(u, state)[0].requires_grad
 
 
 @pytest.mark.parametrize("how", [copy.deepcopy, copy.copy, lambda m: pickle.loads(pickle.dumps(m))])
-def test_copies_do_not_take_it_along(how):
+def test_copies_have_no_cache(how):
     ssm = make(trained=("dt",))
     u, state = inputs(ssm)
     with torch.no_grad():
@@ -242,7 +242,7 @@ def test_functional_call_and_ensembles():
         assert torch.equal(ssm.step(u, state)[0], kept)
 
 
-def test_inference_and_fake_tensors_are_not_kept():
+def test_inference_and_fake_tensors_are_not_cached():
     with torch.inference_mode():
         made = make()
         u, state = inputs(made)
@@ -258,7 +258,7 @@ def test_inference_and_fake_tensors_are_not_kept():
 
 
 @pytest.mark.parametrize("grad", [True, False])
-def test_compiled_steps_keep_nothing(grad):
+def test_compiled_steps_cache_nothing(grad):
     torch.compiler.reset()
     layer = S4DLayer(4, d_state=6, causal=True)
     compiled = torch.compile(layer.step, fullgraph=True, backend="aot_eager")
@@ -267,7 +267,7 @@ def test_compiled_steps_keep_nothing(grad):
         layer.step(x, state)
         for factor in (1, 2):
             layer.ssm.C.detach().mul_(factor)
-            layer.ssm.C.data.mul_(factor)  # what an eager step would miss
+            layer.ssm.C.data.mul_(factor)  # an eager step would not notice it
             y, _ = compiled(x, state)
             layer.initial_state(2)
             assert_close(y, layer.step(x, state)[0], "step")

@@ -1,4 +1,4 @@
-"""Which numbers of the SSM are learned, how fast, and the rate at which a sequence is read."""
+"""The options `trained` and `rate` of the SSM, and learning rates of its parameters."""
 
 import copy
 import math
@@ -25,7 +25,7 @@ def random_b(ssm):
 
 @each_subset
 @each_direction
-def test_what_is_not_trained_is_a_buffer_and_stays(trained, causal):
+def test_untrained_tensors_are_buffers_and_stay(trained, causal):
     ssm = DiagonalSSM(4, d_state=6, causal=causal, trained=trained)
     learned = {name for name, kind in NAMES.items() if kind in trained}
     assert {name for name, _ in ssm.named_parameters()} == learned | {"C", "D"}
@@ -59,7 +59,7 @@ def test_b_multiplies_the_input():
     ssm.load_state_dict(plain.state_dict(), strict=False)
     u = torch.randn(2, 9, 4, dtype=torch.float64)
     assert ssm.B.shape == (4, 3, 2)
-    assert torch.equal(ssm(u), plain(u))  # it starts at 1
+    assert torch.equal(ssm(u), plain(u))  # B starts at 1
     random_b(ssm)
     product = torch.view_as_complex(plain.C.detach()) * torch.view_as_complex(ssm.B.detach())
     plain.load_state_dict({"C": torch.view_as_real(product)}, strict=False)
@@ -68,7 +68,7 @@ def test_b_multiplies_the_input():
     assert torch.equal(ssm.B, torch.tensor([1.0, 0.0], dtype=torch.float64).expand(4, 3, 2))
 
 
-def test_the_names_are_checked():
+def test_names_in_trained_are_checked():
     assert DiagonalSSM(2, trained={"dt", "B"}).trained == ("B", "dt")
     for wrong in ("A", "dt", None, 3, iter(["A"])):
         with pytest.raises(TypeError, match=r"trained must be a collection of names out of \('A', 'B', 'dt'\), got"):
@@ -81,7 +81,7 @@ def test_the_names_are_checked():
 
 @each_subset
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_numbers_stay_float32_in_half_modules(trained, dtype):
+def test_parameters_stay_float32_in_half_modules(trained, dtype):
     layer = S4DLayer(4, d_state=6, trained=trained)
     values = copy.deepcopy(layer.ssm.state_dict())
     for half in (copy.deepcopy(layer).to(dtype), layer.half() if dtype == torch.float16 else layer.bfloat16()):
@@ -179,7 +179,7 @@ def test_each_layer_has_its_range_of_dt():
             layer.ssm.reset_parameters()
 
 
-def test_a_rate_for_each_kind():
+def test_a_learning_rate_for_each_kind():
     model = torch.nn.Sequential(S4DLayer(4, d_state=4, trained=("A", "B", "dt")), S4DLayer(4, d_state=4))
     names = {id(p): name for name, p in model.named_parameters()}
 
@@ -197,7 +197,7 @@ def test_a_rate_for_each_kind():
     assert members(ssm_lr={"A": 1e-4, "dt": 0.5}) == {
         "ssm_A": (1e-4, poles),
         "ssm_B": (1e-3, {"0.ssm.B"}),  # the default
-        "ssm_dt": (1e-2, steps),  # never faster than the rest
+        "ssm_dt": (1e-2, steps),  # never above lr
     }
     assert members(ssm_lr={})["ssm_A"] == (1e-3, poles)
     model[0] = S4DLayer(4, d_state=4, trained=())
@@ -228,7 +228,7 @@ def test_compiled_with_rate(trained, causal):
     eager = copy.deepcopy(layer)
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     x = torch.randn(2, 20, 4)
-    for rate in (1.0, 2.0, *(0.1 * n for n in range(1, 10))):  # more than that limit
+    for rate in (1.0, 2.0, *(0.1 * n for n in range(1, 10))):  # more values than the limit of recompilations
         y, expected = compiled(x, rate=rate), eager(x, rate=rate)
         assert_close(y, expected, f"rate {rate}")
     y.sum().backward(), expected.sum().backward()
