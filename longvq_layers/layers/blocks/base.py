@@ -12,7 +12,7 @@ NORM_PLACES = ("pre", "post")
 
 
 def feed_forward_width(name: str, d_ff: int | None, default: int) -> int:
-    """The hidden width of the feed-forward block from a block's argument: None is the default, 0 is no such block."""
+    """The hidden width of the feed-forward block. The argument `d_ff` may be None (`default`) or 0 (no such block)."""
     if d_ff is None:
         return default
     check.integer(name, "d_ff", d_ff, 0)

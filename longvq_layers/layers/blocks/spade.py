@@ -44,7 +44,7 @@ class SPADEBlock(ResidualBlock, StreamingLayer[SPADEState]):
         d_model: width of input and output.
         num_heads: H, heads of local and cross-attention; d_model is a multiple.
         global_ssm: whether there is an SSM, default True (a bottom block).
-        combine: "concat" (default), "add" or "stack"; without use in a block without SSM.
+        combine: "concat" (default), "add" or "stack"; ignored in a block without SSM.
         window: W of the local attention, in positions, default 64.
         d_state: 2N, state of an SSM channel, even, default 64.
         d_ff: hidden width of the feed-forward block, default 4 d_model.
@@ -75,7 +75,6 @@ class SPADEBlock(ResidualBlock, StreamingLayer[SPADEState]):
     """
 
     state_class = SPADEState
-    norm1: Norm
     norm2: Norm
     norm3: Norm | None
     norm_global: Norm
