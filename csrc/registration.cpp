@@ -15,8 +15,9 @@ STABLE_TORCH_LIBRARY_IMPL(longvq, CPU, m) {
     return;
   }
   m.impl("vq_assign", TORCH_BOX(&longvq::vq_assign_cpu));
-  m.impl("vq_attention", TORCH_BOX(&longvq::vq_attention_cpu));
-  m.impl("vq_attention_backward", TORCH_BOX(&longvq::vq_attention_backward_cpu));
+  m.impl("vq_attention", TORCH_BOX(&longvq::vq_attention_operator<&longvq::vq_attention_cpu>));
+  m.impl(
+      "vq_attention_backward", TORCH_BOX(&longvq::vq_attention_backward_operator<&longvq::vq_attention_backward_cpu>));
   m.impl("vq_attention_step", TORCH_BOX(&longvq::vq_attention_step_cpu));
   m.impl("ssm_scan", TORCH_BOX(&longvq::ssm_scan_cpu));
   m.impl("ssm_scan_backward", TORCH_BOX(&longvq::ssm_scan_backward_cpu));

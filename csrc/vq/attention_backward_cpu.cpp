@@ -54,14 +54,10 @@ Tensor bias_gradient(const Problem& p, const BiasGradients& d_bias) {
 
 }  // namespace
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> vq_attention_backward_cpu(
-    const Tensor& grad, const Tensor& out, const Tensor& normalizers, const Tensor& q, const Tensor& k, const Tensor& v,
-    const Tensor& codebook, const Tensor& codes, const OptionalTensor& bias, const OptionalTensor& key_padding_mask,
-    const OptionalTensor& cu_seqlens, double scale, bool causal, int64_t window, const std::string& activation,
-    const std::string& local_keys, const std::string& key_grad, int64_t near_dim) {
-  const Problem p(
-      q, k, v, codebook, codes, bias, key_padding_mask, cu_seqlens, scale, causal, window, activation, local_keys,
-      key_grad, near_dim);
+AttentionGradientTensors vq_attention_backward_cpu(
+    const Tensor& grad, const Tensor& out, const Tensor& normalizers, const AttentionInputs& inputs,
+    const AttentionOptions& options) {
+  const Problem p(inputs, options);
   check_result(p, grad, "grad");
   check_result(p, out, "out");
   STD_TORCH_CHECK(
@@ -69,18 +65,31 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> vq_attention_backward_cpu(
           normalizers.size(1) == p.heads && normalizers.size(2) == p.length && normalizers.size(3) == 2 &&
           normalizers.scalar_type() == ScalarType::Float,
       "vq_attention_backward: normalizers must be (B, H, L, 2), float32");
-  Tensor dq = torch::stable::new_empty(q, {p.batch, p.heads, p.length, p.depth}, q.scalar_type());
-  Tensor dk = torch::stable::new_empty(k, {p.batch, p.kv_heads, p.length, p.depth}, k.scalar_type());
-  Tensor dv = torch::stable::new_empty(v, {p.batch, p.kv_heads, p.length, p.values}, v.scalar_type());
+  const auto empty = [&](int64_t heads, int64_t columns) {
+    return torch::stable::new_empty(p.q, {p.batch, heads, p.length, columns}, p.q.scalar_type());
+  };
+  const auto absent = [&] { return torch::stable::new_empty(p.q, {0}, p.q.scalar_type()); };
+  Tensor dq = empty(p.heads, p.near_depth), dk = empty(p.kv_heads, p.near_depth), dv = empty(p.kv_heads, p.values);
+  Tensor dfar_q = p.has_far_q ? empty(p.heads, p.far_depth) : absent();
+  Tensor dfar_k = p.has_far_q ? empty(p.kv_heads, p.far_depth) : absent();
   BiasGradients d_bias(p.pairs());
   if (p.empty()) {
-    torch::stable::zero_(dk), torch::stable::zero_(dv);  // of keys that no head of queries looks at
+    for (Tensor* gradient : {&dk, &dv, &dfar_k}) {  // there may be keys without a head of queries
+      torch::stable::zero_(*gradient);
+    }
   } else {
     const GradientTensors tensors{
-        grad, out, normalizers, dq.mutable_data_ptr(), dk.mutable_data_ptr(), dv.mutable_data_ptr()};
+        grad,
+        out,
+        normalizers,
+        dq.mutable_data_ptr(),
+        dk.mutable_data_ptr(),
+        dv.mutable_data_ptr(),
+        dfar_q.mutable_data_ptr(),
+        dfar_k.mutable_data_ptr()};
     run(p, tensors, d_bias);
   }
-  return {dq, dk, dv, bias_gradient(p, d_bias)};
+  return {dq, dk, dv, bias_gradient(p, d_bias), dfar_q, dfar_k};
 }
 
 }  // namespace longvq

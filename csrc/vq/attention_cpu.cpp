@@ -23,16 +23,10 @@ void run(const Problem& p, void* out, float* normalizers) {
 
 }  // namespace
 
-std::tuple<Tensor, Tensor> vq_attention_cpu(
-    const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& codebook, const Tensor& codes,
-    const OptionalTensor& bias, const OptionalTensor& key_padding_mask, const OptionalTensor& cu_seqlens, double scale,
-    bool causal, int64_t window, const std::string& activation, const std::string& local_keys,
-    const std::string& key_grad, int64_t near_dim) {
-  const Problem p(
-      q, k, v, codebook, codes, bias, key_padding_mask, cu_seqlens, scale, causal, window, activation, local_keys,
-      key_grad, near_dim);
-  Tensor out = torch::stable::new_empty(v, {p.batch, p.heads, p.length, p.values}, v.scalar_type());
-  Tensor normalizers = torch::stable::new_empty(q, {p.batch, p.heads, p.length, 2}, ScalarType::Float);
+AttentionResult vq_attention_cpu(const AttentionInputs& inputs, const AttentionOptions& options) {
+  const Problem p(inputs, options);
+  Tensor out = torch::stable::new_empty(p.v, {p.batch, p.heads, p.length, p.values}, p.v.scalar_type());
+  Tensor normalizers = torch::stable::new_empty(p.q, {p.batch, p.heads, p.length, 2}, ScalarType::Float);
   if (!p.empty()) {
     run(p, out.mutable_data_ptr(), static_cast<float*>(normalizers.mutable_data_ptr()));
   }

@@ -8,7 +8,7 @@ namespace longvq {
 // What the backward is given besides the arguments of the forward, and where its results go (contiguous).
 struct GradientTensors {
   const Tensor &grad, &out, &normalizers;
-  void *dq, *dk, *dv;
+  void *dq, *dk, *dv, *dfar_q, *dfar_k;
 };
 
 // (rows, columns) of a result, added up as floats: in place, or in a buffer if the result is of a half type.
@@ -43,12 +43,12 @@ inline void add_to(float* out, const float* values, int64_t count, float factor 
 
 // Gradients that some blocks have collected for the codes of a head and for its biases.
 struct CodeGradients {
-  AlignedArray<float> values, codewords;  // (far_columns, value_columns) by the sums of values, (.., depth_columns)
+  AlignedArray<float> values, codewords;  // (far_columns, value_columns) by the sums of values, (.., far_depth_columns)
   std::vector<std::vector<double>> bias;  // of each query head of the group
 
   CodeGradients(const Problem& p, bool with_values, bool with_codewords)
       : values(zeros(with_values ? p.far_columns * p.value_columns : 0)),
-        codewords(zeros(with_codewords ? p.far_columns * p.depth_columns : 0)),
+        codewords(zeros(with_codewords ? p.far_columns * p.far_depth_columns : 0)),
         bias(p.group, std::vector<double>(p.bias.has_value() && p.window > 0 ? 2 * p.window - 1 : 0, 0.0)) {}
 
   static AlignedArray<float> zeros(int64_t count) {
@@ -60,9 +60,10 @@ struct CodeGradients {
 
 // Per thread: one block and all that it needs.
 struct GradientScratch {
-  AlignedArray<float> queries, out, grad, top, total, delta, scores, slopes, inside, d_queries;
+  AlignedArray<float> queries, far_queries, out, grad, top, total, delta, scores, slopes, inside;
+  AlignedArray<float> d_queries, d_far_queries;
   AlignedArray<float> d_near_values, d_inside, d_outside;
-  Panels query_panels, grad_panels;
+  Panels query_panels, far_query_panels, grad_panels;
   NearKeys near;
   FarField far;
   Panels far_values;  // its sums as columns
@@ -72,16 +73,21 @@ struct GradientScratch {
   explicit GradientScratch(const Problem& p) : GradientScratch(p, p.near_columns(kBlock)) {}
 
   GradientScratch(const Problem& p, int64_t most)
-      : queries(aligned_array<float>(kBlock * p.depth)), out(aligned_array<float>(kBlock * p.value_columns)),
-        grad(aligned_array<float>(kBlock * p.value_columns)), top(aligned_array<float>(kBlock)),
-        total(aligned_array<float>(kBlock)), delta(aligned_array<float>(kBlock)),
+      : queries(aligned_array<float>(kBlock * p.near_depth)),
+        far_queries(aligned_array<float>(p.has_far_q ? kBlock * p.far_depth : 0)),
+        out(aligned_array<float>(kBlock * p.value_columns)), grad(aligned_array<float>(kBlock * p.value_columns)),
+        top(aligned_array<float>(kBlock)), total(aligned_array<float>(kBlock)), delta(aligned_array<float>(kBlock)),
         scores(aligned_array<float>(kBlock * kChunkStride)), slopes(aligned_array<float>(kBlock * kChunkStride)),
-        inside(aligned_array<float>(kBlock * kChunkStride)), d_queries(aligned_array<float>(kBlock * p.depth_columns)),
+        inside(aligned_array<float>(kBlock * kChunkStride)),
+        d_queries(aligned_array<float>(kBlock * p.near_depth_columns)),
+        d_far_queries(aligned_array<float>(p.has_far_q ? kBlock * p.far_depth_columns : 0)),
         d_near_values(aligned_array<float>(most * p.value_columns)),
-        d_inside(aligned_array<float>(most * p.depth_columns)), d_outside(aligned_array<float>(most * p.depth_columns)),
-        query_panels(kBlock, p.depth_columns, p.kernel.panel), grad_panels(kBlock, p.value_columns, p.kernel.panel),
-        near(p, most, true), far(p, Sums::kRows), far_values(p.values, p.far_columns, p.kernel.panel),
-        buffer(std::max(p.depth, p.values)) {}
+        d_inside(aligned_array<float>(most * p.near_depth_columns)),
+        d_outside(aligned_array<float>(most * p.far_depth_columns)),
+        query_panels(kBlock, p.near_depth_columns, p.kernel.panel),
+        far_query_panels(p.has_far_q ? kBlock : 0, p.far_depth_columns, p.kernel.panel),
+        grad_panels(kBlock, p.value_columns, p.kernel.panel), near(p, most, true), far(p, Sums::kRows),
+        far_values(p.values, p.far_columns, p.kernel.panel), buffer(std::max({p.near_depth, p.far_depth, p.values})) {}
 
   // Zeros for the gradients of the sums of far values of one block of a part, its `number`th.
   float* clear_block(const Problem& p, int64_t number) {
@@ -95,8 +101,8 @@ struct GradientScratch {
 
   void clear_near(const Problem& p) {
     std::fill_n(d_near_values.get(), near.columns * p.value_columns, 0.0f);
-    std::fill_n(d_inside.get(), near.columns * p.depth_columns, 0.0f);
-    std::fill_n(d_outside.get(), near.columns * p.depth_columns, 0.0f);
+    std::fill_n(d_inside.get(), near.columns * p.near_depth_columns, 0.0f);
+    std::fill_n(d_outside.get(), near.columns * p.far_depth_columns, 0.0f);
   }
 };
 
@@ -140,9 +146,11 @@ struct GradientHead {
     see(block, p, codebook, far, scratch.near, first);
     block.rows = last - first;
     block.queries = scratch.queries.get();
+    block.far_queries = p.has_far_q ? scratch.far_queries.get() : block.queries;
     block.values = p.values;
     block.value_columns = p.value_columns;
-    block.depth_columns = p.depth_columns;
+    block.near_depth_columns = p.near_depth_columns;
+    block.far_depth_columns = p.far_depth_columns;
     block.cluster = p.cluster;
     block.top = scratch.top.get();
     block.total = scratch.total.get();
@@ -151,6 +159,7 @@ struct GradientHead {
     block.grad = scratch.grad.get();
     block.grad_panels = scratch.grad_panels.data.get();
     block.query_panels = scratch.query_panels.data.get();
+    block.far_query_panels = p.has_far_q ? scratch.far_query_panels.data.get() : block.query_panels;
     block.codebook_rows = codebook_rows.data.get();
     block.far_values = scratch.far_values.data.get();
     block.near_values = scratch.near.values.data.get();
@@ -160,6 +169,7 @@ struct GradientHead {
     block.slopes = scratch.slopes.get();
     block.inside = scratch.inside.get();
     block.d_queries = scratch.d_queries.get();
+    block.d_far_queries = p.has_far_q ? scratch.d_far_queries.get() : block.d_queries;
     block.d_far_values = d_far_values;
     block.d_codes = codes.codewords.get();
     block.d_near_values = scratch.d_near_values.get();
@@ -169,10 +179,16 @@ struct GradientHead {
       load_queries(g, first, last, scratch);
       block.bias = bias[g].empty() ? nullptr : bias[g].data();
       block.d_bias = codes.bias[g].data();
-      std::fill_n(scratch.d_queries.get(), block.rows * p.depth_columns, 0.0f);
+      std::fill_n(block.d_queries, block.rows * p.near_depth_columns, 0.0f);
+      if (p.has_far_q) {
+        std::fill_n(block.d_far_queries, block.rows * p.far_depth_columns, 0.0f);
+      }
       p.kernel.backward(block);
       for (int64_t i = first; i < last; ++i) {
-        store_query(g, i, scratch.d_queries.get() + (i - first) * p.depth_columns);
+        store_query(tensors.dq, g, i, p.near_depth, block.d_queries + (i - first) * p.near_depth_columns);
+        if (p.has_far_q) {
+          store_query(tensors.dfar_q, g, i, p.far_depth, block.d_far_queries + (i - first) * p.far_depth_columns);
+        }
       }
     }
   }
@@ -185,43 +201,58 @@ struct GradientHead {
     p.kernel.pack_columns(rows.data(), rows.size(), p.values, packed.data.get());
   }
 
-  void store_query(int64_t g, int64_t i, float* gradient) const {
-    for (int64_t d = 0; d < p.depth; ++d) {
+  void store_query(void* result, int64_t g, int64_t i, int64_t depth, float* gradient) const {
+    for (int64_t d = 0; d < depth; ++d) {
       gradient[d] *= unit(i);
     }
     const int64_t place = p.place(document, kv_head * p.group + g, p.heads) + i;
-    store_row(gradient, p.depth, element_at(tensors.dq, p.type, place * p.depth), p.type, 1);
+    store_row(gradient, depth, element_at(result, p.type, place * depth), p.type, 1);
   }
 
   float unit(int64_t i) const { return units.empty() ? p.scale : units[i]; }
 
+  // Query i of q or far_q, times the factor of its scores: as row r of a block and of its panels. `ignored`: zeros.
+  void load_query(
+      const Matrix& queries, int64_t i, int64_t r, bool ignored, float* buffer, float* rows, Panels& panels) const {
+    float* scaled = rows + r * queries.columns;
+    if (ignored) {
+      std::fill_n(scaled, queries.columns, 0.0f);
+      return;
+    }
+    const float* query = queries.row(i, buffer);
+    for (int64_t d = 0; d < queries.columns; ++d) {
+      scaled[d] = unit(i) * query[d];
+    }
+    panels.set_row(r, scaled, queries.columns);
+  }
+
   void load_queries(int64_t g, int64_t first, int64_t last, GradientScratch& scratch) const {
     const int64_t head = kv_head * p.group + g;
-    const Matrix q = p.matrix_of(p.q, document, head), grad = p.matrix_of(tensors.grad, document, head);
-    const Matrix out = p.matrix_of(tensors.out, document, head);
+    const Matrix q = p.matrix_of(p.q, document, head), far_q = p.matrix_of(p.far_q, document, head);
+    const Matrix grad = p.matrix_of(tensors.grad, document, head), out = p.matrix_of(tensors.out, document, head);
     const Tensor& of = tensors.normalizers;
     const float* normalizers = static_cast<const float*>(of.const_data_ptr()) + document.row * of.stride(0) +
                                head * of.stride(1) + document.start * of.stride(2);
-    scratch.query_panels.resize(last - first, p.depth_columns);
+    scratch.query_panels.resize(last - first, p.near_depth_columns);
+    scratch.far_query_panels.resize(p.has_far_q ? last - first : 0, p.far_depth_columns);
     scratch.grad_panels.resize(last - first, p.value_columns);
     scratch.query_panels.clear();
+    scratch.far_query_panels.clear();
     scratch.grad_panels.clear();
     std::fill_n(scratch.out.get(), (last - first) * p.value_columns, 0.0f);
     std::fill_n(scratch.grad.get(), (last - first) * p.value_columns, 0.0f);
     for (int64_t i = first; i < last; ++i) {
       const int64_t r = i - first;
-      float* scaled = scratch.queries.get() + r * p.depth;
-      if (keys.ignored(i)) {  // its output is 0 whatever the query
-        std::fill_n(scaled, p.depth, 0.0f);
+      const bool ignored = keys.ignored(i);  // its output is 0 whatever the query
+      load_query(q, i, r, ignored, scratch.buffer.data(), scratch.queries.get(), scratch.query_panels);
+      if (p.has_far_q) {
+        load_query(far_q, i, r, ignored, scratch.buffer.data(), scratch.far_queries.get(), scratch.far_query_panels);
+      }
+      if (ignored) {
         scratch.top[r] = 0.0f;
         scratch.total[r] = 1.0f;
         continue;
       }
-      const float* query = q.row(i, scratch.buffer.data());
-      for (int64_t d = 0; d < p.depth; ++d) {
-        scaled[d] = unit(i) * query[d];
-      }
-      scratch.query_panels.set_row(r, scaled, p.depth);
       scratch.top[r] = normalizers[i * of.stride(2)];
       scratch.total[r] = normalizers[i * of.stride(2) + of.stride(3)];
       std::copy_n(out.row(i, scratch.buffer.data()), p.values, scratch.out.get() + r * p.value_columns);

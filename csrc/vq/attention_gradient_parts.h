@@ -47,7 +47,10 @@ class GradientParts {
       : head_(p, codebooks, tensors, document, kv_head), all_inside_(document.length <= p.window),
         both_sides_(two_sided(p, document.length)), before_(p, document.length, false),
         behind_(p, document.length, true), blocks_(before_.steps), count_(parts_of(p, document.length)),
-        dk_(tensors.dk, p.type, p.place(document, kv_head, p.kv_heads), document.length, p.depth),
+        dk_(tensors.dk, p.type, p.place(document, kv_head, p.kv_heads), document.length, p.near_depth),
+        dfar_k_(
+            tensors.dfar_k, p.type, p.place(document, kv_head, p.kv_heads), p.has_far_q ? document.length : 0,
+            p.far_depth),
         dv_(tensors.dv, p.type, p.place(document, kv_head, p.kv_heads), document.length, p.values), parts_(count_) {}
 
   // The same for any number of threads. Parts are no shorter than the codes are many, for each has sums for all of
@@ -107,7 +110,7 @@ class GradientParts {
     CodeGradients& all = parts_.front()->codes;
     for (int64_t n = 1; n < count_; ++n) {
       const CodeGradients& more = parts_[n]->codes;
-      add_to(all.codewords.get(), more.codewords.get(), p.cluster ? p.far_columns * p.depth_columns : 0);
+      add_to(all.codewords.get(), more.codewords.get(), p.cluster ? p.far_columns * p.far_depth_columns : 0);
       for (int64_t g = 0; g < p.group; ++g) {
         for (std::size_t i = 0; i < all.bias[g].size(); ++i) {
           all.bias[g][i] += more.bias[g][i];
@@ -118,6 +121,7 @@ class GradientParts {
       take_codewords(all.codewords);
     }
     dk_.finish();
+    dfar_k_.finish();
     dv_.finish();
     return std::move(all.bias);
   }
@@ -171,13 +175,11 @@ class GradientParts {
       }
       const int64_t j = scratch.near.first + c;
       part.dv.add(j, scratch.d_near_values.get() + c * p.value_columns);
-      float* d_inside = scratch.d_inside.get() + c * p.depth_columns;
-      std::fill(d_inside + p.near_depth, d_inside + p.depth, 0.0f);  // of the queries' other columns
-      part.dk.add(j, d_inside);
+      part.dk.add(j, scratch.d_inside.get() + c * p.near_depth_columns);
       if (p.cluster && !all_inside_) {
         add_to(
-            part.codes.codewords.get() + head_.keys.code(j) * p.depth_columns,
-            scratch.d_outside.get() + c * p.depth_columns, p.depth);
+            part.codes.codewords.get() + head_.keys.code(j) * p.far_depth_columns,
+            scratch.d_outside.get() + c * p.far_depth_columns, p.far_depth);
       }
     }
   }
@@ -211,6 +213,7 @@ class GradientParts {
   // The keys of a code share its gradient.
   void take_codewords(const AlignedArray<float>& codewords) {
     const Problem& p = head_.p;
+    GradientRows& dk = p.has_far_q ? dfar_k_ : dk_;
     std::vector<float> share(p.num_codes, 0.0f);
     for (int64_t j = 0; j < head_.length; ++j) {
       share[head_.keys.code(j)] += head_.keys.ignored(j) ? 0.0f : 1.0f;
@@ -218,9 +221,7 @@ class GradientParts {
     for (int64_t j = 0; j < head_.length; ++j) {
       const int64_t code = head_.keys.code(j);
       if (!head_.keys.ignored(j)) {
-        add_to(
-            dk_.row(j) + p.far_first, codewords.get() + code * p.depth_columns + p.far_first, p.depth - p.far_first,
-            1.0f / share[code]);
+        add_to(dk.row(j), codewords.get() + code * p.far_depth_columns, p.far_depth, 1.0f / share[code]);
       }
     }
   }
@@ -230,7 +231,7 @@ class GradientParts {
   bool both_sides_;  // keys can be far before a block or behind it
   Side before_, behind_;
   int64_t blocks_, count_;
-  GradientRows dk_, dv_;
+  GradientRows dk_, dfar_k_, dv_;
   std::vector<std::unique_ptr<Part>> parts_;
 };
 

@@ -12,7 +12,7 @@ namespace {
 inline void weigh_row(
     const AttentionGradientBlock& block, int64_t row, int64_t columns, const float* offsets, const float* counts,
     float* scores, float* slopes) {
-  if (block.weight == AttentionWeight::kLaplace) {
+  if (block.activation == Activation::kLaplace) {
     for (int64_t c = 0; c < columns; c += kLanes) {
       const Floats score = load<Floats>(scores + c);
       store(slopes + c, load<Floats>(slopes + c) * laplace_slope(score));
@@ -35,11 +35,10 @@ inline void weigh_row(
 
 // Codes first .. last as far keys.
 inline void far_gradients(const AttentionGradientBlock& block, int64_t first, int64_t last) {
-  const int64_t rows = block.rows, columns = last - first, depth = block.depth, values = block.values;
+  const int64_t rows = block.rows, columns = last - first, depth = block.far_depth, values = block.values;
   const Out scores{block.scores, kChunkStride}, slopes{block.slopes, kChunkStride};
   product<false>(
-      rows, Left<false>{block.queries + block.far_first, depth},
-      {block.codebook + first * depth, depth, block.far_first, depth - block.far_first}, columns, scores);
+      rows, Left<false>{block.far_queries, depth}, {block.codebook + first * depth, depth, 0, depth}, columns, scores);
   product<false>(
       rows, Left<false>{block.grad, block.value_columns}, {block.far_values + first * values, values, 0, values},
       columns, slopes);
@@ -53,12 +52,12 @@ inline void far_gradients(const AttentionGradientBlock& block, int64_t first, in
       {block.d_far_values + first * block.value_columns, block.value_columns});
   if (block.cluster) {
     product<true>(
-        columns, Left<true>{block.slopes, kChunkStride}, {block.query_panels, rows, 0, rows}, block.depth_columns,
-        {block.d_codes + first * block.depth_columns, block.depth_columns});
+        columns, Left<true>{block.slopes, kChunkStride}, {block.far_query_panels, rows, 0, rows},
+        block.far_depth_columns, {block.d_codes + first * block.far_depth_columns, block.far_depth_columns});
   }
   product<true>(
       rows, Left<false>{block.slopes, kChunkStride}, {block.codebook_rows, block.far_columns, first, columns},
-      block.depth_columns, {block.d_queries, block.depth_columns});
+      block.far_depth_columns, {block.d_far_queries, block.far_depth_columns});
 }
 
 // Moves the part of dS inside the window of each query to `inside`; returns whether the chunk has pairs in it, and
@@ -92,15 +91,14 @@ inline Split split_by_window(const AttentionGradientBlock& block, int64_t first,
 
 // Near keys first .. last.
 inline void near_gradients(const AttentionGradientBlock& block, int64_t first, int64_t last) {
-  const int64_t rows = block.rows, columns = last - first, depth = block.depth, values = block.values;
-  const int64_t near = block.near_columns;
-  const Left<false> near_queries{block.queries, depth}, far_queries{block.queries + block.far_first, depth};
+  const int64_t rows = block.rows, columns = last - first, values = block.values, near = block.near_columns;
+  const int64_t near_depth = block.near_depth, far_depth = block.far_depth;
+  const Left<false> near_queries{block.queries, near_depth}, far_queries{block.far_queries, far_depth};
   const Out scores{block.scores, kChunkStride}, slopes{block.slopes, kChunkStride}, exact{block.inside, kChunkStride};
-  product<false>(
-      rows, far_queries, {block.codewords + first * depth, depth, block.far_first, depth - block.far_first}, columns,
-      scores);
+  product<false>(rows, far_queries, {block.codewords + first * far_depth, far_depth, 0, far_depth}, columns, scores);
   if (block.exact_keys != nullptr) {
-    product<false>(rows, near_queries, {block.exact_keys + first * depth, depth, 0, block.near_depth}, columns, exact);
+    product<false>(
+        rows, near_queries, {block.exact_keys + first * near_depth, near_depth, 0, near_depth}, columns, exact);
   }
   product<false>(
       rows, Left<false>{block.grad, block.value_columns}, {block.near_values + first * values, values, 0, values},
@@ -114,30 +112,31 @@ inline void near_gradients(const AttentionGradientBlock& block, int64_t first, i
       columns, Left<true>{block.scores, kChunkStride}, {block.grad_panels, rows, 0, rows}, block.value_columns,
       {block.d_near_values + first * block.value_columns, block.value_columns});
 
-  const Out d_queries{block.d_queries, block.depth_columns};
+  const Out d_queries{block.d_queries, block.near_depth_columns};
+  const Out d_far_queries{block.d_far_queries, block.far_depth_columns};
   const Right codewords{block.codeword_rows, near, first, columns};
   const bool one_key = block.exact_keys == nullptr;  // inside the window and outside: queries see no difference
   if (one_key) {
-    product<true>(rows, Left<false>{block.slopes, kChunkStride}, codewords, block.depth_columns, d_queries);
+    product<true>(rows, Left<false>{block.slopes, kChunkStride}, codewords, block.far_depth_columns, d_far_queries);
   }
   const Split part = split_by_window(block, first, last);
   const Left<false> inside{block.inside, kChunkStride}, outside{block.slopes, kChunkStride};
-  const Right query_panels{block.query_panels, rows, 0, rows};
+  const Right query_panels{block.query_panels, rows, 0, rows}, far_query_panels{block.far_query_panels, rows, 0, rows};
   if (part.inside) {
     if (!one_key) {
-      product<true>(rows, inside, {block.exact_rows, near, first, columns}, block.depth_columns, d_queries);
+      product<true>(rows, inside, {block.exact_rows, near, first, columns}, block.near_depth_columns, d_queries);
     }
     product<true>(
-        columns, Left<true>{block.inside, kChunkStride}, query_panels, block.depth_columns,
-        {block.d_inside + first * block.depth_columns, block.depth_columns});
+        columns, Left<true>{block.inside, kChunkStride}, query_panels, block.near_depth_columns,
+        {block.d_inside + first * block.near_depth_columns, block.near_depth_columns});
   }
   if (part.outside && !one_key) {
-    product<true>(rows, outside, codewords, block.depth_columns, d_queries);
+    product<true>(rows, outside, codewords, block.far_depth_columns, d_far_queries);
   }
   if (part.outside && block.cluster) {
     product<true>(
-        columns, Left<true>{block.slopes, kChunkStride}, query_panels, block.depth_columns,
-        {block.d_outside + first * block.depth_columns, block.depth_columns});
+        columns, Left<true>{block.slopes, kChunkStride}, far_query_panels, block.far_depth_columns,
+        {block.d_outside + first * block.far_depth_columns, block.far_depth_columns});
   }
 }
 

@@ -7,18 +7,19 @@ namespace longvq {
 
 // Per thread: one block and all that it needs.
 struct Scratch {
-  AlignedArray<float> queries, scores, exact_scores, out, total, top;
+  AlignedArray<float> queries, far_queries, scores, exact_scores, out, total, top;
   NearKeys near;
   FarField far;
   std::vector<float> buffer;
 
   explicit Scratch(const Problem& p)
-      : queries(aligned_array<float>(kBlock * p.depth)),
+      : queries(aligned_array<float>(kBlock * p.near_depth)),
+        far_queries(aligned_array<float>(p.has_far_q ? kBlock * p.far_depth : 0)),
         scores(aligned_array<float>(kBlock * (p.far_columns + p.near_columns(kBlock)))),
         exact_scores(aligned_array<float>(p.exact ? kBlock * p.near_columns(kBlock) : 0)),
         out(aligned_array<float>(kBlock * p.value_columns)), total(aligned_array<float>(kBlock)),
         top(aligned_array<float>(kBlock)), near(p, p.near_columns(kBlock), false), far(p, Sums::kPanels),
-        buffer(p.depth) {}
+        buffer(std::max(p.near_depth, p.far_depth)) {}
 };
 
 struct Head {
@@ -54,6 +55,7 @@ struct Head {
     see(block, p, codebook, far, scratch.near, first);
     block.rows = last - first;
     block.queries = scratch.queries.get();
+    block.far_queries = p.has_far_q ? scratch.far_queries.get() : block.queries;
     block.values = p.value_columns;
     block.far_values = far.sums.data.get();
     block.near_values = scratch.near.values.data.get();
@@ -63,19 +65,27 @@ struct Head {
     block.total = scratch.total.get();
     block.top = scratch.top.get();
     for (int64_t g = 0; g < p.group; ++g) {
-      const Matrix q = p.matrix_of(p.q, document, kv_head * p.group + g);
-      for (int64_t i = first; i < last; ++i) {
-        const float unit = units.empty() ? p.scale : units[i];
-        const float* query = q.row(i, scratch.buffer.data());
-        for (int64_t d = 0; d < p.depth; ++d) {
-          scratch.queries[(i - first) * p.depth + d] = unit * query[d];
-        }
+      load(p.q, g, first, last, scratch.buffer.data(), scratch.queries.get());
+      if (p.has_far_q) {
+        load(p.far_q, g, first, last, scratch.buffer.data(), scratch.far_queries.get());
       }
       block.bias = bias[g].empty() ? nullptr : bias[g].data();
       p.kernel.forward(block);
       for (int64_t i = first; i < last; ++i) {
         const int64_t r = i - first;
         finish(g, i, scratch.out.get() + r * p.value_columns, scratch.total[r], scratch.top[r]);
+      }
+    }
+  }
+
+  // Queries first .. last of q or far_q, times the factor of their scores.
+  void load(const Tensor& queries, int64_t g, int64_t first, int64_t last, float* buffer, float* out_rows) const {
+    const Matrix matrix = p.matrix_of(queries, document, kv_head * p.group + g);
+    for (int64_t i = first; i < last; ++i) {
+      const float unit = units.empty() ? p.scale : units[i];
+      const float* query = matrix.row(i, buffer);
+      for (int64_t d = 0; d < matrix.columns; ++d) {
+        *out_rows++ = unit * query[d];
       }
     }
   }

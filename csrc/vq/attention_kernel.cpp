@@ -45,14 +45,14 @@ void softmax_weights(const AttentionBlock& block, int64_t row, float* scores) {
 }
 
 void forward(const AttentionBlock& block) {
-  const int64_t far = block.far_columns, near = block.near_columns, columns = far + near, depth = block.depth;
-  const int64_t far_first = block.far_first, far_depth = depth - far_first;
-  const Left<false> near_queries{block.queries, depth}, far_queries{block.queries + far_first, depth};
-  product<false>(block.rows, far_queries, {block.codebook, depth, far_first, far_depth}, far, {block.scores, columns});
+  const int64_t far = block.far_columns, near = block.near_columns, columns = far + near;
+  const int64_t near_depth = block.near_depth, far_depth = block.far_depth;
+  const Left<false> near_queries{block.queries, near_depth}, far_queries{block.far_queries, far_depth};
+  product<false>(block.rows, far_queries, {block.codebook, far_depth, 0, far_depth}, far, {block.scores, columns});
   product<false>(
-      block.rows, far_queries, {block.codewords, depth, far_first, far_depth}, near, {block.scores + far, columns});
+      block.rows, far_queries, {block.codewords, far_depth, 0, far_depth}, near, {block.scores + far, columns});
   if (block.exact_keys != nullptr) {
-    product<false>(block.rows, near_queries, {block.exact_keys, depth, 0, block.near_depth}, near, {block.exact, near});
+    product<false>(block.rows, near_queries, {block.exact_keys, near_depth, 0, near_depth}, near, {block.exact, near});
   }
   for (int64_t row = 0; row < block.rows; ++row) {
     float* scores = block.scores + row * columns;
@@ -62,7 +62,7 @@ void forward(const AttentionBlock& block) {
     if (near > 0) {
       mask_near(block, row, 0, near, scores + far, block.exact + row * near);
     }
-    if (block.weight == AttentionWeight::kSoftmax) {
+    if (block.activation == Activation::kSoftmax) {
       softmax_weights(block, row, scores);
     } else {
       for (int64_t c = 0; c < columns; ++c) {

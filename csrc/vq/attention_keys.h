@@ -10,21 +10,21 @@ namespace longvq {
 
 // The codebook of each key-value head, packed once for all documents.
 struct Codebooks {
-  std::vector<Panels> columns, rows;  // (D, far_columns); for the backward also (far_columns, depth_columns)
+  std::vector<Panels> columns, rows;  // (F, far_columns); for the backward also (far_columns, far_depth_columns)
 
   Codebooks(const Problem& p, bool backward) {
-    std::vector<float> buffer(p.depth);
+    std::vector<float> buffer(p.far_depth);
     for (int64_t head = 0; head < p.kv_heads; ++head) {
-      columns.emplace_back(p.depth, p.far_columns, p.kernel.panel).clear();
+      columns.emplace_back(p.far_depth, p.far_columns, p.kernel.panel).clear();
       if (backward) {
-        rows.emplace_back(p.far_columns, p.depth_columns, p.kernel.panel).clear();
+        rows.emplace_back(p.far_columns, p.far_depth_columns, p.kernel.panel).clear();
       }
       const Matrix codebook = codebook_of(p, head);
       for (int64_t code = 0; code < p.num_codes; ++code) {
         const float* codeword = codebook.row(code, buffer.data());
         columns[head].set_column(code, codeword);
         if (backward) {
-          rows[head].set_row(code, codeword, p.depth);
+          rows[head].set_row(code, codeword, p.far_depth);
         }
       }
     }
@@ -40,12 +40,13 @@ struct NearKeys {
   bool backward;
 
   NearKeys(const Problem& p, int64_t most, bool backward)
-      : codewords(p.depth, most, p.kernel.panel), exact_keys(p.exact ? p.depth : 0, most, p.kernel.panel),
+      : codewords(p.far_depth, most, p.kernel.panel), exact_keys(p.exact ? p.near_depth : 0, most, p.kernel.panel),
         values(backward ? p.values : most, backward ? most : p.value_columns, p.kernel.panel),
-        codeword_rows(backward ? most : 0, p.depth_columns, p.kernel.panel),
-        exact_rows(backward && p.exact ? most : 0, p.depth_columns, p.kernel.panel),
-        offsets(aligned_array<float>(most)), backward(backward), rows_(most), zeros_(std::max(p.depth, p.values)),
-        converted_(aligned_array<float>(most * std::max(p.depth, p.values))) {}
+        codeword_rows(backward ? most : 0, p.far_depth_columns, p.kernel.panel),
+        exact_rows(backward && p.exact ? most : 0, p.near_depth_columns, p.kernel.panel),
+        offsets(aligned_array<float>(most)), backward(backward), rows_(most),
+        zeros_(std::max({p.near_depth, p.far_depth, p.values})),
+        converted_(aligned_array<float>(most * std::max({p.near_depth, p.far_depth, p.values}))) {}
 
   // Of the block of queries first_query .. last_query.
   void gather(const Problem& p, const Keys& keys, int64_t first_query, int64_t last_query, int64_t length) {
@@ -53,18 +54,18 @@ struct NearKeys {
     const int64_t last = p.everything_far() ? 0 : p.causal ? last_query : std::min(length, last_query + p.reach);
     const int64_t count = last - first;
     columns = round_up(count, p.kernel.lanes);
-    codewords.resize(p.depth, columns);
+    codewords.resize(p.far_depth, columns);
     exact_keys.resize(exact_keys.depth, columns);
     values.resize(backward ? p.values : columns, backward ? columns : p.value_columns);
-    codeword_rows.resize(backward ? columns : 0, p.depth_columns);
-    exact_rows.resize(backward && p.exact ? columns : 0, p.depth_columns);
+    codeword_rows.resize(backward ? columns : 0, p.far_depth_columns);
+    exact_rows.resize(backward && p.exact ? columns : 0, p.near_depth_columns);
     for (int64_t c = 0; c < columns; ++c) {
       offsets[c] = c < count && !keys.ignored(first + c) ? 0.0f : -kInfinity;
     }
     find_rows(keys.codebook, [&](int64_t j) { return keys.code(j); });
     as_columns(p, codewords);
     if (backward) {
-      as_rows(p.depth, codeword_rows);
+      as_rows(p.far_depth, codeword_rows);
     }
     if (p.exact) {
       find_rows(keys.k, [](int64_t j) { return j; });
@@ -113,12 +114,11 @@ struct NearKeys {
 inline void see(
     AttentionScores& block, const Problem& p, const Panels& codebook, const FarField& far, const NearKeys& near,
     int64_t first_query) {
-  block.depth = p.depth;
   block.near_depth = p.near_depth;
-  block.far_first = p.far_first;
+  block.far_depth = p.far_depth;
   block.far_columns = far.keys > 0 ? p.far_columns : 0;
   block.near_columns = near.columns;
-  block.weight = p.weight;
+  block.activation = p.activation;
   block.codebook = codebook.data.get();
   block.far_offsets = far.offsets.get();
   block.far_counts = far.counts.get();

@@ -13,6 +13,8 @@ namespace {
 
 using torch::headeronly::ScalarType;
 
+constexpr const char* kOp = "vq_attention";
+
 LONGVQ_DEFINE_KERNEL_OF_THIS_CPU(AttentionKernel, attention_kernel)
 
 ElementType type_of(const Tensor& q) {
@@ -24,35 +26,35 @@ ElementType type_of(const Tensor& q) {
 
 }  // namespace
 
-Problem::Problem(
-    const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& codebook, const Tensor& codes,
-    const OptionalTensor& bias, const OptionalTensor& mask, const OptionalTensor& cu_seqlens, double scale, bool causal,
-    int64_t window_, const std::string& activation, const std::string& local_keys, const std::string& key_grad,
-    int64_t near_dim)
-    : q(q), k(k), v(v), codebook(codebook), codes(codes), bias(bias), mask(mask), type(type_of(q)),
-      scale(static_cast<float>(scale)), causal(causal), window(window_),
-      weight(activation == "laplace" ? AttentionWeight::kLaplace : AttentionWeight::kSoftmax),
-      exact(local_keys == "exact" && window > 0), cluster(key_grad == "cluster"), kernel(kernel_of_this_cpu()) {
-  for (const Tensor* x : {&q, &k, &v}) {
+Problem::Problem(const AttentionInputs& in, const AttentionOptions& options)
+    : q(in.q), k(in.k), v(in.v), codebook(in.codebook), codes(in.codes), far_q(in.far_q ? *in.far_q : in.q),
+      bias(in.bias), mask(in.key_padding_mask), type(type_of(in.q)), scale(options.scale), causal(options.causal),
+      window(options.window), activation(options.activation), exact(options.uses_exact_keys()),
+      cluster(options.key_grad == KeyGrad::kCluster), has_far_q(in.far_q.has_value()), kernel(kernel_of_this_cpu()) {
+  STD_TORCH_CHECK(
+      in.far_k.has_value() == has_far_q && (!has_far_q || options.local_keys == LocalKeys::kExact), kOp,
+      ": far_q and far_k must be given together, with exact local_keys");
+  const Tensor& far_k = has_far_q ? *in.far_k : k;
+  for (const Tensor* x : {&q, &k, &v, &far_q, &far_k}) {
     STD_TORCH_CHECK(
-        x->is_cpu() && x->dim() == 4 && x->scalar_type() == q.scalar_type(),
-        "vq_attention: q, k and v must have four dimensions and one dtype");
+        x->is_cpu() && x->dim() == 4 && x->scalar_type() == q.scalar_type(), kOp,
+        ": q, k, v, far_q and far_k must have four dimensions and one dtype");
   }
   STD_TORCH_CHECK(
-      codebook.is_cpu() && codebook.dim() == 3 && codebook.scalar_type() == ScalarType::Float,
-      "vq_attention: codebook must be (Hkv, S, D), float32");
-  batch = q.size(0), heads = q.size(1), length = q.size(2), depth = q.size(3);
+      codebook.is_cpu() && codebook.dim() == 3 && codebook.scalar_type() == ScalarType::Float, kOp,
+      ": codebook must be (Hkv, S, D), float32");
+  batch = q.size(0), heads = q.size(1), length = q.size(2), near_depth = q.size(3), far_depth = far_q.size(3);
   kv_heads = k.size(1), values = v.size(3), num_codes = codebook.size(1);
   STD_TORCH_CHECK(
-      kv_heads >= 1 && heads % kv_heads == 0 && depth >= 1 && values >= 1 && num_codes >= 1 && window >= 0,
-      "vq_attention: wrong sizes");
+      kv_heads >= 1 && heads % kv_heads == 0 && near_depth >= 1 && far_depth >= 1 && values >= 1 && num_codes >= 1, kOp,
+      ": wrong sizes");
+  const auto has_sizes = [&](const Tensor& x, int64_t of_heads, int64_t columns) {
+    return x.size(0) == batch && x.size(1) == of_heads && x.size(2) == length && x.size(3) == columns;
+  };
   STD_TORCH_CHECK(
-      near_dim == 0 || (near_dim > 0 && near_dim < depth && local_keys == "exact"),
-      "vq_attention: near_dim must be between 0 and D, 0 without exact keys");
-  STD_TORCH_CHECK(
-      k.size(0) == batch && k.size(2) == length && k.size(3) == depth && v.size(0) == batch && v.size(1) == kv_heads &&
-          v.size(2) == length && codebook.size(0) == kv_heads && codebook.size(2) == depth,
-      "vq_attention: shapes of q, k, v and codebook do not fit each other");
+      has_sizes(k, kv_heads, near_depth) && has_sizes(v, kv_heads, values) && has_sizes(far_q, heads, far_depth) &&
+          has_sizes(far_k, kv_heads, far_depth) && codebook.size(0) == kv_heads && codebook.size(2) == far_depth,
+      kOp, ": shapes of q, k, v, codebook, far_q and far_k do not fit each other");
   STD_TORCH_CHECK(
       codes.is_cpu() && codes.dim() == 3 && codes.scalar_type() == ScalarType::Long && codes.size(0) == batch &&
           codes.size(1) == kv_heads && codes.size(2) == length,
@@ -76,14 +78,14 @@ Problem::Problem(
       }
     }
   }
-  documents = documents_of("vq_attention", batch, length, cu_seqlens);
-  near_depth = near_dim == 0 ? depth : near_dim, far_first = near_dim;
+  documents = documents_of(kOp, batch, length, in.cu_seqlens);
   window = std::min(window, length);  // a wider window sees no more
   group = heads / kv_heads;
   reach = std::max<int64_t>(window - 1, 0);
   far_columns = round_up(num_codes, kernel.lanes);
   value_columns = round_up(values, kernel.lanes);
-  depth_columns = round_up(depth, kernel.lanes);
+  near_depth_columns = round_up(near_depth, kernel.lanes);
+  far_depth_columns = round_up(far_depth, kernel.lanes);
 }
 
 Keys::Keys(const Problem& p, const Document& document, int64_t head)
@@ -102,7 +104,8 @@ Keys::Keys(const Problem& p, const Document& document, int64_t head)
 Matrix codebook_of(const Problem& p, int64_t head) {
   const float* data = static_cast<const float*>(p.codebook.const_data_ptr()) + head * p.codebook.stride(0);
   return {
-      reinterpret_cast<const char*>(data), p.codebook.stride(1), p.codebook.stride(2), p.depth, ElementType::kFloat};
+      reinterpret_cast<const char*>(data), p.codebook.stride(1), p.codebook.stride(2), p.far_depth,
+      ElementType::kFloat};
 }
 
 int64_t bias_column(const Problem& p, int64_t i) {
@@ -124,7 +127,7 @@ std::vector<float> bias_of(const Problem& p, int64_t head) {
 
 std::vector<float> units_of(const Problem& p, const Document& document, const Keys& keys) {
   std::vector<float> units;
-  if (p.weight == AttentionWeight::kLaplace) {
+  if (p.activation == Activation::kLaplace) {
     int64_t count = 0;
     for (int64_t i = 0; i < document.length; ++i) {
       count += !keys.ignored(i);

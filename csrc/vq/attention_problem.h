@@ -1,46 +1,37 @@
 // The arguments of one call of the attention operator, checked, and the keys of one head of it.
 #pragma once
 
-#include <torch/csrc/stable/tensor.h>
-
 #include <limits>
-#include <optional>
-#include <string>
 #include <vector>
 
 #include "../documents.h"
 #include "attention_kernel.h"
+#include "attention_operator.h"
 #include "panels.h"
 
 namespace longvq {
-
-using torch::stable::Tensor;
-using OptionalTensor = std::optional<Tensor>;
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 struct Problem {
   const Tensor &q, &k, &v, &codebook, &codes;
+  const Tensor& far_q;  // queries for pairs outside the window: q itself if there are no others
   const OptionalTensor &bias, &mask;
   std::vector<Document> documents;
   ElementType type;  // of q, k, v and of what is made in their likeness
   float scale;
   bool causal;
   int64_t window;  // of a window wider than the longest document no more than that is left
-  AttentionWeight weight;
-  bool exact, cluster;
-  int64_t batch, heads, kv_heads, group, length, depth, values, num_codes;
-  int64_t near_depth, far_first;  // pairs inside the window: the columns up to here; outside: those from there
+  Activation activation;
+  bool exact, cluster, has_far_q;
+  int64_t batch, heads, kv_heads, group, length, values, num_codes;
+  int64_t near_depth, far_depth;  // D of pairs inside the window, F of all others
   int64_t reach;                  // keys further than this from a block are far from all of it
   const AttentionKernel& kernel;
-  int64_t far_columns, value_columns, depth_columns;  // padded to whole registers
+  int64_t far_columns, value_columns, near_depth_columns, far_depth_columns;  // padded to whole registers
 
   // Checks that nothing reads or writes outside of the tensors; Python has checked the same with better messages.
-  Problem(
-      const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& codebook, const Tensor& codes,
-      const OptionalTensor& bias, const OptionalTensor& mask, const OptionalTensor& cu_seqlens, double scale,
-      bool causal, int64_t window, const std::string& activation, const std::string& local_keys,
-      const std::string& key_grad, int64_t near_dim);
+  Problem(const AttentionInputs& inputs, const AttentionOptions& options);
 
   int64_t bias_columns() const { return window == 0 ? 0 : causal ? window : 2 * window - 1; }  // that have an effect
   bool everything_far() const { return window == 0 && !causal; }
@@ -80,7 +71,7 @@ struct Keys {
   bool ignored(int64_t j) const { return masked != nullptr && masked[j * mask_stride]; }
 };
 
-// (S, D) of a key-value head.
+// (S, F) of a key-value head.
 Matrix codebook_of(const Problem& p, int64_t head);
 
 // What the window's biases look like to the kernel: by key - query + W - 1. Empty: none.

@@ -12,7 +12,7 @@ namespace longvq {
 // Per thread: one block and all that it needs, and one head's codebook and far field as the kernel reads them.
 struct StepBlockScratch {
   int64_t far, near, values;  // padded: codes, near keys of a block at most, E
-  AlignedArray<float> queries, keys, block_values, near_offsets, scores, exact_scores, out, total, top;
+  AlignedArray<float> queries, far_queries, keys, block_values, near_offsets, scores, exact_scores, out, total, top;
   AlignedArray<float> counts, offsets;
   Panels codebook, sums, codewords, exact_keys, near_values;
   std::vector<float> bias;     // (G, 2 W - 1)
@@ -21,15 +21,16 @@ struct StepBlockScratch {
 
   explicit StepBlockScratch(const StepProblem& p)
       : far(round_up(p.num_codes, p.block_kernel.lanes)), near(round_up(p.most_near + kBlock, p.block_kernel.lanes)),
-        values(round_up(p.values, p.block_kernel.lanes)), queries(aligned_array<float>(kBlock * p.depth)),
-        keys(aligned_array<float>(kBlock * p.depth)), block_values(aligned_array<float>(kBlock * p.values)),
+        values(round_up(p.values, p.block_kernel.lanes)), queries(aligned_array<float>(kBlock * p.near_depth)),
+        far_queries(aligned_array<float>(p.has_far_q ? kBlock * p.far_depth : 0)),
+        keys(aligned_array<float>(kBlock * p.near_depth)), block_values(aligned_array<float>(kBlock * p.values)),
         near_offsets(aligned_array<float>(near)), scores(aligned_array<float>(kBlock * (far + near))),
         exact_scores(aligned_array<float>(p.exact ? kBlock * near : 0)), out(aligned_array<float>(kBlock * values)),
         total(aligned_array<float>(kBlock)), top(aligned_array<float>(kBlock)), counts(aligned_array<float>(far)),
-        offsets(aligned_array<float>(far)), codebook(p.depth, far, p.block_kernel.panel),
-        sums(far, values, p.block_kernel.panel), codewords(p.depth, near, p.block_kernel.panel),
-        exact_keys(p.exact ? p.depth : 0, near, p.block_kernel.panel), near_values(near, values, p.block_kernel.panel) {
-  }
+        offsets(aligned_array<float>(far)), codebook(p.far_depth, far, p.block_kernel.panel),
+        sums(far, values, p.block_kernel.panel), codewords(p.far_depth, near, p.block_kernel.panel),
+        exact_keys(p.exact ? p.near_depth : 0, near, p.block_kernel.panel),
+        near_values(near, values, p.block_kernel.panel) {}
 };
 
 struct BlockByBlock {
@@ -42,7 +43,7 @@ struct BlockByBlock {
     s.sums.clear();
     for (int64_t c = 0; c < s.far; ++c) {
       s.counts[c] = c < p.num_codes ? static_cast<float>(head.counts[c]) : 0.0f;
-      s.offsets[c] = s.counts[c] > 0.0f || p.weight == AttentionWeight::kLaplace
+      s.offsets[c] = s.counts[c] > 0.0f || p.activation == Activation::kLaplace
                          ? 0.0f
                          : -std::numeric_limits<float>::infinity();  // must not set the largest score
       if (c < p.num_codes) {
@@ -85,18 +86,19 @@ struct BlockByBlock {
       s.codes[r] = head.given_code(times[r]);
       p.v.load(head.row, head.kv_head, times[r], 1.0f, s.block_values.get() + r * p.values);
       if (p.exact) {
-        p.k.load(head.row, head.kv_head, times[r], 1.0f, s.keys.get() + r * p.depth);
+        p.k.load(head.row, head.kv_head, times[r], 1.0f, s.keys.get() + r * p.near_depth);
       }
     }
     AttentionBlock block{};
     block.rows = rows;
-    block.depth = block.near_depth = p.depth;
-    block.far_first = 0;
+    block.near_depth = p.near_depth;
+    block.far_depth = p.far_depth;
     block.far_columns = s.far;
     block.near_columns = gather_near(rows, position);
     block.values = s.values;
-    block.weight = p.weight;
+    block.activation = p.activation;
     block.queries = s.queries.get();
+    block.far_queries = p.has_far_q ? s.far_queries.get() : block.queries;
     block.codebook = s.codebook.data.get();
     block.far_offsets = s.offsets.get();
     block.far_counts = s.counts.get();
@@ -116,18 +118,22 @@ struct BlockByBlock {
     for (int64_t g = 0; g < p.group; ++g) {
       const int64_t query_head = head.kv_head * p.group + g;
       for (int64_t r = 0; r < rows; ++r) {
-        p.q.load(head.row, query_head, times[r], p.unit(position + r), s.queries.get() + r * p.depth);
+        const float unit = p.unit(position + r);
+        p.q.load(head.row, query_head, times[r], unit, s.queries.get() + r * p.near_depth);
+        if (p.has_far_q) {
+          p.far_q.load(head.row, query_head, times[r], unit, s.far_queries.get() + r * p.far_depth);
+        }
       }
       block.bias = s.bias.empty() ? nullptr : s.bias.data() + g * (2 * p.window - 1);
       p.block_kernel.forward(block);
       for (int64_t r = 0; r < rows; ++r) {
-        const float factor = p.weight == AttentionWeight::kSoftmax ? 1.0f / s.total[r] : 1.0f;
+        const float factor = p.activation == Activation::kSoftmax ? 1.0f / s.total[r] : 1.0f;
         p.out.store(p.place(head.row, query_head, times[r]), s.out.get() + r * s.values, factor);
       }
     }
     for (int64_t r = 0; r < rows; ++r) {
       head.push(
-          position + r, s.codes[r], s.keys.get() + r * p.depth, s.block_values.get() + r * p.values,
+          position + r, s.codes[r], s.keys.get() + r * p.near_depth, s.block_values.get() + r * p.values,
           [this](int64_t code, const float* value) {
             head.add_far(code, value);
             s.sums.add_to_row(code, value, p.values);
@@ -141,7 +147,7 @@ struct BlockByBlock {
   int64_t gather_near(int64_t rows, int64_t position) {
     const int64_t ring = head.in_ring(position), count = ring + rows, columns = round_up(count, p.block_kernel.lanes);
     // The panels of this block are those of a matrix with `columns` columns.
-    s.codewords.resize(p.depth, columns);
+    s.codewords.resize(p.far_depth, columns);
     s.exact_keys.resize(s.exact_keys.depth, columns);
     s.near_values.resize(columns, s.values);
     for (Panels* panels : {&s.codewords, &s.exact_keys, &s.near_values}) {
@@ -155,7 +161,7 @@ struct BlockByBlock {
       const int64_t i = old ? head.slot(position, ring - c) : c - ring;
       s.codewords.set_column(c, head.codeword(old ? head.ring_codes[i] : s.codes[i]));
       if (p.exact) {
-        s.exact_keys.set_column(c, (old ? head.ring_keys : s.keys.get()) + i * p.depth);
+        s.exact_keys.set_column(c, (old ? head.ring_keys : s.keys.get()) + i * p.near_depth);
       }
       s.near_values.set_row(c, (old ? head.ring_values : s.block_values.get()) + i * p.values, p.values);
     }

@@ -6,6 +6,7 @@
 #include "../cpu_capability.h"
 #include "../element_type.h"
 #include "../share_out.h"
+#include "attention_operator.h"
 #include "attention_step_blocks.h"
 #include "attention_step_problem.h"
 #include "attention_step_token.h"
@@ -14,9 +15,6 @@ namespace longvq {
 namespace {
 
 using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using OptionalTensor = std::optional<Tensor>;
-
 constexpr int64_t kFewTokens = 16;  // below this packing the codebook costs more than it saves
 
 namespace step {
@@ -89,30 +87,40 @@ void run(const StepProblem& p) {
 
 Tensor vq_attention_step_cpu(
     const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& codebook, const OptionalTensor& codes,
-    const OptionalTensor& bias, const OptionalTensor& key_padding_mask, const Tensor& far_sums,
-    const Tensor& far_counts, const Tensor& ring_codes, const Tensor& ring_keys, const Tensor& ring_values,
-    const Tensor& lengths, double scale, int64_t window, const std::string& activation) {
+    const OptionalTensor& bias, const OptionalTensor& key_padding_mask, const OptionalTensor& given_far_q,
+    const OptionalTensor& given_far_k, const Tensor& far_sums, const Tensor& far_counts, const Tensor& ring_codes,
+    const Tensor& ring_keys, const Tensor& ring_values, const Tensor& lengths, double scale, int64_t window,
+    int64_t activation) {
   // Python has checked them with better messages: these only keep wrong calls of the bare operator from memory.
   const std::optional<ElementType> type = element_type(q);
   STD_TORCH_CHECK(type.has_value(), "vq_attention_step: the compiled CPU kernel takes float32, bfloat16 or float16");
-  for (const Tensor* x : {&q, &k, &v}) {
+  const bool has_far_q = given_far_q.has_value(), exact = ring_keys.dim() == 4 && ring_keys.size(3) != 0;
+  STD_TORCH_CHECK(
+      given_far_k.has_value() == has_far_q && (!has_far_q || exact || window == 0),
+      "vq_attention_step: far_q and far_k must be given together, with a state that has exact keys");
+  const Tensor &far_q = has_far_q ? *given_far_q : q, &far_k = has_far_q ? *given_far_k : k;
+  for (const Tensor* x : {&q, &k, &v, &far_q, &far_k}) {
     STD_TORCH_CHECK(
         x->is_cpu() && x->dim() == 4 && x->scalar_type() == q.scalar_type(),
-        "vq_attention_step: q, k and v must have four dimensions and one dtype");
+        "vq_attention_step: q, k, v, far_q and far_k must have four dimensions and one dtype");
   }
   STD_TORCH_CHECK(
       codebook.is_cpu() && codebook.dim() == 3 && codebook.scalar_type() == ScalarType::Float,
       "vq_attention_step: codebook must be (Hkv, S, D), float32");
   const int64_t batch = q.size(0), heads = q.size(1), length = q.size(2), depth = q.size(3);
+  const int64_t far_depth = far_q.size(3);
   const int64_t kv_heads = k.size(1), values = v.size(3), num_codes = codebook.size(1);
   const int64_t reach = std::max<int64_t>(window - 1, 0);
   STD_TORCH_CHECK(
-      kv_heads >= 1 && heads % kv_heads == 0 && depth >= 1 && values >= 1 && num_codes >= 1 && window >= 0,
+      kv_heads >= 1 && heads % kv_heads == 0 && depth >= 1 && far_depth >= 1 && values >= 1 && num_codes >= 1 &&
+          window >= 0,
       "vq_attention_step: wrong sizes");
   STD_TORCH_CHECK(
       has_sizes(k, {batch, kv_heads, length, depth}) && has_sizes(v, {batch, kv_heads, length, values}) &&
-          has_sizes(codebook, {kv_heads, num_codes, depth}),
-      "vq_attention_step: shapes of q, k, v and codebook do not fit each other");
+          has_sizes(far_q, {batch, heads, length, far_depth}) &&
+          has_sizes(far_k, {batch, kv_heads, length, far_depth}) &&
+          has_sizes(codebook, {kv_heads, num_codes, far_depth}),
+      "vq_attention_step: shapes of q, k, v, codebook, far_q and far_k do not fit each other");
   STD_TORCH_CHECK(
       !codes.has_value() || (has_sizes(*codes, {batch, kv_heads, length}) && codes->scalar_type() == ScalarType::Long),
       "vq_attention_step: codes must be (B, Hkv, T), int64");
@@ -123,7 +131,6 @@ Tensor vq_attention_step_cpu(
       !key_padding_mask.has_value() ||
           (has_sizes(*key_padding_mask, {batch, length}) && key_padding_mask->scalar_type() == ScalarType::Bool),
       "vq_attention_step: key_padding_mask must be (B, T), bool");
-  const bool exact = ring_keys.dim() == 4 && ring_keys.size(3) != 0;
   STD_TORCH_CHECK(
       is_state(far_sums, ScalarType::Float, {batch, kv_heads, num_codes, values}) &&
           is_state(far_counts, ScalarType::Long, {batch, kv_heads, num_codes}) &&
@@ -146,6 +153,8 @@ Tensor vq_attention_step_cpu(
       StepInput(q, *type),
       StepInput(k, *type),
       StepInput(v, *type),
+      StepInput(far_q, *type),
+      StepInput(far_k, *type),
       {out.mutable_data_ptr(), *type, values},
       static_cast<const float*>(table.const_data_ptr()),
       table.stride(0),
@@ -164,14 +173,16 @@ Tensor vq_attention_step_cpu(
       static_cast<float>(scale),
       window,
       reach,
-      activation == "laplace" ? AttentionWeight::kLaplace : AttentionWeight::kSoftmax,
+      choice_of<Activation>("vq_attention_step", "activation", activation),
       exact && window > 0,
+      has_far_q,
       batch,
       heads,
       kv_heads,
       heads / kv_heads,
       length,
       depth,
+      far_depth,
       values,
       num_codes,
       0,

@@ -55,8 +55,9 @@ struct StepOutput {
 
 struct StepProblem {
   StepInput q, k, v;
+  StepInput far_q, far_k;  // for pairs outside the window: q and k themselves if there are no others
   StepOutput out;
-  const float* codebook;  // rows of D numbers side by side
+  const float* codebook;  // rows of F numbers side by side
   int64_t code_head_stride, code_stride;
   const int64_t* codes;  // nullptr: to be found
   int64_t codes_strides[3];
@@ -67,9 +68,9 @@ struct StepProblem {
   int64_t *far_counts, *ring_codes, *lengths;
   float scale;
   int64_t window, reach;  // W and R = max(W - 1, 0)
-  AttentionWeight weight;
-  bool exact;
-  int64_t batch, heads, kv_heads, group, length, depth, values, num_codes;
+  Activation activation;
+  bool exact, has_far_q;
+  int64_t batch, heads, kv_heads, group, length, near_depth, far_depth, values, num_codes;
   int64_t most_near;  // the most keys that a ring holds at any time of this call
   const AttentionStepKernel& step_kernel;
   const AttentionKernel& block_kernel;
@@ -80,7 +81,7 @@ struct StepProblem {
 
   // What multiplies the scores of the query at `position` of its row.
   float unit(int64_t position) const {
-    return weight == AttentionWeight::kSoftmax ? scale : 1.0f / static_cast<float>(position + 1);
+    return activation == Activation::kSoftmax ? scale : 1.0f / static_cast<float>(position + 1);
   }
 
   // (B, H, T) of one query, as a row of the output
@@ -101,7 +102,7 @@ struct StepHead {
     sums = p.far_sums + pair * p.num_codes * p.values;
     counts = p.far_counts + pair * p.num_codes;
     ring_codes = p.ring_codes + pair * p.reach;
-    ring_keys = p.ring_keys + pair * p.reach * (p.exact ? p.depth : 0);
+    ring_keys = p.ring_keys + pair * p.reach * (p.exact ? p.near_depth : 0);
     ring_values = p.ring_values + pair * p.reach * p.values;
   }
 
@@ -139,7 +140,7 @@ struct StepHead {
     ring_codes[s] = code;
     std::memcpy(ring_values + s * p.values, value, p.values * sizeof(float));
     if (p.exact) {
-      std::memcpy(ring_keys + s * p.depth, key, p.depth * sizeof(float));
+      std::memcpy(ring_keys + s * p.near_depth, key, p.near_depth * sizeof(float));
     }
   }
 };

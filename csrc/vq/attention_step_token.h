@@ -16,21 +16,25 @@ namespace longvq {
 
 // Per thread.
 struct TokenScratch {
-  int64_t vector, far, near, columns;            // padded: D, codes, near keys, the last two together
-  AlignedArray<float> vectors, scores, squares;  // (1 + G, D) key and queries, (1 + G, columns), (far)
-  AlignedArray<float> own, exact;                // (G), (G, near) scores of the token's own exact key, of those before
+  int64_t vector, far_vector;                // padded D and F
+  int64_t far, near, columns;                // padded numbers of codes, near keys, both together
+  AlignedArray<float> vectors, far_vectors;  // (1 + G, D) key and queries; (1 + G, F) where far_k and far_q are others
+  AlignedArray<float> scores, squares;       // (1 + G, columns), (far)
+  AlignedArray<float> own, exact;            // (G), (G, near) scores of the token's own exact key, of those before
   AlignedArray<float> counts, value, out, weights;
   std::vector<const float*> rows;
 
   explicit TokenScratch(const StepProblem& p)
-      : vector(round_up(p.depth, p.step_kernel.lanes)), far(round_up(p.num_codes, p.step_kernel.lanes)),
-        near(round_up(p.most_near + 1, p.step_kernel.lanes)), columns(far + near),
-        vectors(aligned_array<float>((1 + p.group) * vector)), scores(aligned_array<float>((1 + p.group) * columns)),
-        squares(aligned_array<float>(far)), own(aligned_array<float>(p.group)),
-        exact(aligned_array<float>(p.exact ? p.group * near : 0)), counts(aligned_array<float>(far)),
-        value(aligned_array<float>(p.values)), out(aligned_array<float>(p.values)),
+      : vector(round_up(p.near_depth, p.step_kernel.lanes)), far_vector(round_up(p.far_depth, p.step_kernel.lanes)),
+        far(round_up(p.num_codes, p.step_kernel.lanes)), near(round_up(p.most_near + 1, p.step_kernel.lanes)),
+        columns(far + near), vectors(aligned_array<float>((1 + p.group) * vector)),
+        far_vectors(aligned_array<float>(p.has_far_q ? (1 + p.group) * far_vector : 0)),
+        scores(aligned_array<float>((1 + p.group) * columns)), squares(aligned_array<float>(far)),
+        own(aligned_array<float>(p.group)), exact(aligned_array<float>(p.exact ? p.group * near : 0)),
+        counts(aligned_array<float>(far)), value(aligned_array<float>(p.values)), out(aligned_array<float>(p.values)),
         weights(aligned_array<float>(columns)), rows(columns) {
     std::fill_n(vectors.get(), (1 + p.group) * vector, 0.0f);
+    std::fill_n(far_vectors.get(), p.has_far_q ? (1 + p.group) * far_vector : 0, 0.0f);
     std::fill_n(counts.get(), far, 0.0f);
   }
 };
@@ -61,11 +65,11 @@ struct TokenByToken {
 
   void token(int64_t t, int64_t position) {
     p.v.load(head.row, head.kv_head, t, 1.0f, s.value.get());
-    p.k.load(head.row, head.kv_head, t, 1.0f, s.vectors.get());
-    for (int64_t g = 0; g < p.group; ++g) {
-      p.q.load(head.row, head.kv_head * p.group + g, t, p.unit(position), s.vectors.get() + (1 + g) * s.vector);
+    load(p.k, p.q, t, position, s.vector, s.vectors.get());
+    if (p.has_far_q) {
+      load(p.far_k, p.far_q, t, position, s.far_vector, s.far_vectors.get());
     }
-    const int64_t code = score_codes(t);
+    const int64_t code = score_codes(t, p.has_far_q ? s.far_vectors.get() : s.vectors.get());
     const auto far = [this](int64_t code, const float* value) {
       head.add_far(code, value);
       s.counts[code] = static_cast<float>(head.counts[code]);
@@ -83,12 +87,20 @@ struct TokenByToken {
     }
   }
 
+  // The token's key, then its queries times the factor of their scores.
+  void load(const StepInput& k, const StepInput& q, int64_t t, int64_t position, int64_t vector, float* out) const {
+    k.load(head.row, head.kv_head, t, 1.0f, out);
+    for (int64_t g = 0; g < p.group; ++g) {
+      q.load(head.row, head.kv_head * p.group + g, t, p.unit(position), out + (1 + g) * vector);
+    }
+  }
+
   // Scores of the codes into those of each query; returns the token's code.
-  int64_t score_codes(int64_t t) {
+  int64_t score_codes(int64_t t, const float* vectors) {
     const bool given = p.codes != nullptr;
     const int64_t skip = given ? 1 : 0;  // the key
     p.step_kernel.products(
-        head.codebook, p.code_stride, p.num_codes, p.depth, s.vectors.get() + skip * s.vector, 1 + p.group - skip,
+        head.codebook, p.code_stride, p.num_codes, p.far_depth, vectors + skip * s.far_vector, 1 + p.group - skip,
         s.scores.get() + skip * s.columns, s.columns, given ? nullptr : s.squares.get());
     if (given) {
       return head.given_code(t);
@@ -110,13 +122,14 @@ struct TokenByToken {
     const float* queries = s.vectors.get() + s.vector;
     for (int64_t g = 0; g < p.group; ++g) {
       float own = 0.0f;
-      for (int64_t d = 0; d < p.depth; ++d) {
+      for (int64_t d = 0; d < p.near_depth; ++d) {
         own += s.vectors[d] * queries[g * s.vector + d];
       }
       s.own[g] = own;
     }
     p.step_kernel.products(
-        head.ring_keys, p.depth, head.in_ring(position), p.depth, queries, p.group, s.exact.get(), s.near, nullptr);
+        head.ring_keys, p.near_depth, head.in_ring(position), p.near_depth, queries, p.group, s.exact.get(), s.near,
+        nullptr);
   }
 
   void attend(int64_t g, int64_t t, int64_t position, int64_t code) {
@@ -139,7 +152,7 @@ struct TokenByToken {
     }
 
     float factor = 1.0f;
-    if (p.weight == AttentionWeight::kSoftmax) {
+    if (p.activation == Activation::kSoftmax) {
       factor = 1.0f / p.step_kernel.softmax(scores, s.counts.get(), s.far, s.near);
     } else {
       for (int64_t c = 0; c < s.far + near_keys; ++c) {

@@ -29,7 +29,7 @@ struct FarField {
     sums.clear();
     std::fill_n(counts.get(), p.far_columns, 0.0f);
     // Under softmax a code without a far key must not set the largest score.
-    std::fill_n(offsets.get(), p.far_columns, p.weight == AttentionWeight::kSoftmax ? -kInfinity : 0.0f);
+    std::fill_n(offsets.get(), p.far_columns, p.activation == Activation::kSoftmax ? -kInfinity : 0.0f);
     keys = 0;
   }
 

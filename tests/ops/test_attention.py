@@ -7,6 +7,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from longvq_layers import ops
 from tests.largest import LargestTensor
+from tests.operator_calls import attention_arguments
 from tests.strategies import attention_cases
 from tests.tolerances import assert_close
 
@@ -155,11 +156,13 @@ def test_opcheck(activation, causal, namespace):
     mask = torch.rand(1, 70) < 0.2
     op = getattr(torch.ops, namespace).vq_attention.default
     torch.library.opcheck(
-        op, (q, k, v, codebook, codes, bias, mask, None, 0.5, causal, 3, activation, "exact", "cluster", 0)
+        op,
+        attention_arguments(
+            q, k, v, codebook, codes, bias=bias, key_padding_mask=mask, causal=causal, window=3, activation=activation
+        ),
     )
-    torch.library.opcheck(
-        op, (q, k, v, codebook, codes, None, None, None, 0.5, causal, 0, activation, "exact", "window", 0)
-    )
+    options = {"causal": causal, "window": 0, "activation": activation, "key_grad": "window"}
+    torch.library.opcheck(op, attention_arguments(q, k, v, codebook, codes, **options))
 
 
 @pytest.mark.parametrize("causal", [False, True])
@@ -201,10 +204,10 @@ def test_memory_is_linear_in_the_length():
         q, k, v = (torch.randn(1, 1, length, 8) for _ in range(3))
         codebook, codes = torch.randn(1, 64, 8), torch.randint(64, (1, 1, length))
         bias = torch.zeros(1, 16 if causal else 31)
-        arguments = (q, k, v, codebook, codes, bias, None, None, 0.3, causal, 16, "softmax", "exact", "cluster", 0)
+        arguments = attention_arguments(q, k, v, codebook, codes, bias=bias, scale=0.3, causal=causal, window=16)
         with LargestTensor() as mode:
-            out, lse = ops.torch.attention.vq_attention(*arguments)
-            ops.torch.attention_backward.vq_attention_backward(torch.ones_like(out), out, lse, *arguments)
+            out, normalizers = torch.ops.longvq_torch.vq_attention(*arguments)
+            torch.ops.longvq_torch.vq_attention_backward(torch.ones_like(out), out, normalizers, *arguments)
         return mode.bytes
 
     for causal in (False, True):

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from longvq_layers import ops
 from tests.native import threads
+from tests.operator_calls import attention_arguments
 from tests.strategies import attention_cases
 
 EPSILON = {torch.bfloat16: 2**-8, torch.float16: 2**-11}
@@ -179,7 +180,7 @@ def test_fake_results_are_like_real_ones_and_wrong_calls_raise():
     leaves, codebook, _ = drawn(True, 9, length=100)
     q, k, v, bias = (x.detach() for x in leaves.values())
     codes = ops.vq_assign(k, codebook)
-    arguments = (q, k, v, codebook, codes, bias, None, None, 0.25, True, 9, "softmax", "exact", "cluster", 0)
+    arguments = attention_arguments(q, k, v, codebook, codes, bias=bias, scale=0.25, causal=True, window=9)
     out, normalizers = torch.ops.longvq.vq_attention(*arguments)
     backward = torch.ops.longvq.vq_attention_backward.default
     right = [torch.randn_like(out), out, normalizers, *arguments]

@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from longvq_layers import ops
+from tests.operator_calls import attention_arguments
 from tests.strategies import AttentionCase, attention_cases
 from tests.tolerances import assert_close
 
@@ -144,10 +145,10 @@ def test_each_key_learns_from_its_own_pairs():
 
 @pytest.mark.parametrize("namespace", ["longvq_torch", "longvq"])
 def test_opcheck(namespace):
-    q, k, v = (torch.randn(1, 2, 20, d, requires_grad=True) for d in (7, 7, 4))
-    codebook = torch.nn.functional.pad(torch.randn(2, 6, 3), (4, 0))
-    codes = ops.vq_assign(k.detach(), codebook)
-    arguments = (q, k, v, codebook, codes, None, None, None, 0.5, True, 5, "softmax", "exact", "cluster", 4)
+    q, k, v, far_q, far_k = (torch.randn(1, 2, 20, d, requires_grad=True) for d in (4, 4, 4, 3, 3))
+    codebook = torch.randn(2, 6, 3)
+    codes = ops.vq_assign(far_k.detach(), codebook)
+    arguments = attention_arguments(q, k, v, codebook, codes, far_q=far_q, far_k=far_k, causal=True, window=5)
     torch.library.opcheck(getattr(torch.ops, namespace).vq_attention.default, arguments)
 
 
@@ -181,7 +182,7 @@ def test_wrong_arguments(changes, error, message):
 def test_wrong_direct_calls_raise():
     q, k, v, codebook = torch.randn(1, 1, 5, 4), torch.randn(1, 1, 5, 4), torch.randn(1, 1, 5, 3), torch.randn(1, 6, 4)
     codes = torch.zeros(1, 1, 5, dtype=torch.int64)
-    call = torch.ops.longvq.vq_attention
-    for local_keys, near_dim in (("exact", 4), ("exact", -1), ("quantized", 2)):
-        with pytest.raises(RuntimeError, match="near_dim"):
-            call(q, k, v, codebook, codes, None, None, None, 0.5, False, 2, "softmax", local_keys, "cluster", near_dim)
+    for wrong in ({"far_k": None}, {"far_q": None}, {"far_q": q[..., :3]}, {"local_keys": "quantized"}):
+        arguments = attention_arguments(q, k, v, codebook, codes, **{"far_q": q, "far_k": k, **wrong})
+        with pytest.raises(RuntimeError, match="far_q"):
+            torch.ops.longvq.vq_attention(*arguments)

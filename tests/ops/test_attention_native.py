@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from longvq_layers import ops
 from tests.native import threads
+from tests.operator_calls import attention_arguments
 from tests.strategies import attention_cases
 
 FLOOR = 2e-6  # relative: rounding of inputs and of the result itself
@@ -155,17 +156,17 @@ def test_rows_are_independent_of_the_batch_and_the_future(causal):
 def test_keys_that_no_head_looks_at_have_no_gradients():
     q, k, v = torch.randn(1, 0, 5, 4), torch.randn(1, 1, 5, 4), torch.randn(1, 1, 5, 3)
     codes = torch.zeros(1, 1, 5, dtype=torch.int64)
-    args = (q, k, v, torch.randn(1, 6, 4), codes, None, None, None, 0.5, False, 2, "softmax", "exact", "cluster", 0)
+    args = attention_arguments(q, k, v, torch.randn(1, 6, 4), codes)
     out, normalizers = torch.ops.longvq.vq_attention(*args)
     torch.empty(1000).fill_(3.0)  # what uninitialised memory may find
-    _, dk, dv, _ = torch.ops.longvq.vq_attention_backward(out, out, normalizers, *args)
+    _, dk, dv, *_ = torch.ops.longvq.vq_attention_backward(out, out, normalizers, *args)
     assert not dk.any() and not dv.any()
 
 
 def test_wrong_direct_calls_raise():
     q, k, v, codebook = torch.randn(1, 2, 5, 4), torch.randn(1, 1, 5, 4), torch.randn(1, 1, 5, 3), torch.randn(1, 6, 4)
     codes = torch.zeros(1, 1, 5, dtype=torch.int64)
-    right = [q, k, v, codebook, codes, None, None, None, 0.5, False, 2, "softmax", "exact", "cluster", 0]
+    right = attention_arguments(q, k, v, codebook, codes)
     torch.ops.longvq.vq_attention(*right)
     for place, wrong, message in (
         (0, q.double(), "float32"),
@@ -175,6 +176,10 @@ def test_wrong_direct_calls_raise():
         (4, codes.int(), "int64"),
         (5, torch.randn(2, 2), "bias must be"),
         (6, torch.zeros(1, 4, dtype=torch.bool), "key_padding_mask must be"),
+        (12, -1, "window must be at least 0, got -1"),
+        (13, 2, "activation must be 0 or 1, got 2"),
+        (14, -1, "local_keys must be 0 or 1, got -1"),
+        (15, 2, "key_grad must be 0 or 1, got 2"),
     ):
         arguments = list(right)
         arguments[place] = wrong

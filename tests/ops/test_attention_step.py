@@ -43,6 +43,32 @@ def test_codes_are_those_of_the_nearest_codewords(case, backend):
     assert_close(case.pieces(backend, codes=None)[0], case.pieces(backend)[0], "out")
 
 
+@pytest.mark.parametrize("backend", (*BACKENDS, "native"))
+@pytest.mark.parametrize("window", [0, 1, 7])
+@pytest.mark.parametrize("given_codes", [False, True])
+def test_other_queries_and_keys_outside_the_window(backend, window, given_codes):
+    dtype = torch.float32 if backend == "native" else torch.float64
+    q, k, v, _ = sequence(2, 4, 70, kv_heads=2, dtype=dtype)
+    _, far_k, _, codebook = sequence(2, 2, 70, width=5, dtype=dtype)
+    far_q = torch.randn(2, 4, 70, 5, dtype=dtype)
+    codes = ops.vq_assign(far_k, codebook)
+    state = ops.vq_attention_state(2, codebook, window=window, value_dim=8, key_dim=8, local_keys="exact")
+    assert state.ring_keys.shape[3] == (8 if window else 0)
+    pieces = []
+    for first, last in ((0, 40), (40, 41), (41, 70)):
+        at = slice(first, last)
+        pieces.append(
+            ops.vq_attention_step(
+                *(x[:, :, at] for x in (q, k, v)), codebook, state, far_q=far_q[:, :, at], far_k=far_k[:, :, at],
+                codes=codes[:, :, at] if given_codes else None, backend=backend,
+            )
+        )  # fmt: skip
+    expected = ops.vq_attention(
+        q, k, v, codebook, far_q=far_q, far_k=far_k, causal=True, window=window, local_keys="exact", backend="reference"
+    )
+    assert_close(torch.cat(pieces, 2), expected, "out")
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_blocks_of_a_long_piece(backend):
     q, k, v, codebook = sequence(length=600)
@@ -172,9 +198,9 @@ def test_opcheck(namespace, length, codes):
     ops.vq_attention_step(q, k, v, codebook, state)
     op = getattr(torch.ops, namespace).vq_attention_step.default
     z, bias, mask = ops.vq_assign(k, codebook) if codes else None, torch.randn(4, 4), torch.rand(2, length) < 0.3
-    torch.library.opcheck(op, (q, k, v, codebook, z, bias, mask, *state.tensors(), 0.5, 4, "softmax"))
+    torch.library.opcheck(op, (q, k, v, codebook, z, bias, mask, None, None, *state.tensors(), 0.5, 4, 0))
     empty = ops.vq_attention_state(2, codebook)
-    torch.library.opcheck(op, (q, k, v, codebook, z, None, None, *empty.tensors(), 0.5, 0, "laplace"))
+    torch.library.opcheck(op, (q, k, v, codebook, z, None, None, None, None, *empty.tensors(), 0.5, 0, 1))
 
 
 @pytest.mark.parametrize("backend", ["torch", "auto"])
@@ -246,6 +272,12 @@ BAD = {
     "batch": ({x: Z(2, 2, 1, 8) for x in "qkv"}, ValueError, "k and v must have"),
     "key-value heads": ({x: Z(1, 1, 1, 8) for x in "qkv"}, ValueError, "k and v must have"),
     "codes of the codebook": (dict(codebook=Z(2, 5, 8)), ValueError, "codebook must have shape"),
+    "far_q alone": (dict(far_q=Z(1, 2, 1, 8)), ValueError, "far_k must be given with far_q"),
+    "width of far_k": (
+        dict(far_q=Z(1, 2, 1, 7), far_k=Z(1, 2, 1, 7)),
+        ValueError,
+        "that of the state and the D of far_k",
+    ),
     "float64": ({x: Z(1, 2, 1, 8).double() for x in "qkv"}, TypeError, "the state must be torch.float64"),
     "state": (dict(state=Z(3)), TypeError, "state must be a VQAttentionState"),
     "bias": (dict(bias=Z(2, 4)), ValueError, "bias must have shape"),

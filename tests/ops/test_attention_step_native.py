@@ -103,6 +103,8 @@ GOOD = {
     "codes": torch.zeros(2, 2, 3, dtype=torch.int64),
     "bias": torch.zeros(4, 3),
     "mask": torch.zeros(2, 3, dtype=torch.bool),
+    "far_q": None,
+    "far_k": None,
     "far_sums": torch.zeros(2, 2, 7, 5),
     "far_counts": torch.zeros(2, 2, 7, dtype=torch.int64),
     "ring_codes": torch.zeros(2, 2, 2, dtype=torch.int64),
@@ -111,7 +113,7 @@ GOOD = {
     "lengths": torch.full((2,), 9),
     "scale": 0.5,
     "window": 3,
-    "activation": "softmax",
+    "activation": 0,
 }
 BAD = {
     "double q": {"q": GOOD["q"].double()},
@@ -135,6 +137,9 @@ BAD = {
     "values": {"ring_values": GOOD["ring_values"].double()},
     "lengths": {"lengths": torch.zeros(1, dtype=torch.int64)},
     "negative lengths": {"lengths": torch.full((2,), -1)},
+    "far_q alone": {"far_q": GOOD["q"]},
+    "narrow far_q": {"far_q": GOOD["q"][..., :5], "far_k": GOOD["k"][..., :5]},
+    "activation": {"activation": 2},
 }
 
 
