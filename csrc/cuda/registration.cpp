@@ -2,7 +2,7 @@
 // operators of the same form in a namespace of their own.
 #include <torch/csrc/stable/library.h>
 
-#include "../export.h"
+#include "../common/export.h"
 #include "operators.h"
 
 #ifdef LONGVQ_ON_HOST
