@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from torch import Tensor
 
 from longvq_layers import ops
-from tests.operator_calls import attention_arguments
+from tests.ops.vq.operator_calls import attention_arguments
 from tests.strategies import attention_cases, scan_cases
 from tests.tolerances import assert_close
 

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from longvq_layers import ops
-from tests.stream import stream_cases
+from tests.ops.vq.stream import stream_cases
 from tests.tolerances import assert_close
 
 BACKENDS = ("reference", "torch")

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from longvq_layers import ops
 from tests.native import threads
-from tests.operator_calls import attention_arguments
+from tests.ops.vq.operator_calls import attention_arguments
 from tests.strategies import attention_cases
 
 FLOOR = 2e-6  # relative: rounding of inputs and of the result itself

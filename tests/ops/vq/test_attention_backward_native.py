@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from longvq_layers import ops
 from tests.native import threads
-from tests.operator_calls import attention_arguments
+from tests.ops.vq.operator_calls import attention_arguments
 from tests.strategies import attention_cases
 
 EPSILON = {torch.bfloat16: 2**-8, torch.float16: 2**-11}

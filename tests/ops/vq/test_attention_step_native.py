@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from longvq_layers import ops
 from tests.native import threads
-from tests.stream import stream_cases
+from tests.ops.vq.stream import stream_cases
 
 FLOOR = 4e-6  # relative: rounding of inputs and of the result itself
 

@@ -7,7 +7,7 @@ import pytest
 
 from longvq_layers.ops._attention_options import Activation, AttentionOptions, KeyGrad, LocalKeys
 
-HEADER = Path(__file__).parents[2] / "csrc" / "vq" / "attention_options.h"
+HEADER = Path(__file__).parents[3] / "csrc" / "vq" / "attention_options.h"
 
 
 @pytest.mark.parametrize("choices", [Activation, LocalKeys, KeyGrad])

@@ -7,7 +7,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from longvq_layers import ops
 from tests.largest import LargestTensor
-from tests.operator_calls import attention_arguments
+from tests.ops.vq.operator_calls import attention_arguments
 from tests.strategies import attention_cases
 from tests.tolerances import assert_close
 
