@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from longvq_layers import ops
-from tests.operator_calls import attention_arguments
+from tests.ops.vq.operator_calls import attention_arguments
 from tests.strategies import AttentionCase, attention_cases
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -10,7 +10,7 @@ import torch
 
 from longvq_layers import _extension
 from longvq_layers.ops import _cuda_limits, _dispatch
-from tests.operator_calls import attention_arguments
+from tests.ops.vq.operator_calls import attention_arguments
 
 CUDA = torch.device("cuda")
 
