@@ -163,7 +163,7 @@ def test_opcheck(namespace):
         ({"far_k": torch.randn(1, 2, 9, 3).double()}, TypeError, "far_k must have the dtype of q"),
         ({"far_q": "x"}, TypeError, "far_q"),
         ({"codebook": torch.randn(2, 4, 5)}, ValueError, "D = 3 of far_k"),
-        ({"local_keys": "quantized"}, ValueError, 'far_q needs local_keys="exact"'),
+        ({"local_keys": "quantized"}, ValueError, 'local_keys must be "exact" with far_q'),
     ],
 )
 def test_wrong_arguments(changes, error, message):
