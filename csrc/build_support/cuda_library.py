@@ -27,6 +27,7 @@ import shared_memory
 from find_torch import Torch, find_torch
 from native_library import CACHE, CUDA, ROOT, BuildError, Compiler
 
+ON_HOST = Path("csrc", CUDA, "on_host")
 LIBRARY = "lib/liblongvq_cuda.so"  # inside the package
 ARCHITECTURES = "8.0+PTX;9.0a"  # of TORCH_CUDA_ARCH_LIST, if it isn't set: Ampere, Hopper, what comes after
 NVCC_FLAGS = ["-std=c++17", "-O3", "--expt-relaxed-constexpr", "-Xcompiler=-fPIC,-fvisibility=hidden"]
@@ -108,7 +109,7 @@ def build(more_flags: Sequence[str] = ()) -> tuple[Path, dict[str, object], list
             log.write_text(native_library.run([*arguments, "-c", str(source)], target))
         return target, log.read_text()
 
-    inputs = [*native_library.sources("*.cu"), *_sources_of_operators()]
+    inputs = [*native_library.sources("*.cu"), *_operator_sources()]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         objects, logs = zip(*pool.map(compile_source, inputs), strict=True)
     library = native_library.link([nvcc, "-ccbin", command[0]], torch, LINK_FLAGS, CACHE, objects, "longvq_cuda")
@@ -128,7 +129,7 @@ def on_host() -> Path:
     setting = native_library.setting_of(compiler, torch, flags, native_library.sources("*.h"))
     (ROOT / CACHE).mkdir(parents=True, exist_ok=True)
     jobs = [(source, ["-x", "c++"]) for source in native_library.sources("*.cu")]
-    jobs += [(source, []) for source in _sources_of_operators() + native_library.sources(f"{CUDA}/on_host/*.cpp")]
+    jobs += [(source, []) for source in _operator_sources() + native_library.sources(f"{CUDA}/on_host/*.cpp")]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         objects = list(
             pool.map(lambda job: native_library.compile_cpp(compiler, torch, flags, CACHE, setting, *job), jobs)
@@ -148,8 +149,8 @@ def kernels_of(log: str) -> list[Kernel]:
     return found
 
 
-def _sources_of_operators() -> list[Path]:
-    return native_library.sources(f"{CUDA}/*.cpp")
+def _operator_sources() -> list[Path]:
+    return [source for source in native_library.sources(f"{CUDA}/**/*.cpp") if ON_HOST not in source.parents]
 
 
 def _nvcc_version(nvcc: str) -> str:

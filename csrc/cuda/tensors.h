@@ -10,7 +10,7 @@
 #include <optional>
 
 #include "../element_type.h"
-#include "launch.h"
+#include "common/params.h"
 
 namespace longvq::cuda {
 

@@ -9,7 +9,7 @@
 #include <cstring>
 #include <typeinfo>
 
-#include "../launch.h"
+#include "../common/params.h"
 #include "block.h"
 
 #define LONGVQ_DEVICE inline
