@@ -1,5 +1,5 @@
-// What the kernels of this folder need of the machine they are compiled for: a GPU (nvcc), or the host that runs the
-// same kernels thread by thread in tests (any C++17 compiler, see on_host/block.h).
+// The instructions that the kernels use: of a GPU, compiled by nvcc, or of the host, where tests run the same kernels
+// thread by thread (any C++17 compiler; see on_host/block.h).
 #pragma once
 
 #include <cmath>
@@ -7,7 +7,7 @@
 #include <cstdint>
 #include <cstring>
 
-#include "params.h"
+#include "status.h"
 
 #ifdef __CUDACC__
 
@@ -29,7 +29,7 @@ LONGVQ_DEVICE uint32_t shared_address(const void* pointer) {
 LONGVQ_DEVICE float shuffle_xor(float x, int mask) {
   return __shfl_xor_sync(0xffffffffu, x, mask);
 }
-// From the lane `by` below; the lowest lanes keep their own.
+// The value of the lane `by` below. The lowest `by` lanes get their own.
 LONGVQ_DEVICE float shuffle_up(float x, int by) {
   return __shfl_up_sync(0xffffffffu, x, by);
 }
@@ -43,11 +43,11 @@ LONGVQ_DEVICE int shuffle_xor(int x, int mask) {
   return __shfl_xor_sync(0xffffffffu, x, mask);
 }
 
-// A bit for each lane of the warp.
+// Bit l of the result is the `x` of lane l.
 LONGVQ_DEVICE uint32_t ballot(bool x) {
   return __ballot_sync(0xffffffffu, x);
 }
-// The number of the lowest bit that is set, −1 if none is.
+// The index of the lowest bit that is set, −1 if none is.
 LONGVQ_DEVICE int lowest_bit(uint32_t bits) {
   return __ffs(static_cast<int>(bits)) - 1;
 }
@@ -56,14 +56,16 @@ LONGVQ_DEVICE void synchronize_warp() {
   __syncwarp();
 }
 
-// The compiler must take x for another number than before: what is computed from it isn't kept in registers meanwhile.
-LONGVQ_DEVICE void forget(int& x) {
+// Optimisation barrier: the compiler assumes that x changed. It computes values derived from x again, instead of
+// keeping them in registers.
+LONGVQ_DEVICE void hide_from_optimizer(int& x) {
   asm volatile("" : "+r"(x));
 }
 
+// With a relative error of about 2^-22 (2 + |x|).
 LONGVQ_DEVICE float fast_exponential(float x) {
   return __expf(x);
-}  // to about 2^-22 (2 + |x|)
+}
 
 LONGVQ_DEVICE double cosine_of_pi(double x) {
   return cospi(x);
@@ -79,25 +81,28 @@ LONGVQ_DEVICE uint32_t to_bits(float x) {
   return __float_as_uint(x);
 }
 
-// 16 bytes of global memory in one access, at a multiple of 16.
-LONGVQ_DEVICE void store_together(void* to, const uint32_t (&x)[4]) {
+// Writes 16 bytes of global memory in one access; `to` must be a multiple of 16.
+LONGVQ_DEVICE void store_16_bytes(void* to, const uint32_t (&x)[4]) {
   asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(x[0]), "r"(x[1]), "r"(x[2]), "r"(x[3])
                : "memory");
 }
 
-// Copies the first `bytes` of 16 from global to shared memory and makes the others zero, asynchronously.
-LONGVQ_DEVICE void copy_later(void* target, const void* source, int bytes) {
+// Copies `bytes` bytes from global to shared memory, asynchronously, and fills them up with zeros to 16.
+LONGVQ_DEVICE void copy_async(void* target, const void* source, int bytes) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(target)), "l"(source), "r"(bytes)
                : "memory");
 }
+// Puts the copies that this thread has started since the last call into a group.
 LONGVQ_DEVICE void commit_copies() {
   asm volatile("cp.async.commit_group;" ::: "memory");
 }
+// Waits for all groups of this thread but the NEWEST ones.
 template <int NEWEST>
 LONGVQ_DEVICE void wait_for_copies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(NEWEST) : "memory");
 }
 
+// Loads four matrices of 8 × 8 16-bit numbers: lane l gives the address of row l % 8 of matrix l / 8.
 LONGVQ_DEVICE void load_matrices(uint32_t (&out)[4], const void* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3])
@@ -111,6 +116,7 @@ LONGVQ_DEVICE void load_matrices_transposed(uint32_t (&out)[4], const void* row)
                : "memory");
 }
 
+// c += a · b: a (16, 16), b (16, 8), c (16, 8).
 LONGVQ_DEVICE void multiply_add_bfloat16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   asm volatile(
       "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
@@ -126,7 +132,7 @@ LONGVQ_DEVICE void multiply_add_half(float (&c)[4], const uint32_t (&a)[4], uint
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-// Two numbers rounded to 16 bits, the first in the low half.
+// Rounds two numbers to 16 bits; the first is in the low half of the result.
 LONGVQ_DEVICE uint32_t round_to_bfloat16(float first, float second) {
   uint32_t out;
   asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(out) : "f"(second), "f"(first));
@@ -147,7 +153,8 @@ inline const char* error_text(int error) {
   return cudaGetErrorString(static_cast<cudaError_t>(error));
 }
 
-// Runs the kernel; 0, or the error of the CUDA runtime.
+// Launches the kernel. Returns 0, an error of the CUDA runtime, or kUnsupported where it needs more shared memory than
+// the GPU has.
 template <auto KERNEL, typename... Arguments>
 int launch(dim3 grid, int threads, size_t shared_bytes, void* stream, const Arguments&... arguments) {
   if (shared_bytes > 0) {
@@ -157,19 +164,21 @@ int launch(dim3 grid, int threads, size_t shared_bytes, void* stream, const Argu
       error = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
     }
     if (error == cudaSuccess && shared_bytes > static_cast<size_t>(most)) {
-      return kNotCovered;
+      return kUnsupported;
     }
     if (error == cudaSuccess) {
-      // A permission, of the function: as much as there is, since other threads may launch it with other sizes.
+      // This limit belongs to the kernel, not to the launch. Other host threads may launch the kernel with other sizes
+      // at the same time, so the limit is always the largest.
       error = cudaFuncSetAttribute(KERNEL, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
     }
     if (error == cudaSuccess) {
-      // So that all blocks which fit into it may run: the driver may keep more of it for a cache.
+      // Asks the driver for the most shared memory, so that as many blocks as possible run at once. By default it may
+      // use more for the cache.
       error =
           cudaFuncSetAttribute(KERNEL, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
     }
     if (error != cudaSuccess) {
-      cudaGetLastError();  // not to be found by the next launch
+      cudaGetLastError();  // clears the error, which the next launch would report
       return error;
     }
   }

@@ -1,19 +1,20 @@
-// From sizes and types known at run time to those a kernel was compiled for.
+// Chooses the compiled kernel for sizes and dtypes known only at run time.
 #pragma once
 
 #include <type_traits>
 
+#include "../../elements.h"
 #include "dtypes.h"
-#include "params.h"
+#include "status.h"
 
 namespace longvq::cuda {
 
 template <int VALUE>
 using Constant = std::integral_constant<int, VALUE>;
 
-// call(an element of that type)
+// Returns call(an element of that dtype).
 template <typename Call>
-int for_element(ElementType type, const Call& call) {
+int for_dtype(ElementType type, const Call& call) {
   switch (type) {
     case ElementType::kFloat:
       return call(float{});
@@ -22,35 +23,27 @@ int for_element(ElementType type, const Call& call) {
     case ElementType::kHalf:
       return call(Half{});
   }
-  return kNotCovered;
+  return kUnsupported;
 }
 
-// call(Constant<columns>) with enough columns.
-template <typename Call>
-int for_depth(int64_t depth, const Call& call) {
-  if (depth > kMaxDepth) {
-    return kNotCovered;
+// Returns call(Constant<columns>) with the least of 64, 128 and 256 columns, up to MOST, that holds `columns`.
+template <int MOST, typename Call>
+int for_padded_columns(int64_t columns, const Call& call) {
+  if (columns <= 64) {
+    return call(Constant<64>{});
   }
-  switch (padded_depth(depth)) {
-    case 64:
-      return call(Constant<64>{});
-    case 128:
-      return call(Constant<128>{});
-    default:
+  if (columns <= 128) {
+    return call(Constant<128>{});
+  }
+  if constexpr (MOST == 256) {
+    if (columns <= 256) {
       return call(Constant<256>{});
+    }
   }
+  return kUnsupported;
 }
 
-// Whether all rows of these 16-bit numbers begin at multiples of 16 bytes.
-inline bool aligned(const void* data, ElementType type, std::initializer_list<int64_t> strides) {
-  bool so = type != ElementType::kFloat && reinterpret_cast<uintptr_t>(data) % 16 == 0;
-  for (int64_t stride : strides) {
-    so = so && stride % 8 == 0;
-  }
-  return so;
-}
-
-// A grid has so many blocks along y and z.
+// The most blocks of a grid along y and z.
 constexpr int64_t kMaxGrid = 65535;
 
 constexpr int64_t divide_up(int64_t x, int64_t unit) {

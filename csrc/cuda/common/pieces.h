@@ -1,34 +1,28 @@
-// Pieces of sequences: what a block of threads takes of a row of the batch or of a document, see Sequences.
+// Sequences, and the pieces that blocks of threads work on: `unit` consecutive positions of one sequence.
 //
-// Pieces of document n begin at number n + ⌊offsets[n] / unit⌋. Since ⌈(b − a) / unit⌉ ≤ ⌊b / unit⌋ − ⌊a / unit⌋ + 1,
-// each has as many as it needs before the next one's, and no sum over the documents before is needed to find them.
+// The pieces in a row of the tensors are numbered. Those of document n begin at number n + ⌊offsets[n] / unit⌋. Since
+// ⌈(b − a) / unit⌉ ≤ ⌊b / unit⌋ − ⌊a / unit⌋ + 1, every document has enough numbers before the next one begins, and a
+// block finds its document without a sum over the documents before. Some numbers have no piece.
 #pragma once
 
 #include "device.h"
-#include "params.h"
+#include "sequences.h"
 
 namespace longvq::cuda {
 
 struct Sequence {
-  int64_t number, batch;  // among all sequences, and the row of the tensors it is in
-  int64_t start, length;  // there
+  int64_t number;         // among all sequences
+  int64_t batch;          // the row of the tensors that it is in
+  int64_t start, length;  // in that row
 
-  // The number of its first piece in its row.
+  // The number of its first piece in that row.
   LONGVQ_DEVICE int64_t first_piece(const Sequences& s, int64_t unit) const {
     return s.offsets == nullptr ? 0 : number + start / unit;
   }
 };
 
-// The number of its first far field in its row, of which a causal one has none for its first block of queries.
-LONGVQ_DEVICE int64_t first_far_field(const Sequences& s, const Sequence& of, bool causal, bool all_far) {
-  if (all_far) {
-    return s.offsets == nullptr ? 0 : of.number;
-  }
-  return causal ? of.start / kFarBlock - 1 : of.first_piece(s, kFarBlock);
-}
-
 LONGVQ_DEVICE int64_t start_of(const Sequences& s, int64_t document) {
-  // Offsets that a caller made up must not become addresses.
+  // Nobody has checked the values of the offsets: wrong ones must not become addresses.
   return min(max(static_cast<int64_t>(s.offsets[document]), int64_t{0}), s.length);
 }
 
@@ -40,7 +34,7 @@ LONGVQ_DEVICE Sequence sequence_of(const Sequences& s, int64_t number) {
   return {number, 0, start, max(start_of(s, number + 1) - start, int64_t{0})};
 }
 
-// The last document that begins at or before piece `number`: of a unit of 0, before that position.
+// The last document that begins at or before piece `number`. With a unit of 0: at or before position `number`.
 LONGVQ_DEVICE int64_t find_document(const Sequences& s, int64_t unit, int64_t number) {
   int64_t low = 0, high = s.documents;
   while (high - low > 1) {
@@ -51,11 +45,11 @@ LONGVQ_DEVICE int64_t find_document(const Sequences& s, int64_t unit, int64_t nu
 }
 
 struct Piece {
-  Sequence of;
+  Sequence sequence;
   int64_t index;  // in its sequence
 
-  // Of an empty sequence there is the first piece, which is empty.
-  LONGVQ_DEVICE bool there(int64_t unit) const { return index == 0 || index * unit < of.length; }
+  // An empty sequence has one piece, which is empty.
+  LONGVQ_DEVICE bool exists(int64_t unit) const { return index == 0 || index * unit < sequence.length; }
 };
 
 // Piece `number` of a row of the tensors.
@@ -63,11 +57,11 @@ LONGVQ_DEVICE Piece piece_of(const Sequences& s, int64_t unit, int64_t number, i
   if (s.offsets == nullptr) {
     return {sequence_of(s, batch), number};
   }
-  const Sequence of = sequence_of(s, find_document(s, unit, number));
-  return {of, max(number - of.first_piece(s, unit), int64_t{0})};
+  const Sequence sequence = sequence_of(s, find_document(s, unit, number));
+  return {sequence, max(number - sequence.first_piece(s, unit), int64_t{0})};
 }
 
-// The sequence that a position of a row of the tensors is in.
+// The sequence of a position in a row of the tensors.
 LONGVQ_DEVICE Sequence sequence_at(const Sequences& s, int64_t position, int64_t batch) {
   return sequence_of(s, s.offsets == nullptr ? batch : find_document(s, 0, position));
 }

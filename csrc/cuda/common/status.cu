@@ -1,5 +1,6 @@
+#include "status.h"
+
 #include "device.h"
-#include "params.h"
 
 namespace longvq::cuda {
 

@@ -1,54 +1,57 @@
-// Tiles of 16-bit numbers in shared memory, the operands of tensor cores, and products of them.
+// Tiles of 16-bit numbers in shared memory, which are the operands of tensor cores, and their products.
+//
+// A fragment is a lane's share of a matrix in registers, as mma.m16n8k16 defines it. A result of (16, 8) numbers is a
+// float[4]: rows g and g + 8, columns 2t and 2t + 1, with g = lane / 4 and t = lane % 4.
 #pragma once
 
 #include "dtypes.h"
 
 namespace longvq::cuda {
 
-// Rows of COLUMNS numbers, a multiple of 16, in PARTS copies, one for each part of the numbers. Rows are an odd number
-// of 16-byte units apart, so that the eight rows of a matrix load lie in different banks.
-template <int ROWS, int COLUMNS, int PARTS>
+// A matrix (ROWS, COLUMNS) for each of TERMS terms; COLUMNS is a multiple of 16. Rows are an odd number of 16-byte
+// units apart, so that the eight rows of a matrix load lie in different banks.
+template <int ROWS, int COLUMNS, int TERMS>
 struct Tile {
-  static constexpr int kRows = ROWS, kColumns = COLUMNS, kParts = PARTS;
+  static constexpr int kRows = ROWS, kColumns = COLUMNS, kTerms = TERMS;
   static constexpr int kPitch = COLUMNS + 8;
-  static constexpr size_t kBytes = sizeof(uint16_t) * PARTS * ROWS * kPitch;
+  static constexpr size_t kBytes = sizeof(uint16_t) * TERMS * ROWS * kPitch;
 
   uint16_t* data;
 
-  LONGVQ_DEVICE uint16_t* at(int part, int row, int column) const {
-    return data + (part * ROWS + row) * kPitch + column;
+  LONGVQ_DEVICE uint16_t* at(int term, int row, int column) const {
+    return data + (term * ROWS + row) * kPitch + column;
   }
 };
 
-// The first operand of a product: rows `row` .. + 16, columns `column` .. + 16.
+// Loads the left operand of a product: rows row .. row + 16, columns column .. column + 16 of the tile.
 template <typename T>
-LONGVQ_DEVICE void load_left(uint32_t (&out)[4], const T& tile, int part, int row, int column) {
+LONGVQ_DEVICE void load_left(uint32_t (&out)[4], const T& tile, int term, int row, int column) {
   const int lane = threadIdx.x % 32;
-  load_matrices(out, tile.at(part, row + lane % 16, column + lane / 16 * 8));
+  load_matrices(out, tile.at(term, row + lane % 16, column + lane / 16 * 8));
 }
 
-// The second operand, of which the tile has the columns as rows: two times 8 rows, 16 columns.
-// out[0], out[1]: the first 8 rows; out[2], out[3]: the others.
+// Loads two right operands from a tile that holds their transposes: rows row .. row + 16, columns column .. column + 16
+// of the tile. The first 8 rows become out[0] and out[1], the others out[2] and out[3].
 template <typename T>
-LONGVQ_DEVICE void load_right_rows(uint32_t (&out)[4], const T& tile, int part, int row, int column) {
+LONGVQ_DEVICE void load_right_transposed(uint32_t (&out)[4], const T& tile, int term, int row, int column) {
   const int lane = threadIdx.x % 32;
-  load_matrices(out, tile.at(part, row + lane % 8 + lane / 16 * 8, column + lane / 8 % 2 * 8));
+  load_matrices(out, tile.at(term, row + lane % 8 + lane / 16 * 8, column + lane / 8 % 2 * 8));
 }
 
-// The second operand as the tile has it: 16 rows, two times 8 columns.
+// Loads two right operands side by side: rows row .. row + 16, columns column .. column + 16 of the tile.
 template <typename T>
-LONGVQ_DEVICE void load_right(uint32_t (&out)[4], const T& tile, int part, int row, int column) {
+LONGVQ_DEVICE void load_right(uint32_t (&out)[4], const T& tile, int term, int row, int column) {
   const int lane = threadIdx.x % 32;
-  load_matrices_transposed(out, tile.at(part, row + lane % 16, column + lane / 16 * 8));
+  load_matrices_transposed(out, tile.at(term, row + lane % 16, column + lane / 16 * 8));
 }
 
-// Two fragments side by side, (16, 16) for each 16 rows: += the products of the first PARTS of `left` and one part of
-// `right`, the smallest first.
-template <typename Operand, int PARTS, int COUNT, int MTILES>
-LONGVQ_DEVICE void multiply_parts(
+// Adds the products of the first TERMS terms of `left` with one term of `right`, the smallest first. `out` is two
+// fragments side by side for each of MTILES times 16 rows.
+template <typename Operand, int TERMS, int COUNT, int MTILES>
+LONGVQ_DEVICE void multiply_terms(
     float (&out)[MTILES][2][4], const uint32_t (&left)[COUNT][MTILES][4], const uint32_t (&right)[4]) {
 #pragma unroll
-  for (int i = (PARTS < COUNT ? PARTS : COUNT) - 1; i >= 0; --i) {
+  for (int i = (TERMS < COUNT ? TERMS : COUNT) - 1; i >= 0; --i) {
 #pragma unroll
     for (int m = 0; m < MTILES; ++m) {
       Operand::multiply_add(out[m][0], left[i][m], right[0], right[1]);
@@ -69,15 +72,15 @@ LONGVQ_DEVICE void add_fragments(float (&out)[MTILES][NTILES][4], int n, const f
   }
 }
 
-// out += left · right, two fragments side by side from n; load(b, j) reads part j of them. Tensor cores cut off what is
-// below the last bit of the largest term, so that products of small parts have sums of their own, into which larger
-// ones come later, and what has been summed so far is added as other numbers are.
+// out += left · right for fragments n and n + 1; load(b, j) loads term j of their right operands.
+//
+// Tensor cores truncate everything below the last bit of the largest summand. So the products of several terms are
+// first summed by themselves, the smallest first, and then added to `out` in ordinary float32.
 template <typename Operand, int RIGHT, int LEFT, int MTILES, int NTILES, typename Load>
 LONGVQ_DEVICE void multiply_pair(
     float (&out)[MTILES][NTILES][4], int n, const uint32_t (&left)[LEFT][MTILES][4], const Load& load) {
-  constexpr int kLast = LEFT > RIGHT ? LEFT : RIGHT;  // of the pairs of parts those that are not below the last bit
   uint32_t b[4];
-  if constexpr (kLast == 1) {
+  if constexpr (LEFT == 1 && RIGHT == 1) {
     load(b, 0);
 #pragma unroll
     for (int m = 0; m < MTILES; ++m) {
@@ -86,27 +89,28 @@ LONGVQ_DEVICE void multiply_pair(
     }
   } else {
     float sum[MTILES][2][4] = {};
-    static_assert(RIGHT == 3, "written out, since the number of parts left of each is a constant");
+    // Of the nine products of terms only six reach the last bit. Written out: the number of terms must be a constant.
+    static_assert(RIGHT == 3, "one or three terms");
     load(b, 2);
-    multiply_parts<Operand, 1>(sum, left, b);
+    multiply_terms<Operand, 1>(sum, left, b);
     load(b, 1);
-    multiply_parts<Operand, 2>(sum, left, b);
+    multiply_terms<Operand, 2>(sum, left, b);
     load(b, 0);
-    multiply_parts<Operand, 3>(sum, left, b);
+    multiply_terms<Operand, 3>(sum, left, b);
     add_fragments(out, n, sum);
   }
 }
 
-// out += left · rightᵀ for the 16 · MTILES rows of a warp from `row` and all rows of `right`, as fragments (16, 8).
+// out += left · rightᵀ, for 16 · MTILES rows of `left` from `row` and all rows of `right`.
 template <typename Operand, int MTILES, typename Left, typename Right>
 LONGVQ_DEVICE void multiply_rows(
     float (&out)[MTILES][Right::kRows / 8][4], const Left& left, int row, const Right& right) {
-  static_assert(Left::kColumns == Right::kColumns, "both have the depth as columns");
-#pragma unroll(Left::kParts == 1 ? 2 : 1)  // all of it, and loads are moved up until registers spill
+  static_assert(Left::kColumns == Right::kColumns, "both have head_dim columns");
+#pragma unroll(Left::kTerms == 1 ? 2 : 1)  // fully unrolled, loads are hoisted until registers spill
   for (int k = 0; k < Left::kColumns; k += 16) {
-    uint32_t a[Left::kParts][MTILES][4];
+    uint32_t a[Left::kTerms][MTILES][4];
 #pragma unroll
-    for (int i = 0; i < Left::kParts; ++i) {
+    for (int i = 0; i < Left::kTerms; ++i) {
 #pragma unroll
       for (int m = 0; m < MTILES; ++m) {
         load_left(a[i][m], left, i, row + 16 * m, k);
@@ -114,50 +118,51 @@ LONGVQ_DEVICE void multiply_rows(
     }
 #pragma unroll
     for (int n = 0; n < Right::kRows; n += 16) {
-      multiply_pair<Operand, Right::kParts>(
-          out, n / 8, a, [&](uint32_t (&b)[4], int part) { load_right_rows(b, right, part, n, k); });
+      multiply_pair<Operand, Right::kTerms>(
+          out, n / 8, a, [&](uint32_t (&b)[4], int term) { load_right_transposed(b, right, term, n, k); });
     }
   }
 }
 
-// out += left · right for 16 rows of `right` from `row`, its columns from `column`; `left` as fragments (16, 16).
+// out += left · right, for rows row .. row + 16 of `right` and its columns from `column`; `left` holds (16, 16)
+// operands.
 template <typename Operand, int MTILES, int NTILES, typename Right>
 LONGVQ_DEVICE void multiply_fragments(
-    float (&out)[MTILES][NTILES][4], const uint32_t (&left)[Operand::kParts][MTILES][4], const Right& right, int row,
+    float (&out)[MTILES][NTILES][4], const uint32_t (&left)[Operand::kTerms][MTILES][4], const Right& right, int row,
     int column) {
-  static_assert(Right::kParts == Operand::kParts, "both in the same parts");
+  static_assert(Right::kTerms == Operand::kTerms, "both have the same terms");
 #pragma unroll
   for (int n = 0; n < NTILES; n += 2) {
-    multiply_pair<Operand, Right::kParts>(
-        out, n, left, [&](uint32_t (&b)[4], int part) { load_right(b, right, part, row, column + n * 8); });
+    multiply_pair<Operand, Right::kTerms>(
+        out, n, left, [&](uint32_t (&b)[4], int term) { load_right(b, right, term, row, column + n * 8); });
   }
 }
 
-// Two fragments (16, 8) of a result, side by side, become a left operand.
+// Turns two result fragments (16, 8) that lie side by side into a left operand (16, 16).
 template <typename Operand, int MTILES>
 LONGVQ_DEVICE void set_left(
-    uint32_t (&out)[Operand::kParts][MTILES][4], int m, const float (&first)[4], const float (&second)[4]) {
+    uint32_t (&out)[Operand::kTerms][MTILES][4], int m, const float (&first)[4], const float (&second)[4]) {
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    // Rows g and g + 8 of the left 8 columns, then of the right ones.
+    // Rows g and g + 8 of the first 8 columns, then of the last 8.
     const float* pair = (i < 2 ? first : second) + i % 2 * 2;
-    uint32_t parts[Operand::kParts];
-    Operand::split_pair(pair[0], pair[1], parts);
+    uint32_t terms[Operand::kTerms];
+    Operand::split_pair(pair[0], pair[1], terms);
 #pragma unroll
-    for (int p = 0; p < Operand::kParts; ++p) {
-      out[p][m][i] = parts[p];
+    for (int p = 0; p < Operand::kTerms; ++p) {
+      out[p][m][i] = terms[p];
     }
   }
 }
 
-// out += weights · right, where `weights` are fragments (16, 8) as a product leaves them.
+// out += weights · right, where `weights` are the result fragments of another product.
 template <typename Operand, int MTILES, typename Right>
 LONGVQ_DEVICE void multiply_weights(
     float (&out)[MTILES][Right::kColumns / 8][4], const float (&weights)[MTILES][Right::kRows / 8][4],
     const Right& right) {
 #pragma unroll
   for (int k = 0; k < Right::kRows; k += 16) {
-    uint32_t left[Operand::kParts][MTILES][4];
+    uint32_t left[Operand::kTerms][MTILES][4];
 #pragma unroll
     for (int m = 0; m < MTILES; ++m) {
       set_left<Operand>(left, m, weights[m][k / 8], weights[m][k / 8 + 1]);
@@ -166,55 +171,55 @@ LONGVQ_DEVICE void multiply_weights(
   }
 }
 
-// Rows of a matrix in global memory; `columns` of each exist, more are zero.
+// A matrix in global memory. Columns after `columns` are read as zero.
 template <typename Element>
 struct Rows {
   const Element* data;
   int64_t stride;
   int columns;
-  bool aligned;  // all rows begin at multiples of 16 bytes
+  bool aligned;  // whether all rows begin at multiples of 16 bytes
 };
 
-// Fills a tile by all threads of the block: its row r is row row_of(r) of `rows`, or zero if that is negative.
-// Asynchronous where that is possible; visible after wait_for_copies and __syncthreads.
+// Fills a tile; all threads of the block call this. Row r of the tile is row row_of(r) of `rows`, or zero if row_of(r)
+// is negative. Copies may be asynchronous: the tile is complete after commit_copies, wait_for_copies and __syncthreads.
 template <typename Operand, int THREADS, typename Element, typename T, typename RowOf>
 LONGVQ_DEVICE void fill(const T& tile, const Rows<Element>& rows, const RowOf& row_of) {
   constexpr int kUnits = T::kColumns / 8;
-#pragma unroll 1  // otherwise the addresses of all rounds are kept in registers
+#pragma unroll 1  // unrolled, the addresses of all rounds are kept in registers
   for (int i = threadIdx.x; i < T::kRows * kUnits; i += THREADS) {
     const int row = i / kUnits, column = i % kUnits * 8;
     const int64_t from = row_of(row);
-    const int there = from < 0 ? 0 : min(max(rows.columns - column, 0), 8);
-    const Element* source = rows.data + (there > 0 ? from * rows.stride + column : 0);
-    if constexpr (sizeof(Element) == 2 && T::kParts == 1) {
+    const int valid = from < 0 ? 0 : min(max(rows.columns - column, 0), 8);
+    const Element* source = rows.data + (valid > 0 ? from * rows.stride + column : 0);
+    if constexpr (sizeof(Element) == 2 && T::kTerms == 1) {
       if (rows.aligned) {
-        copy_later(tile.at(0, row, column), source, there * static_cast<int>(sizeof(Element)));
+        copy_async(tile.at(0, row, column), source, valid * static_cast<int>(sizeof(Element)));
         continue;
       }
     }
 #pragma unroll
     for (int c = 0; c < 8; c += 2) {
-      uint32_t parts[T::kParts];
+      uint32_t terms[T::kTerms];
       Operand::split_pair(
-          c < there ? to_float(source[c]) : 0.0f, c + 1 < there ? to_float(source[c + 1]) : 0.0f, parts);
+          c < valid ? to_float(source[c]) : 0.0f, c + 1 < valid ? to_float(source[c + 1]) : 0.0f, terms);
 #pragma unroll
-      for (int p = 0; p < T::kParts; ++p) {
-        *reinterpret_cast<uint32_t*>(tile.at(p, row, column + c)) = parts[p];
+      for (int p = 0; p < T::kTerms; ++p) {
+        *reinterpret_cast<uint32_t*>(tile.at(p, row, column + c)) = terms[p];
       }
     }
   }
 }
 
-// The same from a packed codebook of one head, (parts, codes, columns), whose row is zero where row_of(r) is negative.
+// The same from the packed codebook of one head, (terms, codes, columns).
 template <int THREADS, typename T, typename RowOf>
-LONGVQ_DEVICE void fill_packed(const T& tile, const uint16_t* parts, int64_t codes, const RowOf& row_of) {
+LONGVQ_DEVICE void fill_packed(const T& tile, const uint16_t* terms, int64_t codes, const RowOf& row_of) {
   constexpr int kUnits = T::kColumns / 8;
 #pragma unroll 1
-  for (int i = threadIdx.x; i < T::kParts * T::kRows * kUnits; i += THREADS) {
-    const int part = i / (T::kRows * kUnits), row = i / kUnits % T::kRows, column = i % kUnits * 8;
+  for (int i = threadIdx.x; i < T::kTerms * T::kRows * kUnits; i += THREADS) {
+    const int term = i / (T::kRows * kUnits), row = i / kUnits % T::kRows, column = i % kUnits * 8;
     const int64_t from = row_of(row);
-    const int64_t offset = (part * codes + max(from, int64_t{0})) * T::kColumns + column;
-    copy_later(tile.at(part, row, column), parts + offset, from < 0 ? 0 : 16);
+    const int64_t offset = (term * codes + max(from, int64_t{0})) * T::kColumns + column;
+    copy_async(tile.at(term, row, column), terms + offset, from < 0 ? 0 : 16);
   }
 }
 

@@ -1,46 +1,77 @@
-// Gradients of the scan's parameters: segments at the same time, from states that are made first, see
-// scan_differentiating.h.
+// Gradients of the scan's parameters: the kernels that make the states of segments, the gradients of each segment, and
+// their sums.
 #include "scan_gradients.h"
+
+#include <initializer_list>
 
 namespace longvq::cuda {
 namespace {
 
 template <typename Element>
-__global__ void __launch_bounds__(DifferentiatingBlock<Element>::kThreads)
-    differentiate_scan(ScanGradients g, Pass pass) {
+__global__ void __launch_bounds__(ScanGradientBlock<Element>::kThreads) differentiate_scan(ScanGradients g, Pass pass) {
   const Scan& p = g.scan;
   const Piece piece = piece_of(p, p.segment_length, blockIdx.z, blockIdx.y);
-  ScanDifferentiating<Element> differentiating(g, piece);
-  if (piece.there(p.segment_length) && !(pass == Pass::kStates && differentiating.is_last())) {
-    differentiating.run(pass);
+  ScanGradientKernel<Element> kernel(g, piece);
+  if (piece.exists(p.segment_length) && !(pass == Pass::kStates && kernel.is_last())) {
+    kernel.run(pass);
   }
 }
 
-// From the states that segments leave, starting from zero, to those that enter them.
+// In: the states that segments end with when they start from zero. Out: the states that segments start with. One thread
+// for each mode of a sequence.
 __global__ void __launch_bounds__(128) enter_gradient_segments(ScanGradients g) {
   const Scan& p = g.scan;
   const int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x, modes = p.modes.modes;
-  if (i >= p.sequences() * p.modes.channels * modes) {
+  if (i >= p.num_sequences() * p.modes.channels * modes) {
     return;
   }
   const int64_t mode = i % modes, row = i / modes, channel = row % p.modes.channels;
   const float steps = static_cast<float>(p.segment_length);
   const Complex<double> exact = decay_of(p.modes, channel, mode, steps);
-  const Number decay{static_cast<float>(exact.re), static_cast<float>(exact.im)};
-  const Sequence of = sequence_of(p, row / p.modes.channels);
-  const int width = p.modes.complex_modes ? 2 : 1;
-  Pair now{{0, 0}, {0, 0}};
+  const ComplexFloat decay{static_cast<float>(exact.re), static_cast<float>(exact.im)};
+  const Sequence sequence = sequence_of(p, row / p.modes.channels);
+  DualState now{{0, 0}, {0, 0}};
   if (p.initial_state != nullptr) {
-    now.x = {p.initial_state[i * width], p.modes.complex_modes ? p.initial_state[i * width + 1] : 0.0f};
+    now.x = read_mode<float>(p.modes, p.initial_state, i);
   }
-  const int64_t first = (of.batch * p.modes.channels + channel) * p.segments() + of.first_piece(p, p.segment_length);
-  Number* states = reinterpret_cast<Number*>(g.segment_states) + (first * modes + mode) * 2;
-  for (int64_t segment = 0; segment == 0 || segment * p.segment_length < of.length; ++segment) {
-    Number* state = states + segment * modes * 2;
-    const bool last = (segment + 1) * p.segment_length >= of.length;
-    const Pair left = last ? Pair{{0, 0}, {0, 0}} : Pair{state[0], state[1]};
+  const int64_t first =
+      (sequence.batch * p.modes.channels + channel) * p.num_segments() + sequence.first_piece(p, p.segment_length);
+  ComplexFloat* states = reinterpret_cast<ComplexFloat*>(g.segment_states) + (first * modes + mode) * 2;
+  for (int64_t segment = 0; segment == 0 || segment * p.segment_length < sequence.length; ++segment) {
+    ComplexFloat* state = states + segment * modes * 2;
+    const bool last = (segment + 1) * p.segment_length >= sequence.length;
+    const DualState left = last ? DualState{{0, 0}, {0, 0}} : DualState{state[0], state[1]};
     state[0] = now.x, state[1] = now.z;
-    now = move(decay, steps, now, left);
+    now = advance(decay, steps, now, left);
+  }
+}
+
+// Sums the gradients over the segments, in their order. One thread for each mode.
+__global__ void __launch_bounds__(128) sum_gradients(SumScanGradients p) {
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+  const int64_t count = p.modes.channels * p.modes.modes;
+  if (i < count) {
+    double sums[4] = {};
+    for (int64_t row = 0; row < p.segments; ++row) {
+#pragma unroll
+      for (int k = 0; k < 4; ++k) {
+        sums[k] += p.dmodes[(row * count + i) * 4 + k];
+      }
+    }
+    const int64_t width = p.modes.complex_modes ? 2 : 1;
+    p.dweight[i * width] = static_cast<float>(sums[0]);
+    p.dlog_decay[i * width] = static_cast<float>(sums[2]);
+    if (p.modes.complex_modes) {
+      p.dweight[i * width + 1] = -static_cast<float>(sums[1]);
+      p.dlog_decay[i * width + 1] = -static_cast<float>(sums[3]);
+    }
+  }
+  if (p.dskip_sum != nullptr && i < p.modes.channels) {
+    double sum = 0;
+    for (int64_t row = 0; row < p.segments; ++row) {
+      sum += p.dskip[row * p.modes.channels + i];
+    }
+    p.dskip_sum[i] = static_cast<float>(sum);
   }
 }
 
@@ -48,15 +79,20 @@ __global__ void __launch_bounds__(128) enter_gradient_segments(ScanGradients g) 
 
 int longvq_cuda_scan_gradients(const ScanGradients* problem, void* stream) {
   const Scan& p = problem->scan;
-  if (p.modes.modes > kScanMaxModes || p.batch > kMaxGrid || p.segments() > kMaxGrid) {
-    return kNotCovered;
+  if (p.modes.modes > kScanMaxModes || p.batch > kMaxGrid || p.num_segments() > kMaxGrid) {
+    return kUnsupported;
   }
-  return for_element(p.type, [&](auto element) {
-    using S = ScanDifferentiating<decltype(element)>;
+  return for_dtype(p.type, [&](auto element) {
+    using S = ScanGradientKernel<decltype(element)>;
     constexpr auto kernel = differentiate_scan<decltype(element)>;
     return run_segments<kernel, enter_gradient_segments, S>(
         p, *problem, problem->segment_states, S::bytes(p.modes.modes), stream);
   });
+}
+
+int longvq_cuda_sum_scan_gradients(const SumScanGradients* problem, void* stream) {
+  const dim3 grid(static_cast<unsigned>(divide_up(problem->modes.channels * problem->modes.modes, 128)));
+  return launch<sum_gradients>(grid, 128, 0, stream, *problem);
 }
 
 }  // namespace longvq::cuda

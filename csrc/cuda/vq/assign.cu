@@ -1,30 +1,30 @@
-// Nearest codewords: argmin_s ‖k − C_s‖² = argmax_s (k·C_s − ½‖C_s‖²), products on tensor cores in float32 precision.
+// Nearest codewords: argmin_s ‖k − C_s‖² = argmax_s (k·C_s − ½‖C_s‖²), with products on tensor cores in float32
+// precision.
 //
-// A block takes 64 or 128 keys, four warps with 16 rows once or twice, past all codes in tiles of 32. Nothing but the
-// codes is written.
-#include <initializer_list>
-
+// A block of four warps takes 64 or 128 keys, 16 or 32 for each warp, and visits all codes in tiles of 32.
 #include "../common/dispatch.h"
 #include "../common/tile.h"
+#include "params.h"
 
 namespace longvq::cuda {
 namespace {
 
 constexpr int kThreads = 128, kTile = 32;
 
+// One warp for each code.
 template <typename Operand>
 __global__ void __launch_bounds__(kThreads) pack_codebook(PackCodebook p) {
-  const int64_t codes = padded_codes(p.to.codes), depth = p.to.columns, head = blockIdx.y;
+  const int64_t codes = padded_codes(p.to.num_codes), columns = p.to.columns, head = blockIdx.y;
   const int64_t code = static_cast<int64_t>(blockIdx.x) * (kThreads / 32) + threadIdx.x / 32;
-  const bool there = code < p.to.codes;
+  const bool valid = code < p.to.num_codes;
   const float* from = p.from + head * p.head_stride + code * p.code_stride;
   float sum = 0;
-  for (int64_t d = threadIdx.x % 32; d < depth; d += 32) {
-    const float x = there && d < p.to.depth ? from[d * p.depth_stride] : 0.0f;
-    uint16_t parts[Operand::kParts];
-    Operand::split(x, parts);
-    for (int i = 0; i < Operand::kParts; ++i) {
-      p.to.parts[((head * Operand::kParts + i) * codes + code) * depth + d] = parts[i];
+  for (int64_t d = threadIdx.x % 32; d < columns; d += 32) {
+    const float x = valid && d < p.to.head_dim ? from[d * p.column_stride] : 0.0f;
+    uint16_t terms[Operand::kTerms];
+    Operand::split(x, terms);
+    for (int i = 0; i < Operand::kTerms; ++i) {
+      p.to.terms[((head * Operand::kTerms + i) * codes + code) * columns + d] = terms[i];
     }
     sum += x * x;
   }
@@ -32,11 +32,11 @@ __global__ void __launch_bounds__(kThreads) pack_codebook(PackCodebook p) {
     sum += shuffle_xor(sum, mask);
   }
   if (threadIdx.x % 32 == 0) {
-    p.to.half_norms[head * codes + code] = there ? 0.5f * sum : INFINITY;
+    p.to.half_norms[head * codes + code] = valid ? 0.5f * sum : INFINITY;
   }
 }
 
-// The better of two codes by their scores; of equal ones the lower.
+// Keeps the code with the higher score; of equal scores the lower code.
 LONGVQ_DEVICE void keep_better(float& score, int& code, float other, int other_code) {
   if (other > score || (other == score && other_code < code)) {
     score = other;
@@ -44,24 +44,24 @@ LONGVQ_DEVICE void keep_better(float& score, int& code, float other, int other_c
   }
 }
 
-// bfloat16 keys are one bfloat16, the others three.
+// bfloat16 keys have one bfloat16 term, other keys have three.
 template <typename Element>
-using KeyOperand = std::conditional_t<std::is_same_v<Element, BFloat16>, OneBFloat16, ThreeParts>;
+using KeyOperand = std::conditional_t<std::is_same_v<Element, BFloat16>, OneBFloat16, ThreeBFloat16>;
 
-template <typename Element, int DEPTH>
+template <typename Element, int HEAD_DIM>
 struct AssignTiles {
-  static constexpr int kBuffers = DEPTH == 256 ? 1 : 2;
-  // Rows of 16 keys for each warp: two halve what is read of the codes for each key, where memory has room for both.
-  static constexpr int kMTiles = KeyOperand<Element>::kParts == 1 && DEPTH <= 128 ? 2 : 1;
+  static constexpr int kBuffers = HEAD_DIM == 256 ? 1 : 2;
+  // Each warp has kMTiles times 16 keys. Two halve the reads of codewords for each key, if shared memory has room.
+  static constexpr int kMTiles = KeyOperand<Element>::kTerms == 1 && HEAD_DIM <= 128 ? 2 : 1;
   static constexpr int kKeys = 16 * kMTiles * (kThreads / 32);
-  using Keys = Tile<kKeys, DEPTH, KeyOperand<Element>::kParts>;
-  using Codes = Tile<kTile, DEPTH, ThreeParts::kParts>;
+  using Keys = Tile<kKeys, HEAD_DIM, KeyOperand<Element>::kTerms>;
+  using Codes = Tile<kTile, HEAD_DIM, ThreeBFloat16::kTerms>;
   static constexpr size_t kBytes = Keys::kBytes + kBuffers * Codes::kBytes;
 };
 
-template <typename Element, int DEPTH>
-__global__ void __launch_bounds__(kThreads) assign(Assign p, bool rows_aligned) {
-  using Tiles = AssignTiles<Element, DEPTH>;
+template <typename Element, int HEAD_DIM>
+__global__ void __launch_bounds__(kThreads) assign(Assign p, bool aligned) {
+  using Tiles = AssignTiles<Element, HEAD_DIM>;
   using Operand = KeyOperand<Element>;
   char* memory = shared_memory();
   const typename Tiles::Keys keys{reinterpret_cast<uint16_t*>(memory)};
@@ -71,26 +71,26 @@ __global__ void __launch_bounds__(kThreads) assign(Assign p, bool rows_aligned) 
   };
   constexpr int kMTiles = Tiles::kMTiles;
   const int64_t head = blockIdx.y, batch = blockIdx.z, first = static_cast<int64_t>(blockIdx.x) * Tiles::kKeys;
-  const int64_t padded = padded_codes(p.codebook.codes);
+  const int64_t padded = padded_codes(p.codebook.num_codes);
   const auto fill_codes = [&](int tile) {
-    const uint16_t* parts = p.codebook.parts + head * ThreeParts::kParts * padded * DEPTH;
-    fill_packed<kThreads>(codes(tile), parts, padded, [&](int row) { return tile * kTile + row; });
+    const uint16_t* terms = p.codebook.terms + head * ThreeBFloat16::kTerms * padded * HEAD_DIM;
+    fill_packed<kThreads>(codes(tile), terms, padded, [&](int row) { return tile * kTile + row; });
     commit_copies();
   };
   const float* half_norms = p.codebook.half_norms + head * padded;
-  const Element* from = static_cast<const Element*>(p.keys) + batch * p.batch_stride + head * p.head_stride;
-  const Rows<Element> rows{from, p.length_stride, static_cast<int>(p.codebook.depth), rows_aligned};
+  const Element* from = static_cast<const Element*>(p.k) + batch * p.k_strides.batch + head * p.k_strides.head;
+  const Rows<Element> rows{from, p.k_strides.length, static_cast<int>(p.codebook.head_dim), aligned};
   fill<Operand, kThreads>(keys, rows, [&](int row) { return first + row < p.length ? first + row : -1; });
   fill_codes(0);
 
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  float best[kMTiles][2];  // of rows lane / 4 and these + 8
+  float best[kMTiles][2];  // for rows lane / 4 and lane / 4 + 8
   int code[kMTiles][2] = {};
 #pragma unroll
   for (int m = 0; m < kMTiles; ++m) {
     best[m][0] = best[m][1] = -INFINITY;
   }
-  const int tiles = static_cast<int>(divide_up(p.codebook.codes, kTile));
+  const int tiles = static_cast<int>(divide_up(p.codebook.num_codes, kTile));
   for (int tile = 0; tile < tiles; ++tile) {
     if (Tiles::kBuffers == 2 && tile + 1 < tiles) {
       fill_codes(tile + 1);
@@ -99,13 +99,13 @@ __global__ void __launch_bounds__(kThreads) assign(Assign p, bool rows_aligned) 
       wait_for_copies<0>();
     }
     __syncthreads();
-    TwoFloats norms[kTile / 8];  // asked for before the products, which don't wait for them
+    TwoFloats norms[kTile / 8];  // loaded before the products, which don't wait for them
 #pragma unroll
     for (int n = 0; n < kTile / 8; ++n) {
       norms[n] = *reinterpret_cast<const TwoFloats*>(half_norms + tile * kTile + n * 8 + lane % 4 * 2);
     }
     float scores[kMTiles][kTile / 8][4] = {};
-    multiply_rows<ThreeParts>(scores, keys, warp * kMTiles * 16, codes(tile));
+    multiply_rows<ThreeBFloat16>(scores, keys, warp * kMTiles * 16, codes(tile));
 #pragma unroll
     for (int n = 0; n < kTile / 8; ++n) {
 #pragma unroll
@@ -117,7 +117,8 @@ __global__ void __launch_bounds__(kThreads) assign(Assign p, bool rows_aligned) 
 #pragma unroll
           for (int half = 0; half < 2; ++half) {
             const float score = scores[m][n][half * 2 + c] - half_norm;
-            if (score > best[m][half] && score < INFINITY) {  // of a key that is not finite no score is: code 0
+            // A key that isn't finite has no finite score, and keeps code 0.
+            if (score > best[m][half] && score < INFINITY) {
               best[m][half] = score;
               code[m][half] = s;
             }
@@ -150,11 +151,11 @@ __global__ void __launch_bounds__(kThreads) assign(Assign p, bool rows_aligned) 
 
 int longvq_cuda_pack_codebook(const PackCodebook* problem, void* stream) {
   const Codebook& to = problem->to;
-  if (to.columns > kMaxDepth || to.depth > to.columns) {
-    return kNotCovered;
+  if (to.columns > kMaxHeadDim || to.head_dim > to.columns) {
+    return kUnsupported;
   }
-  const dim3 grid(static_cast<unsigned>(padded_codes(to.codes) / (kThreads / 32)), static_cast<unsigned>(to.heads));
-  return for_element(problem->type, [&](auto element) {
+  const dim3 grid(static_cast<unsigned>(padded_codes(to.num_codes) / (kThreads / 32)), static_cast<unsigned>(to.heads));
+  return for_dtype(problem->type, [&](auto element) {
     using Operand = typename OperandOf<decltype(element)>::type;
     return launch<pack_codebook<Operand>>(grid, kThreads, 0, stream, *problem);
   });
@@ -166,16 +167,16 @@ int longvq_cuda_assign(const Assign* problem, void* stream) {
     return 0;
   }
   if (p.batch > kMaxGrid || p.codebook.heads > kMaxGrid) {
-    return kNotCovered;
+    return kUnsupported;
   }
-  const bool rows_aligned = aligned(p.keys, p.type, {p.batch_stride, p.head_stride, p.length_stride});
-  return for_element(p.type, [&](auto element) {
-    return for_depth(p.codebook.columns, [&](auto depth) {
-      using Tiles = AssignTiles<decltype(element), depth.value>;
+  const bool aligned = rows_aligned(p.k, p.type, p.k_strides);
+  return for_dtype(p.type, [&](auto element) {
+    return for_padded_columns<256>(p.codebook.columns, [&](auto columns) {
+      using Tiles = AssignTiles<decltype(element), columns.value>;
       const dim3 grid(
           static_cast<unsigned>(divide_up(p.length, Tiles::kKeys)), static_cast<unsigned>(p.codebook.heads),
           static_cast<unsigned>(p.batch));
-      return launch<assign<decltype(element), depth.value>>(grid, kThreads, Tiles::kBytes, stream, p, rows_aligned);
+      return launch<assign<decltype(element), columns.value>>(grid, kThreads, Tiles::kBytes, stream, p, aligned);
     });
   });
 }

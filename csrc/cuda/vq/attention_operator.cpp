@@ -2,294 +2,199 @@
 #include <array>
 #include <optional>
 
+#include "../common/status.h"
 #include "../operators.h"
+#include "attention_call.h"
 
 namespace longvq::cuda {
 namespace {
 
-constexpr const char* kOp = "vq_attention";
+constexpr const char* kOp = AttentionCall::kOp;
 
-void check_sizes(
-    const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& codebook, const Tensor& codes,
-    const OptionalTensor& bias, const OptionalTensor& mask, bool causal, int64_t window, int64_t near_dim) {
-  STD_TORCH_CHECK(
-      q.dim() == 4 && k.dim() == 4 && v.dim() == 4 && codebook.dim() == 3 && codes.dim() == 3, kOp,
-      ": expected q (B, H, L, D), k (B, Hkv, L, D), v (B, Hkv, L, E), codebook (Hkv, S, D) and codes (B, Hkv, L)");
-  const int64_t batch = q.size(0), heads = q.size(1), length = q.size(2), depth = q.size(3), kv_heads = k.size(1);
-  STD_TORCH_CHECK(
-      k.size(0) == batch && k.size(2) == length && k.size(3) == depth && v.size(0) == batch && v.size(1) == kv_heads &&
-          v.size(2) == length && codebook.size(0) == kv_heads && codebook.size(1) >= 1 && codebook.size(2) == depth &&
-          codes.size(0) == batch && codes.size(1) == kv_heads && codes.size(2) == length && kv_heads > 0 &&
-          heads % kv_heads == 0,
-      kOp, ": q, k, v, codebook and codes don't belong together");
-  STD_TORCH_CHECK(
-      q.scalar_type() == k.scalar_type() && q.scalar_type() == v.scalar_type(), kOp, ": q, k and v must have one type");
-  STD_TORCH_CHECK(codes.scalar_type() == ScalarType::Long, kOp, ": codes must be int64");
-  STD_TORCH_CHECK(window >= 0 && near_dim >= 0 && near_dim <= depth, kOp, ": window and near_dim out of range");
-  STD_TORCH_CHECK(
-      !bias.has_value() ||
-          (bias->dim() == 2 && bias->size(0) == heads && bias->size(1) == (causal ? window : 2 * window - 1)),
-      kOp, ": bias must be (H, W), bidirectional (H, 2 W - 1)");
-  STD_TORCH_CHECK(
-      !mask.has_value() || (mask->dim() == 2 && mask->size(0) == batch && mask->size(1) == length &&
-                            mask->scalar_type() == ScalarType::Bool),
-      kOp, ": key_padding_mask must be (B, L), bool");
-}
-
-// How many queries each block of codes goes past: with few heads of keys not all, so that a large GPU has enough
-// blocks.
+// How many queries one block of codes visits. With few heads of keys not all, so that a large GPU has enough blocks.
 int64_t code_segment_for(const Attention& p) {
   constexpr int64_t kBlocks = 256, kLeast = 8 * kFarBlock;
-  const int64_t blocks = p.sequences() * p.kv_heads * (padded_codes(p.codebook.codes) / kCodeUnit);
+  const int64_t blocks = p.num_sequences() * p.kv_heads * (padded_codes(p.codebook.num_codes) / kCodePadding);
   const int64_t wanted = std::max<int64_t>(1, std::min(kBlocks / std::max<int64_t>(blocks, 1), p.length / kLeast));
   return std::max(kLeast, (p.length + wanted * kFarBlock - 1) / (wanted * kFarBlock) * kFarBlock);
 }
 
-// One over the number of keys that each query may attend, (B, L).
-Tensor units_of(const Tensor& q, const Attention& p, void* stream) {
-  const Tensor units = torch::stable::new_empty(q, {p.batch, p.length}, ScalarType::Float);
-  const CountKeys problem{p, p.causal, p.ignored, p.ignored_batch, p.ignored_length, data_of<float>(units)};
-  check_launch(kOp, longvq_cuda_count_keys(&problem, stream));
-  return units;
+void check_saved(
+    const Tensor& grad, const Tensor& out, const Tensor& normalizers, const AttentionInputs& in, const Attention& p) {
+  check_same_device(kOp, in.q, {grad, out, normalizers});
+  const auto has_columns = [&](const Tensor& x, int64_t columns) {
+    return has_sizes(x, {p.batch, p.heads, p.length, columns});
+  };
+  check(kOp, "grad", grad, has_columns(grad, p.value_dim), "(B, H, L, E), the gradient of the output");
+  check(
+      kOp, "out", out, has_columns(out, p.value_dim) && out.scalar_type() == in.v.scalar_type(),
+      "(B, H, L, E) in the dtype of v, the output");
+  check(
+      kOp, "normalizers", normalizers, has_columns(normalizers, 2) && normalizers.scalar_type() == ScalarType::Float,
+      "(B, H, L, 2) float32");
 }
 
-// The tensors of a call, as the kernels take them; what points into them lives as long.
-struct Call {
-  Tensor q, k, v, codes;
-  OptionalTensor offsets, bias, units;
-  std::optional<PackedCodebook> packed;
-  std::optional<FarFieldTensors> far_tensors;
-  Attention p{};
-  int64_t bias_skipped = 0;  // entries of a bidirectional bias on either side that a shorter sequence has no pairs for
+// The results of the backward, and the workspaces of its kernels.
+struct Backward {
+  AttentionCall& call;
+  Attention& p;
+  Tensor dq, dk, dv, dbias, dfar_q, dfar_k;
+  Tensor grad, out, normalizers, deltas, dbias_per_block, dcodewords, later, earlier, dv_far_before, dv_far_after,
+      dv_near, dk_inside, dk_outside;
+  std::optional<FarFieldTensors> shared;
+  AttentionGradients g{};
 
-  Call(
-      const Tensor& q_given, const Tensor& k_given, const Tensor& v_given, const Tensor& codebook,
-      const Tensor& codes_given, const OptionalTensor& bias_given, const OptionalTensor& mask,
-      const OptionalTensor& cu_seqlens, double scale, bool causal, int64_t window, const std::string& activation,
-      const std::string& local_keys, int64_t near_dim);
+  Backward(AttentionCall& attention_call, const AttentionInputs& in)
+      : call(attention_call), p(attention_call.p),
+        dq(empty({p.batch, p.heads, p.length, p.head_dim}, in.q.scalar_type())),
+        dk(empty({p.batch, p.kv_heads, p.length, p.head_dim}, in.k.scalar_type())),
+        dv(empty({p.batch, p.kv_heads, p.length, p.value_dim}, in.v.scalar_type())),
+        dbias(
+            in.bias.has_value() ? new_zeros(in.q, {in.bias->size(0), in.bias->size(1)}, ScalarType::Float)
+                                : empty({0}, in.q.scalar_type())),
+        dfar_q(
+            p.has_far_qk ? empty({p.batch, p.heads, p.length, p.far_head_dim}, in.q.scalar_type())
+                         : empty({0}, in.q.scalar_type())),
+        dfar_k(
+            p.has_far_qk ? empty({p.batch, p.kv_heads, p.length, p.far_head_dim}, in.k.scalar_type())
+                         : empty({0}, in.k.scalar_type())) {}
 
-  bool empty() const { return p.batch == 0 || p.heads == 0 || p.length == 0 || p.values == 0; }
-  void prepare(const Tensor& codebook, bool logarithms, void* stream);
-  FarField far_field(ElementType type, bool logarithms) const;
+  Tensor empty(std::initializer_list<int64_t> sizes, ScalarType type = ScalarType::Float) const {
+    return torch::stable::new_empty(call.q, sizes, type);
+  }
+  Tensor zeros(std::initializer_list<int64_t> sizes) const { return new_zeros(call.q, sizes, ScalarType::Float); }
+
+  void make_deltas(const Tensor& grad_given, const Tensor& out_given, const Tensor& normalizers_given, void* stream);
+  void make_gradients(void* stream);
+  void finish_keys(KeyGrad key_grad, void* stream);
 };
 
-Call::Call(
-    const Tensor& q_given, const Tensor& k_given, const Tensor& v_given, const Tensor& codebook,
-    const Tensor& codes_given, const OptionalTensor& bias_given, const OptionalTensor& mask,
-    const OptionalTensor& cu_seqlens, double scale, bool causal, int64_t window, const std::string& activation,
-    const std::string& local_keys, int64_t near_dim)
-    : q(with_dense_rows(q_given)), k(with_dense_rows(k_given)), v(with_dense_rows(v_given)),
-      codes(torch::stable::contiguous(codes_given)) {
-  check_sizes(q, k, v, codebook, codes, bias_given, mask, causal, window, near_dim);
-  check_devices(kOp, q, {k, v, codebook, codes, bias_given, mask, cu_seqlens});
-  static_cast<Sequences&>(p) = sequences_of(kOp, q.size(0), q.size(2), cu_seqlens, offsets);
-  p.type = type_of(kOp, q);
-  p.heads = q.size(1), p.kv_heads = k.size(1), p.values = v.size(3);
-  p.near_depth = near_dim > 0 ? near_dim : q.size(3);
-  p.far_first = near_dim, p.far_depth = q.size(3) - near_dim;
-  p.exact = local_keys == "exact", p.causal = causal, p.laplace = activation == "laplace";
-  // Weights of laplace count keys, and may leave the range of float16.
-  STD_TORCH_CHECK(
-      !p.laplace || p.type != ElementType::kHalf, kOp, ": the CUDA kernels take laplace in float32 and bfloat16 only");
-  STD_TORCH_CHECK(
-      std::max(p.near_depth, p.far_depth) <= kMaxAttentionDepth, kOp, ": the CUDA kernels take heads of up to ",
-      kMaxAttentionDepth, " columns of q and k, got ", std::max(p.near_depth, p.far_depth));
-  p.window = std::min(window, p.length);  // a wider one sees no more
-  p.scale = static_cast<float>(scale);
-  p.q = q.const_data_ptr(), p.k = k.const_data_ptr(), p.v = v.const_data_ptr();
-  p.q_batch = q.stride(0), p.q_head = q.stride(1), p.q_length = q.stride(2);
-  p.k_batch = k.stride(0), p.k_head = k.stride(1), p.k_length = k.stride(2);
-  p.v_batch = v.stride(0), p.v_head = v.stride(1), p.v_length = v.stride(2);
-  p.code_of_key = static_cast<const int64_t*>(codes.const_data_ptr());
-  if (mask.has_value()) {
-    p.ignored = static_cast<const uint8_t*>(mask->const_data_ptr());
-    p.ignored_batch = mask->stride(0), p.ignored_length = mask->stride(1);
-  }
-  if (bias_given.has_value() && window > 0) {
-    bias = as_type(*bias_given, ScalarType::Float);
-    p.bias_head = bias->stride(0), p.bias_offset = bias->stride(1);
-    bias_skipped = causal ? 0 : window - p.window;
-    p.bias = static_cast<const float*>(bias->const_data_ptr()) + bias_skipped * p.bias_offset;
-  }
+void Backward::make_deltas(
+    const Tensor& grad_given, const Tensor& out_given, const Tensor& normalizers_given, void* stream) {
+  grad = with_dense_rows(as_type(grad_given, call.v.scalar_type()));
+  out = torch::stable::contiguous(out_given);
+  normalizers = torch::stable::contiguous(normalizers_given);
+  p.normalizers = const_cast<float*>(const_data_of<float>(normalizers));  // read only
+  deltas = empty({p.batch, p.heads, p.length});
+  const Deltas problem{
+      p.type,
+      p.batch,
+      p.heads,
+      p.length,
+      p.value_dim,
+      grad.const_data_ptr(),
+      out.const_data_ptr(),
+      strides_of(grad),
+      p.mask,
+      data_of<float>(deltas)};
+  check_launch(kOp, longvq_cuda_deltas(&problem, stream));
 }
 
-FarField Call::far_field(ElementType type, bool logarithms) const {
-  FarField far{};
-  static_cast<Sequences&>(far) = p;
-  far.type = type, far.heads = p.kv_heads, far.codes = packed->codebook.codes;
-  far.values = p.values, far.causal = p.causal, far.logarithm = logarithms, far.window = p.window;
-  far.code_of_key = p.code_of_key;
-  far.v = p.v, far.v_batch = p.v_batch, far.v_head = p.v_head, far.v_length = p.v_length;
-  far.ignored = p.ignored, far.ignored_batch = p.ignored_batch, far.ignored_length = p.ignored_length;
-  return far;
+void Backward::make_gradients(void* stream) {
+  g.forward = p;
+  g.grad = grad.const_data_ptr(), g.grad_strides = strides_of(grad), g.deltas = data_of<float>(deltas);
+  g.dq = dq.mutable_data_ptr(), g.dfar_q = p.has_far_qk ? dfar_q.mutable_data_ptr() : g.dq;
+  if (p.bias != nullptr) {
+    dbias_per_block = zeros({p.batch, p.heads, p.num_pieces(kGradientRows), dbias.size(1)});
+    g.dbias_per_block = data_of<float>(dbias_per_block);
+    g.bias_columns = dbias.size(1), g.bias_skipped = call.bias_skipped;
+  }
+  g.code_segment = code_segment_for(p);
+  const int64_t segments = p.num_pieces(g.code_segment), num_codes = p.codebook.num_codes;
+  const bool several = p.length > g.code_segment, keys_after = !p.options.causal && !p.all_far();
+  dcodewords = empty({p.batch, p.kv_heads, segments, num_codes, p.far_head_dim});
+  later = empty({p.batch, p.kv_heads, several ? segments : 0, num_codes, p.value_dim});
+  earlier = empty({p.batch, p.kv_heads, several && keys_after ? segments : 0, num_codes, p.value_dim});
+  dv_far_before = zeros({p.batch, p.kv_heads, p.length, p.value_dim});
+  dv_far_after = zeros({p.batch, p.kv_heads, keys_after ? p.length : 0, p.value_dim});
+  dv_near = empty({p.batch, p.kv_heads, p.length, p.value_dim});
+  dk_inside = empty({p.batch, p.kv_heads, p.length, p.head_dim});
+  dk_outside = empty({p.batch, p.kv_heads, p.length, p.far_head_dim});
+  g.dcodewords = data_of<float>(dcodewords), g.dcode_values = several ? data_of<float>(later) : nullptr;
+  g.dv_far_before = data_of<float>(dv_far_before);
+  g.dv_far_after = keys_after ? data_of<float>(dv_far_after) : nullptr;
+  g.dv_near = data_of<float>(dv_near);
+  g.dk_inside = data_of<float>(dk_inside), g.dk_outside = data_of<float>(dk_outside);
+  check_launch(kOp, longvq_cuda_attention_gradients(&g, stream));
 }
 
-// Packed codebook, units, far fields.
-void Call::prepare(const Tensor& codebook, bool logarithms, void* stream) {
-  const int64_t columns = padded_depth(std::max(p.near_depth, p.far_depth));
-  packed.emplace(kOp, codebook, p.type, p.far_first, columns, stream);
-  p.codebook = packed->codebook;
-  if (p.laplace) {
-    units = units_of(q, p, stream);
-    p.units = static_cast<const float*>(units->const_data_ptr());
+void Backward::finish_keys(KeyGrad key_grad, void* stream) {
+  SumSegments sum{};
+  static_cast<Sequences&>(sum) = p;
+  sum.kv_heads = p.kv_heads, sum.num_codes = p.codebook.num_codes, sum.far_head_dim = p.far_head_dim;
+  sum.value_dim = p.value_dim, sum.code_segment = g.code_segment, sum.all_far = p.all_far();
+  sum.dcodewords = g.dcodewords, sum.later = g.dcode_values;
+  sum.earlier = earlier.numel() > 0 ? data_of<float>(earlier) : nullptr;
+  check_launch(kOp, longvq_cuda_sum_segments(&sum, stream));
+
+  FinishKeys finish{};
+  static_cast<Sequences&>(finish) = p;
+  finish.type = p.type, finish.kv_heads = p.kv_heads, finish.num_codes = p.codebook.num_codes;
+  finish.head_dim = p.head_dim, finish.far_head_dim = p.far_head_dim, finish.value_dim = p.value_dim;
+  finish.has_far_qk = p.has_far_qk, finish.codes = p.codes, finish.mask = p.mask;
+  finish.dk_inside = g.dk_inside, finish.dv_near = g.dv_near;
+  finish.dv_far_before = g.dv_far_before, finish.dv_far_after = g.dv_far_after;
+  finish.later = sum.later, finish.earlier = sum.earlier;
+  finish.window = p.options.window, finish.code_segment = g.code_segment, finish.all_far = sum.all_far;
+  finish.dk = dk.mutable_data_ptr(), finish.dfar_k = p.has_far_qk ? dfar_k.mutable_data_ptr() : finish.dk;
+  finish.dv = dv.mutable_data_ptr();
+  if (key_grad == KeyGrad::kCluster) {
+    // The mean of dk_outside over the keys of each code: a far field of all keys, with dk_outside as values.
+    FarField mean = call.far_field_problem(ElementType::kFloat, false);
+    mean.causal = false, mean.window = 0;
+    mean.v = g.dk_outside, mean.v_strides = strides_of(dk_outside), mean.value_dim = p.far_head_dim;
+    shared.emplace(mean, dk_outside);
+    check_launch(kOp, longvq_cuda_far_field(&mean, stream));
+    finish.dcodewords = g.dcodewords, finish.counts = mean.counts, finish.means = static_cast<const float*>(mean.means);
   }
-  FarField far = far_field(p.type, logarithms && !p.laplace);
-  far_tensors.emplace(far, v);
-  check_launch(kOp, longvq_cuda_far_field(&far, stream));
-  p.means = far.means, p.numbers = far.numbers, p.far_fields = far.far_fields();
+  check_launch(kOp, longvq_cuda_finish_keys(&finish, stream));
 }
 
 }  // namespace
 
-std::tuple<Tensor, Tensor> vq_attention(
-    const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& codebook, const Tensor& codes,
-    const OptionalTensor& bias, const OptionalTensor& mask, const OptionalTensor& cu_seqlens, double scale, bool causal,
-    int64_t window, const std::string& activation, const std::string& local_keys, const std::string&,
-    int64_t near_dim) {
-  const OnDeviceOf device(kOp, q);
-  Call call(q, k, v, codebook, codes, bias, mask, cu_seqlens, scale, causal, window, activation, local_keys, near_dim);
+AttentionResult vq_attention(const AttentionInputs& in, const AttentionOptions& options) {
+  const OnDeviceOf device(kOp, in.q);
+  AttentionCall call(in, options);
   Attention& p = call.p;
-  Tensor out = torch::stable::new_empty(v, {p.batch, p.heads, p.length, p.values}, v.scalar_type());
-  Tensor normalizers = torch::stable::new_empty(q, {p.batch, p.heads, p.length, 2}, ScalarType::Float);
-  if (call.empty()) {
+  Tensor out = torch::stable::new_empty(in.v, {p.batch, p.heads, p.length, p.value_dim}, in.v.scalar_type());
+  Tensor normalizers = torch::stable::new_empty(in.q, {p.batch, p.heads, p.length, 2}, ScalarType::Float);
+  if (call.is_empty()) {
     torch::stable::zero_(normalizers);
   } else {
-    call.prepare(codebook, true, device.stream());
+    call.prepare(in.codebook, true, device.stream());
     p.out = out.mutable_data_ptr(), p.normalizers = data_of<float>(normalizers);
     check_launch(kOp, longvq_cuda_attention(&p, device.stream()));
   }
   return {out, normalizers};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> vq_attention_backward(
-    const Tensor& grad_given, const Tensor& out_given, const Tensor& normalizers_given, const Tensor& q,
-    const Tensor& k, const Tensor& v, const Tensor& codebook, const Tensor& codes, const OptionalTensor& bias,
-    const OptionalTensor& mask, const OptionalTensor& cu_seqlens, double scale, bool causal, int64_t window,
-    const std::string& activation, const std::string& local_keys, const std::string& key_grad, int64_t near_dim) {
-  const OnDeviceOf device(kOp, q);
-  void* stream = device.stream();
-  Call call(q, k, v, codebook, codes, bias, mask, cu_seqlens, scale, causal, window, activation, local_keys, near_dim);
-  Attention& p = call.p;
-  const auto empty = [&](std::initializer_list<int64_t> sizes, ScalarType type) {
-    return torch::stable::new_empty(q, sizes, type);
-  };
-  const auto zeros = [&](std::initializer_list<int64_t> sizes) {
-    Tensor x = empty(sizes, ScalarType::Float);
-    torch::stable::zero_(x);
-    return x;
-  };
-  check_devices(kOp, q, {grad_given, out_given, normalizers_given});
-  const auto check_shape = [&](const Tensor& x, int64_t columns, const char* what) {
-    STD_TORCH_CHECK(
-        x.dim() == 4 && x.size(0) == p.batch && x.size(1) == p.heads && x.size(2) == p.length && x.size(3) == columns,
-        kOp, ": ", what);
-  };
-  check_shape(grad_given, p.values, "grad must have the shape of the output");
-  check_shape(out_given, p.values, "out must be what the forward returned");
-  check_shape(normalizers_given, 2, "normalizers must be (B, H, L, 2)");
-  STD_TORCH_CHECK(
-      out_given.scalar_type() == v.scalar_type() && normalizers_given.scalar_type() == ScalarType::Float, kOp,
-      ": out must have the type of v, and normalizers must be float32");
-  Tensor dq = empty({p.batch, p.heads, p.length, q.size(3)}, q.scalar_type());
-  Tensor dk = empty({p.batch, p.kv_heads, p.length, k.size(3)}, k.scalar_type());
-  Tensor dv = empty({p.batch, p.kv_heads, p.length, p.values}, v.scalar_type());
-  Tensor dbias = bias.has_value() ? zeros({bias->size(0), bias->size(1)}) : empty({0}, q.scalar_type());
-  if (call.empty()) {
-    // Of keys that no head of queries looks at, and where there are no values to weigh.
-    torch::stable::zero_(dq), torch::stable::zero_(dk), torch::stable::zero_(dv);
+AttentionGradientTensors vq_attention_backward(
+    const Tensor& grad, const Tensor& out, const Tensor& normalizers, const AttentionInputs& in,
+    const AttentionOptions& options) {
+  const OnDeviceOf device(kOp, in.q);
+  AttentionCall call(in, options);
+  check_saved(grad, out, normalizers, in, call.p);
+  Backward backward(call, in);
+  if (call.is_empty()) {
+    // Keys may exist without queries or without values.
+    for (Tensor* x : {&backward.dq, &backward.dk, &backward.dv, &backward.dfar_q, &backward.dfar_k}) {
+      torch::stable::zero_(*x);
+    }
   } else {
-    call.prepare(codebook, false, stream);
-    const Tensor grad = with_dense_rows(as_type(grad_given, v.scalar_type()));
-    const Tensor out = torch::stable::contiguous(out_given);
-    const Tensor normalizers = torch::stable::contiguous(normalizers_given);
-    const Tensor deltas = empty({p.batch, p.heads, p.length}, ScalarType::Float);
-    const Deltas before{
-        p.type,
-        p.batch,
-        p.heads,
-        p.length,
-        p.values,
-        grad.const_data_ptr(),
-        out.const_data_ptr(),
-        grad.stride(0),
-        grad.stride(1),
-        grad.stride(2),
-        p.ignored,
-        p.ignored_batch,
-        p.ignored_length,
-        data_of<float>(deltas)};
-    check_launch(kOp, longvq_cuda_deltas(&before, stream));
-
-    p.normalizers = const_cast<float*>(const_data_of<float>(normalizers));  // read only
-    AttentionGradients g{};
-    g.forward = p;
-    g.grad = before.grad, g.grad_batch = before.grad_batch, g.grad_head = before.grad_head;
-    g.grad_length = before.grad_length, g.deltas = before.deltas, g.dq = dq.mutable_data_ptr();
-    const int64_t blocks = p.pieces(kGradientRows);
-    const bool biased = p.bias != nullptr;
-    const Tensor of_blocks = zeros({p.batch, p.heads, biased ? blocks : 0, biased ? bias->size(1) : 0});
-    if (biased) {
-      g.dbias_of_blocks = data_of<float>(of_blocks);
-      g.bias_columns = bias->size(1), g.bias_skipped = call.bias_skipped;
-    }
-    g.code_segment = code_segment_for(p);
-    const int64_t segments = p.pieces(g.code_segment), codes_of_all = p.codebook.codes;
-    const bool several = p.length > g.code_segment, behind = !p.causal && !p.all_far();
-    const Tensor dcodes = empty({p.batch, p.kv_heads, segments, codes_of_all, p.far_depth}, ScalarType::Float);
-    const auto values_of_segments = [&](bool needed) {
-      return empty({p.batch, p.kv_heads, needed ? segments : 0, codes_of_all, p.values}, ScalarType::Float);
-    };
-    const Tensor later = values_of_segments(several), earlier = values_of_segments(several && behind);
-    g.code_values = several ? data_of<float>(later) : nullptr;
-    const Tensor dv_far = zeros({p.batch, p.kv_heads, p.length, p.values});
-    const Tensor dv_ahead = zeros({p.batch, p.kv_heads, behind ? p.length : 0, p.values});
-    const Tensor dv_near = empty({p.batch, p.kv_heads, p.length, p.values}, ScalarType::Float);
-    const Tensor dk_inside = empty({p.batch, p.kv_heads, p.length, p.near_depth}, ScalarType::Float);
-    const Tensor dk_outside = empty({p.batch, p.kv_heads, p.length, p.far_depth}, ScalarType::Float);
-    g.dcodes = data_of<float>(dcodes), g.dv_far = data_of<float>(dv_far);
-    g.dv_ahead = behind ? data_of<float>(dv_ahead) : nullptr, g.dv_near = data_of<float>(dv_near);
-    g.dk_inside = data_of<float>(dk_inside), g.dk_outside = data_of<float>(dk_outside);
-    check_launch(kOp, longvq_cuda_attention_gradients(&g, stream));
-
-    SumSegments sum{};
-    static_cast<Sequences&>(sum) = p;
-    sum.heads = p.kv_heads, sum.codes = codes_of_all, sum.far_depth = p.far_depth, sum.values = p.values;
-    sum.code_segment = g.code_segment, sum.dcodes = g.dcodes;
-    sum.later = g.code_values, sum.earlier = several && behind ? data_of<float>(earlier) : nullptr;
-    sum.all_far = p.all_far();
-    check_launch(kOp, longvq_cuda_sum_segments(&sum, stream));
-
-    FinishKeys finish{};
-    static_cast<Sequences&>(finish) = p;
-    finish.type = p.type, finish.heads = p.kv_heads;
-    finish.codes = p.codebook.codes, finish.near_depth = p.near_depth, finish.far_depth = p.far_depth;
-    finish.far_first = p.far_first, finish.values = p.values, finish.code_of_key = p.code_of_key;
-    finish.ignored = p.ignored, finish.ignored_batch = p.ignored_batch, finish.ignored_length = p.ignored_length;
-    finish.dk_inside = g.dk_inside, finish.dv_near = g.dv_near, finish.dv_far = g.dv_far, finish.dv_ahead = g.dv_ahead;
-    finish.later = sum.later, finish.earlier = sum.earlier, finish.window = p.window;
-    finish.code_segment = g.code_segment, finish.all_far = sum.all_far;
-    finish.dk = dk.mutable_data_ptr(), finish.dv = dv.mutable_data_ptr();
-    std::optional<FarFieldTensors> shared;
-    if (key_grad == "cluster") {
-      // The mean over the keys of each code: a far field that everybody sees.
-      FarField mean = call.far_field(ElementType::kFloat, false);
-      mean.causal = false, mean.window = 0;
-      mean.v = g.dk_outside, mean.values = p.far_depth;
-      mean.v_length = p.far_depth, mean.v_head = p.length * p.far_depth, mean.v_batch = p.kv_heads * mean.v_head;
-      shared.emplace(mean, dk_outside);
-      check_launch(kOp, longvq_cuda_far_field(&mean, stream));
-      finish.dcodes = g.dcodes, finish.numbers = mean.numbers, finish.means = static_cast<const float*>(mean.means);
-    }
-    check_launch(kOp, longvq_cuda_finish_keys(&finish, stream));
-    if (biased) {
-      const std::array<int64_t, 2> over{0, 2};
-      dbias = torch::stable::sum(of_blocks, torch::headeronly::IntHeaderOnlyArrayRef(over.data(), over.size()));
+    call.prepare(in.codebook, false, device.stream());
+    backward.make_deltas(grad, out, normalizers, device.stream());
+    backward.make_gradients(device.stream());
+    backward.finish_keys(options.key_grad, device.stream());
+    if (call.p.bias != nullptr) {
+      const std::array<int64_t, 2> axes{0, 2};  // of the batch and of the blocks
+      backward.dbias = torch::stable::sum(
+          backward.dbias_per_block, torch::headeronly::IntHeaderOnlyArrayRef(axes.data(), axes.size()));
     }
   }
-  if (bias.has_value()) {
-    dbias = as_type(dbias, bias->scalar_type());
+  if (in.bias.has_value()) {
+    backward.dbias = as_type(backward.dbias, in.bias->scalar_type());
   }
-  return {dq, dk, dv, dbias};
+  return {backward.dq, backward.dk, backward.dv, backward.dbias, backward.dfar_q, backward.dfar_k};
 }
 
 }  // namespace longvq::cuda

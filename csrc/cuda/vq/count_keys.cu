@@ -1,6 +1,8 @@
-// How many keys each query may attend: a block of threads for a sequence, each thread a stretch of it.
+// Counts the keys that each query may attend. One block of threads for each sequence; each thread counts a stretch of
+// it.
 #include "../common/dispatch.h"
 #include "../common/pieces.h"
+#include "params.h"
 
 namespace longvq::cuda {
 namespace {
@@ -9,13 +11,11 @@ constexpr int kThreads = 256;
 
 __global__ void __launch_bounds__(kThreads) count_keys(CountKeys p) {
   int* counts = reinterpret_cast<int*>(shared_memory());
-  const Sequence of = sequence_of(p, blockIdx.x);
-  const int64_t stretch = divide_up(of.length, kThreads);
-  const int64_t first = of.start + min(threadIdx.x * stretch, of.length);
-  const int64_t last = min(first + stretch, of.start + of.length);
-  const auto counted = [&](int64_t key) {
-    return p.ignored == nullptr || p.ignored[of.batch * p.ignored_batch + key * p.ignored_length] == 0;
-  };
+  const Sequence sequence = sequence_of(p, blockIdx.x);
+  const int64_t stretch = divide_up(sequence.length, kThreads);
+  const int64_t first = sequence.start + min(threadIdx.x * stretch, sequence.length);
+  const int64_t last = min(first + stretch, sequence.start + sequence.length);
+  const auto counted = [&](int64_t key) { return !p.mask.ignores(sequence.batch, key); };
   int count = 0;
   for (int64_t key = first; key < last; ++key) {
     count += counted(key);
@@ -28,17 +28,17 @@ __global__ void __launch_bounds__(kThreads) count_keys(CountKeys p) {
   }
   for (int64_t key = first; key < last; ++key) {
     count += p.causal && counted(key);
-    p.units[of.batch * p.length + key] = 1.0f / static_cast<float>(max(count, 1));
+    p.inverse_num_keys[sequence.batch * p.length + key] = 1.0f / static_cast<float>(max(count, 1));
   }
 }
 
 }  // namespace
 
 int longvq_cuda_count_keys(const CountKeys* problem, void* stream) {
-  if (problem->sequences() == 0 || problem->length == 0) {
+  if (problem->num_sequences() == 0 || problem->length == 0) {
     return 0;
   }
-  const dim3 grid(static_cast<unsigned>(problem->sequences()));
+  const dim3 grid(static_cast<unsigned>(problem->num_sequences()));
   return launch<count_keys>(grid, kThreads, sizeof(int) * kThreads, stream, *problem);
 }
 

@@ -1,10 +1,12 @@
-// The attention's backward: what comes before and after the kernels that are compiled for each type in files of their
-// own.
+// The launchers of attention's backward, and its small kernels: the deltas before the gradient kernels of backward.h,
+// and the sums after them.
 #include "../../common/dispatch.h"
 #include "../../common/pieces.h"
+#include "../params.h"
 
 namespace longvq::cuda {
 
+// In instances/.
 int attention_gradients_float(const AttentionGradients& problem, void* stream);
 int attention_gradients_bfloat16(const AttentionGradients& problem, void* stream);
 int attention_gradients_half(const AttentionGradients& problem, void* stream);
@@ -13,54 +15,52 @@ namespace {
 
 constexpr int kThreads = 128, kWarps = kThreads / 32;
 
-LONGVQ_DEVICE bool is_ignored(const uint8_t* ignored, int64_t place) {
-  return ignored != nullptr && ignored[place] != 0;
-}
-
-// A warp for a row.
+// One warp for each query.
 template <typename Element>
 __global__ void __launch_bounds__(kThreads) make_deltas(Deltas p) {
   const int64_t row = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / 32;
-  const int64_t at = row % p.length, head = row / p.length % p.heads, batch = row / p.length / p.heads;
+  const int64_t query = row % p.length, head = row / p.length % p.heads, batch = row / p.length / p.heads;
   if (batch >= p.batch) {
     return;  // the whole warp
   }
-  const int64_t place = batch * p.grad_batch + head * p.grad_head + at * p.grad_length;
-  const auto* grad = static_cast<const Element*>(p.grad) + place;
-  const auto* out = static_cast<const Element*>(p.out) + row * p.values;
+  const int64_t offset = batch * p.grad_strides.batch + head * p.grad_strides.head + query * p.grad_strides.length;
+  const auto* grad = static_cast<const Element*>(p.grad) + offset;
+  const auto* out = static_cast<const Element*>(p.out) + row * p.value_dim;
   float sum = 0;
-  for (int64_t e = threadIdx.x % 32; e < p.values; e += 32) {
+  for (int64_t e = threadIdx.x % 32; e < p.value_dim; e += 32) {
     sum += to_float(grad[e]) * to_float(out[e]);
   }
   for (int mask = 16; mask > 0; mask /= 2) {
     sum += shuffle_xor(sum, mask);
   }
   if (threadIdx.x % 32 == 0) {
-    p.deltas[row] = is_ignored(p.ignored, batch * p.ignored_batch + at * p.ignored_length) ? 0.0f : sum;
+    p.deltas[row] = p.mask.ignores(batch, query) ? 0.0f : sum;
   }
 }
 
-// A thread for a column of a code.
+// One thread for each column of each code of a sequence.
 __global__ void __launch_bounds__(kThreads) sum_code_segments(SumSegments p) {
-  const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x, columns = max(p.far_depth, p.values);
-  const int64_t column = i % columns, code = i / columns % p.codes, head = i / columns / p.codes % p.heads;
-  const int64_t number = i / columns / p.codes / p.heads;
-  if (number >= p.sequences()) {
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x,
+                columns = max(p.far_head_dim, p.value_dim);
+  const int64_t column = i % columns, code = i / columns % p.num_codes, head = i / columns / p.num_codes % p.kv_heads;
+  const int64_t number = i / columns / p.num_codes / p.kv_heads;
+  if (number >= p.num_sequences()) {
     return;
   }
-  const Sequence of = sequence_of(p, number);
-  const int64_t count = max(divide_up(of.length, p.code_segment), int64_t{1});
-  const int64_t first = (of.batch * p.heads + head) * p.segments() + of.first_piece(p, p.code_segment);
-  if (column < p.far_depth) {
-    float* dcodes = p.dcodes + (first * p.codes + code) * p.far_depth + column;
+  const Sequence sequence = sequence_of(p, number);
+  const int64_t count = max(divide_up(sequence.length, p.code_segment), int64_t{1});
+  const int64_t first =
+      (sequence.batch * p.kv_heads + head) * p.num_segments() + sequence.first_piece(p, p.code_segment);
+  if (column < p.far_head_dim) {
+    float* dcodewords = p.dcodewords + (first * p.num_codes + code) * p.far_head_dim + column;
     float sum = 0;
     for (int64_t segment = 0; segment < count; ++segment) {
-      sum += dcodes[segment * p.codes * p.far_depth];
+      sum += dcodewords[segment * p.num_codes * p.far_head_dim];
     }
-    *dcodes = sum;
+    *dcodewords = sum;
   }
-  if (column < p.values && p.later != nullptr) {
-    const auto place = [&](int64_t segment) { return ((first + segment) * p.codes + code) * p.values + column; };
+  if (column < p.value_dim && p.later != nullptr) {
+    const auto place = [&](int64_t segment) { return ((first + segment) * p.num_codes + code) * p.value_dim + column; };
     float sum = 0;
     for (int64_t segment = 0; p.earlier != nullptr && segment < count; ++segment) {
       p.earlier[place(segment)] = sum;
@@ -75,23 +75,26 @@ __global__ void __launch_bounds__(kThreads) sum_code_segments(SumSegments p) {
   }
 }
 
-// What a key gets for its value from queries of other segments than those that gave to it themselves.
+// The gradient of a key's value from queries that are in other segments than the key. AttentionGradients has added only
+// those of the key's own segment.
 struct OtherSegments {
   const FinishKeys& p;
-  const float *later, *earlier;  // rows of values, or null
+  const float *later, *earlier;  // value_dim columns, or null
 
-  LONGVQ_DEVICE OtherSegments(const FinishKeys& problem, const Sequence& of, int64_t head, int64_t key, int64_t code)
+  LONGVQ_DEVICE OtherSegments(
+      const FinishKeys& problem, const Sequence& sequence, int64_t head, int64_t key, int64_t code)
       : p(problem), later(nullptr), earlier(nullptr) {
     if (p.later == nullptr) {
       return;
     }
-    const int64_t row = (of.batch * p.heads + head) * p.pieces(p.code_segment) + of.first_piece(p, p.code_segment);
-    const auto place = [&](int64_t segment) { return ((row + segment) * p.codes + code) * p.values; };
+    const int64_t row =
+        (sequence.batch * p.kv_heads + head) * p.num_pieces(p.code_segment) + sequence.first_piece(p, p.code_segment);
+    const auto place = [&](int64_t segment) { return ((row + segment) * p.num_codes + code) * p.value_dim; };
     const int64_t reach = max(p.window, int64_t{1});
-    // The first far field that sees the key from behind it, and the last one from before it.
+    // The first far field after the key that contains it, and the last one before the key.
     const int64_t first = p.all_far ? 0 : (key + reach - 1) / kFarBlock + 1;
     const int64_t last = (key - reach + 1) / kFarBlock - 1;
-    if (first * kFarBlock < of.length) {
+    if (first * kFarBlock < sequence.length) {
       later = p.later + place(first * kFarBlock / p.code_segment);
     }
     if (p.earlier != nullptr && key - reach + 1 >= kFarBlock) {
@@ -104,40 +107,50 @@ struct OtherSegments {
   }
 };
 
+// One warp for each key.
 template <typename Element>
 __global__ void __launch_bounds__(kThreads) finish_keys(FinishKeys p) {
   const int64_t row = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / 32;
-  const int64_t at = row % p.length, of = row / p.length, batch = of / p.heads;
+  const int64_t key = row % p.length, batch_head = row / p.length, batch = batch_head / p.kv_heads;
   if (batch >= p.batch) {
-    return;
+    return;  // the whole warp
   }
-  const bool ignored = is_ignored(p.ignored, batch * p.ignored_batch + at * p.ignored_length);
-  const Sequence sequence = sequence_at(p, at, batch);
-  // The places of the sequence in what its segments got, and in its means, of each head.
-  const int64_t sums = of * p.pieces(p.code_segment) + sequence.first_piece(p, p.code_segment);
-  const int64_t means = p.offsets == nullptr ? of : of * p.documents + sequence.number;
-  const int64_t code = min(max(p.code_of_key[row], int64_t{0}), p.codes - 1), columns = p.far_first + p.far_depth;
-  Element* dk = static_cast<Element*>(p.dk) + row * columns;
-  for (int64_t c = threadIdx.x % 32; c < columns; c += 32) {
-    float value = c < p.near_depth ? p.dk_inside[row * p.near_depth + c] : 0.0f;
-    const int64_t far = c - p.far_first;
-    if (far >= 0 && p.dcodes != nullptr && !ignored) {
-      const int64_t place = means * padded_codes(p.codes) + code;
-      value += p.means[place * value_pitch(p.far_depth) + far];
-      value += p.dcodes[(sums * p.codes + code) * p.far_depth + far] / p.numbers[place];
+  const bool ignored = p.mask.ignores(batch, key);
+  const Sequence sequence = sequence_at(p, key, batch);
+  const int64_t segment = batch_head * p.num_pieces(p.code_segment) + sequence.first_piece(p, p.code_segment);
+  const int64_t far_field = p.offsets == nullptr ? batch_head : batch_head * p.documents + sequence.number;
+  const int64_t code = min(max(p.codes[row], int64_t{0}), p.num_codes - 1);
+  const bool shares = p.dcodewords != nullptr && !ignored;
+  const auto add_share = [&](float value, int64_t column) {
+    if (shares) {
+      const int64_t place = far_field * padded_codes(p.num_codes) + code;
+      value += p.means[place * padded_value_dim(p.far_head_dim) + column];
+      value += p.dcodewords[(segment * p.num_codes + code) * p.far_head_dim + column] / p.counts[place];
     }
-    store(dk + c, value);
+    return value;
+  };
+  Element* dk = static_cast<Element*>(p.dk) + row * p.head_dim;
+  for (int64_t c = threadIdx.x % 32; c < p.head_dim; c += 32) {
+    const float inside = p.dk_inside[row * p.head_dim + c];
+    store(dk + c, p.has_far_qk ? inside : add_share(inside, c));
   }
-  const OtherSegments others(p, sequence, of % p.heads, at - sequence.start, code);
-  Element* dv = static_cast<Element*>(p.dv) + row * p.values;
-  for (int64_t e = threadIdx.x % 32; e < p.values; e += 32) {
-    const int64_t place = row * p.values + e;
-    const float ahead = p.dv_ahead != nullptr ? p.dv_ahead[place] : 0.0f;
-    store(dv + e, p.dv_near[place] + p.dv_far[place] + ahead + (ignored ? 0.0f : others.at(e)));
+  if (p.has_far_qk) {
+    Element* dfar_k = static_cast<Element*>(p.dfar_k) + row * p.far_head_dim;
+    for (int64_t c = threadIdx.x % 32; c < p.far_head_dim; c += 32) {
+      store(dfar_k + c, add_share(0, c));
+    }
+  }
+  const OtherSegments others(p, sequence, batch_head % p.kv_heads, key - sequence.start, code);
+  Element* dv = static_cast<Element*>(p.dv) + row * p.value_dim;
+  for (int64_t e = threadIdx.x % 32; e < p.value_dim; e += 32) {
+    const int64_t place = row * p.value_dim + e;
+    const float after = p.dv_far_after != nullptr ? p.dv_far_after[place] : 0.0f;
+    store(dv + e, p.dv_near[place] + p.dv_far_before[place] + after + (ignored ? 0.0f : others.at(e)));
   }
 }
 
-dim3 rows(int64_t count) {
+// A grid with a warp for each row.
+dim3 grid_of_rows(int64_t count) {
   return dim3(static_cast<unsigned>(divide_up(count, kWarps)));
 }
 
@@ -145,31 +158,32 @@ dim3 rows(int64_t count) {
 
 int longvq_cuda_deltas(const Deltas* problem, void* stream) {
   const Deltas& p = *problem;
-  return for_element(p.type, [&](auto element) {
-    const dim3 grid = rows(p.batch * p.heads * p.length);
+  return for_dtype(p.type, [&](auto element) {
+    const dim3 grid = grid_of_rows(p.batch * p.heads * p.length);
     return launch<make_deltas<decltype(element)>>(grid, kThreads, 0, stream, p);
   });
 }
 
 int longvq_cuda_sum_segments(const SumSegments* problem, void* stream) {
   const SumSegments& p = *problem;
-  const int64_t threads = p.sequences() * p.heads * p.codes * (p.far_depth > p.values ? p.far_depth : p.values);
+  const int64_t threads =
+      p.num_sequences() * p.kv_heads * p.num_codes * (p.far_head_dim > p.value_dim ? p.far_head_dim : p.value_dim);
   const dim3 grid(static_cast<unsigned>(divide_up(threads, kThreads)));
   return launch<sum_code_segments>(grid, kThreads, 0, stream, p);
 }
 
 int longvq_cuda_finish_keys(const FinishKeys* problem, void* stream) {
   const FinishKeys& p = *problem;
-  return for_element(p.type, [&](auto element) {
-    const dim3 grid = rows(p.batch * p.heads * p.length);
+  return for_dtype(p.type, [&](auto element) {
+    const dim3 grid = grid_of_rows(p.batch * p.kv_heads * p.length);
     return launch<finish_keys<decltype(element)>>(grid, kThreads, 0, stream, p);
   });
 }
 
 int longvq_cuda_attention_gradients(const AttentionGradients* problem, void* stream) {
   const Attention& p = problem->forward;
-  if (p.batch > kMaxGrid || p.batch * p.pieces(problem->code_segment) > kMaxGrid) {
-    return kNotCovered;
+  if (p.batch > kMaxGrid || p.batch * p.num_pieces(problem->code_segment) > kMaxGrid) {
+    return kUnsupported;
   }
   switch (p.type) {
     case ElementType::kFloat:
@@ -179,7 +193,7 @@ int longvq_cuda_attention_gradients(const AttentionGradients* problem, void* str
     case ElementType::kHalf:
       return attention_gradients_half(*problem, stream);
   }
-  return kNotCovered;
+  return kUnsupported;
 }
 
 }  // namespace longvq::cuda

@@ -1,43 +1,50 @@
-// The columns that a block of queries sees, in tiles: codes, keys outside the window one by one, keys inside it.
+// The columns of the score matrix that a block of queries visits, in tiles: codes, which stand for the keys of the far
+// field, then single keys near the block, outside and inside the window.
 #pragma once
 
-#include "../../common/dispatch.h"
+#include "../../common/device.h"
+#include "../params.h"
 
 namespace longvq::cuda {
 
-struct Columns {
-  enum Kind { kCodes, kOutside, kInside, kBoth };  // kBoth: keys inside and outside, all known by their codewords
+struct ColumnRange {
+  // kOutside and kInside: keys, of which only pairs outside or inside the window count. kBoth: keys, of which all pairs
+  // count, because codewords replace them inside the window too.
+  enum Kind { kCodes, kOutside, kInside, kBoth };
 
   Kind kind;
-  int first, last;  // of codes or of keys
+  int first, last;  // codes or keys first .. last, `last` excluded
 };
 
-// For queries first .. last, `last` not included. Small, since it lives as long as the products: 32-bit numbers, and
-// the kinds of ranges are known by their places.
+// The four ranges of columns for queries first .. last, `last` excluded: codes, keys outside the window before it, keys
+// outside the window after it, and keys inside the window or of both kinds. The ranges stay in registers during the
+// products, so they are 32-bit numbers.
 struct ColumnTiles {
   static constexpr int kRanges = 4;
 
   int begin[kRanges], end[kRanges];
   bool exact;
 
-  // Of a sequence of that length.
-  LONGVQ_DEVICE ColumnTiles(const Attention& p, int first, int last, int length) {
-    const int window = static_cast<int>(p.window), reach = max(window, 1);
+  LONGVQ_DEVICE ColumnTiles(const Attention& p, int first, int last, int sequence_length) {
+    const int window = static_cast<int>(p.options.window), reach = max(window, 1);
     const int block = first / static_cast<int>(kFarBlock) * static_cast<int>(kFarBlock);
-    const int before = max(block - reach + 1, 0);  // keys from here are not in the far field
-    const int behind = p.causal ? last : min(block + static_cast<int>(kFarBlock) - 1 + reach, length);  // here again
-    exact = p.exact;
-    begin[0] = 0, end[0] = p.causal && block == 0 ? 0 : static_cast<int>(p.codebook.codes);
+    // Keys near_begin .. near_end are not in the far field of the block.
+    const int near_begin = max(block - reach + 1, 0);
+    const int near_end =
+        p.options.causal ? last : min(block + static_cast<int>(kFarBlock) - 1 + reach, sequence_length);
+    exact = p.exact();
+    begin[0] = 0, end[0] = p.options.causal && block == 0 ? 0 : static_cast<int>(p.codebook.num_codes);
     if (exact) {
-      // Outside on either side; of a window narrower than the block the two sides meet.
-      const int stop = last - window, start = max(first + window, before);
-      const bool meet = !p.causal && start < stop;
-      begin[1] = before, end[1] = meet ? behind : stop;
-      begin[2] = start, end[2] = p.causal || meet ? 0 : behind;
-      begin[3] = max(first - window + 1, before), end[3] = min(p.causal ? last : last - 1 + window, behind);
+      // If the window is narrower than the block, both ranges outside the window overlap and become one.
+      const int stop = last - window, start = max(first + window, near_begin);
+      const bool overlap = !p.options.causal && start < stop;
+      begin[1] = near_begin, end[1] = overlap ? near_end : stop;
+      begin[2] = start, end[2] = p.options.causal || overlap ? 0 : near_end;
+      begin[3] = max(first - window + 1, near_begin),
+      end[3] = min(p.options.causal ? last : last - 1 + window, near_end);
     } else {
       begin[1] = end[1] = begin[2] = end[2] = 0;
-      begin[3] = before, end[3] = behind;
+      begin[3] = near_begin, end[3] = near_end;
     }
     for (int i = 1; i < kRanges; ++i) {
       if (p.all_far() || end[i] < begin[i] || (exact && i == 3 && window == 0)) {
@@ -46,24 +53,29 @@ struct ColumnTiles {
     }
   }
 
-  LONGVQ_DEVICE int tiles_of(int range, int tile) const { return (end[range] - begin[range] + tile - 1) / tile; }
-
-  LONGVQ_DEVICE int count(int tile) const {
-    return tiles_of(0, tile) + tiles_of(1, tile) + tiles_of(2, tile) + tiles_of(3, tile);
+  LONGVQ_DEVICE int tiles_of(int range, int tile_size) const {
+    return (end[range] - begin[range] + tile_size - 1) / tile_size;
   }
 
-  // The tile with that number, its range cut to what it holds.
-  LONGVQ_DEVICE Columns at(int number, int tile) const {
-    Columns found{Columns::kCodes, 0, 0};
+  LONGVQ_DEVICE int count(int tile_size) const {
+    return tiles_of(0, tile_size) + tiles_of(1, tile_size) + tiles_of(2, tile_size) + tiles_of(3, tile_size);
+  }
+
+  // Tile `index`. The last tile of a range may be shorter.
+  LONGVQ_DEVICE ColumnRange at(int index, int tile_size) const {
+    ColumnRange found{ColumnRange::kCodes, 0, 0};
 #pragma unroll
     for (int i = 0; i < kRanges; ++i) {
-      const int count = tiles_of(i, tile);
-      if (number >= 0 && number < count) {
-        found.kind = i == 0 ? Columns::kCodes : !exact ? Columns::kBoth : i == 3 ? Columns::kInside : Columns::kOutside;
-        found.first = begin[i] + number * tile;
-        found.last = min(end[i], found.first + tile);
+      const int count = tiles_of(i, tile_size);
+      if (index >= 0 && index < count) {
+        found.kind = i == 0   ? ColumnRange::kCodes
+                     : !exact ? ColumnRange::kBoth
+                     : i == 3 ? ColumnRange::kInside
+                              : ColumnRange::kOutside;
+        found.first = begin[i] + index * tile_size;
+        found.last = min(end[i], found.first + tile_size);
       }
-      number -= count;
+      index -= count;
     }
     return found;
   }

@@ -1,5 +1,6 @@
-// The attention's forward, compiled in files of their own for each type.
+// The launcher of attention's forward, whose kernels are compiled in instances/.
 #include "../../common/dispatch.h"
+#include "../params.h"
 
 namespace longvq::cuda {
 
@@ -9,12 +10,12 @@ int attention_half(const Attention& problem, void* stream);
 
 int longvq_cuda_attention(const Attention* problem, void* stream) {
   const Attention& p = *problem;
-  if (p.batch == 0 || p.heads == 0 || p.length == 0 || p.values == 0) {
+  if (p.batch == 0 || p.heads == 0 || p.length == 0 || p.value_dim == 0) {
     return 0;
   }
-  if (p.length > (int64_t{1} << 30) || p.batch > kMaxGrid ||
-      p.heads * p.values > kMaxGrid) {  // more than slices of values, and simpler
-    return kNotCovered;
+  // The grid has a row for each head and slice of values; heads · value_dim is a simple upper bound of these.
+  if (p.length > (int64_t{1} << 30) || p.batch > kMaxGrid || p.heads * p.value_dim > kMaxGrid) {
+    return kUnsupported;
   }
   switch (p.type) {
     case ElementType::kFloat:
@@ -24,7 +25,7 @@ int longvq_cuda_attention(const Attention* problem, void* stream) {
     case ElementType::kHalf:
       return attention_half(p, stream);
   }
-  return kNotCovered;
+  return kUnsupported;
 }
 
 }  // namespace longvq::cuda
