@@ -2,7 +2,7 @@
 // tests, registers them for operators with the same schemas in the namespace longvq_on_host.
 #include <torch/csrc/stable/library.h>
 
-#include "../export.h"
+#include "../common/export.h"
 #include "operators.h"
 
 #ifdef LONGVQ_ON_HOST

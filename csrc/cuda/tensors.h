@@ -10,7 +10,7 @@
 #include <optional>
 #include <string>
 
-#include "../element_type.h"
+#include "../common/tensor_dtype.h"
 #include "common/sequences.h"
 
 namespace longvq::cuda {

@@ -5,17 +5,21 @@ default too (``CompositeExplicitAutograd``), and the compiled library overrides 
 So operators exist, compile, export and differentiate with or without the library, whatever the load order.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from longvq_layers.ops._attention_inputs import AttentionGradients, AttentionInputs, AttentionStepInputs
+from longvq_layers.ops._attention_options import AttentionOptions, LocalKeys, schema_of
 from longvq_layers.ops.torch.assign import vq_assign
 from longvq_layers.ops.torch.attention import vq_attention
 from longvq_layers.ops.torch.attention_backward import vq_attention_backward
 from longvq_layers.ops.torch.attention_step import vq_attention_step
 from longvq_layers.ops.torch.packed_ssm import ssm_scan, ssm_scan_backward
 from longvq_layers.ops.torch.ssm_step import ssm_step, ssm_step_backward
+from longvq_layers.ops.vq_state import VQAttentionState
 
 NATIVE, TORCH = "longvq", "longvq_torch"
 _libraries = {namespace: torch.library.Library(namespace, "DEF") for namespace in (NATIVE, TORCH)}
@@ -66,40 +70,57 @@ _define("vq_assign(Tensor k, Tensor codebook) -> Tensor", vq_assign, _vq_assign_
 
 # ---- vq_attention ---------------------------------------------------------------------------------------------------
 
-_ATTENTION_INPUTS = (
-    "Tensor q, Tensor k, Tensor v, Tensor codebook, Tensor codes, Tensor? bias, Tensor? key_padding_mask, "
-    "Tensor? cu_seqlens, float scale, bool causal, int window, str activation, str local_keys, str key_grad, "
-    "int near_dim"
-)
+_NUM_INPUTS = len(AttentionInputs._fields)
 
 
-def _vq_attention_fake(q, k, v, codebook, codes, bias, key_padding_mask, cu_seqlens, *options):
-    precise = torch.promote_types(q.dtype, torch.float32)
-    return v.new_empty(*q.shape[:3], v.shape[-1]), q.new_empty(*q.shape[:3], 2, dtype=precise)
+def _call(arguments: Sequence[Any]) -> tuple[AttentionInputs, AttentionOptions]:
+    """The arguments of the operator as the two objects that all Python code takes."""
+    return AttentionInputs(*arguments[:_NUM_INPUTS]), AttentionOptions(*arguments[_NUM_INPUTS:])
 
 
-def _vq_attention_backward_fake(grad, out, normalizers, q, k, v, codebook, codes, bias, *rest):
-    dbias = q.new_empty(0) if bias is None else bias.new_empty(bias.shape)
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), dbias
+def _vq_attention(*arguments: Any) -> tuple[Tensor, Tensor]:
+    return vq_attention(*_call(arguments))
 
 
-def _vq_attention_setup(ctx, inputs, output):
-    tensors, ctx.options = inputs[:8], inputs[8:]
+def _vq_attention_backward(grad: Tensor, out: Tensor, normalizers: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    return tuple(vq_attention_backward(grad, out, normalizers, *_call(arguments)))
+
+
+def _vq_attention_fake(*arguments: Any) -> tuple[Tensor, Tensor]:
+    inputs, _ = _call(arguments)
+    q, v = inputs.q, inputs.v
+    return v.new_empty(*q.shape[:3], v.shape[-1]), q.new_empty(*q.shape[:3], 2, dtype=inputs.precise)
+
+
+def _vq_attention_backward_fake(grad: Tensor, out: Tensor, normalizers: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    inputs, _ = _call(arguments)
+
+    def like(x: Tensor | None) -> Tensor:
+        return inputs.q.new_empty(0) if x is None else x.new_empty(x.shape)
+
+    return tuple(like(x) for x in (inputs.q, inputs.k, inputs.v, inputs.bias, inputs.far_q, inputs.far_k))
+
+
+def _vq_attention_setup(ctx: Any, inputs: Sequence[Any], output: tuple[Tensor, Tensor]) -> None:
+    tensors, ctx.options = inputs[:_NUM_INPUTS], inputs[_NUM_INPUTS:]
     ctx.save_for_backward(*output, *tensors)
 
 
-def _vq_attention_grad(ops, ctx, grad, grad_normalizers):
+def _vq_attention_grad(ops: Any, ctx: Any, grad: Tensor, grad_normalizers: Tensor) -> tuple[Tensor | None, ...]:
     out, normalizers, *tensors = ctx.saved_tensors
-    dq, dk, dv, dbias = ops.vq_attention_backward(grad, out, normalizers, *tensors, *ctx.options)
-    has_bias = tensors[5] is not None
-    return dq, dk, dv, None, None, dbias if has_bias else None, None, None, *[None] * len(ctx.options)
+    gradients = AttentionGradients(*ops.vq_attention_backward(grad, out, normalizers, *tensors, *ctx.options))
+    inputs = AttentionInputs(*tensors)
+    # Gradients of absent tensors are empty: the schema has no optional results.
+    of_inputs = {name: gradient for name, gradient in gradients._asdict().items() if getattr(inputs, name) is not None}
+    return *(of_inputs.get(name) for name in AttentionInputs._fields), *[None] * len(ctx.options)
 
 
-_define(f"vq_attention({_ATTENTION_INPUTS}) -> (Tensor, Tensor)", vq_attention, _vq_attention_fake)
+_ATTENTION = f"{schema_of(AttentionInputs)}, {schema_of(AttentionOptions)}"
+_define(f"vq_attention({_ATTENTION}) -> (Tensor, Tensor)", _vq_attention, _vq_attention_fake)
 _define(
-    f"vq_attention_backward(Tensor grad, Tensor out, Tensor normalizers, {_ATTENTION_INPUTS}) "
-    "-> (Tensor, Tensor, Tensor, Tensor)",
-    vq_attention_backward,
+    f"vq_attention_backward(Tensor grad, Tensor out, Tensor normalizers, {_ATTENTION}) "
+    f"-> ({', '.join(['Tensor'] * len(AttentionGradients._fields))})",
+    _vq_attention_backward,
     _vq_attention_backward_fake,
 )
 _define_autograd("vq_attention", _vq_attention_setup, _vq_attention_grad)
@@ -107,18 +128,26 @@ _no_double_backward("vq_attention")
 
 # ---- vq_attention_step ----------------------------------------------------------------------------------------------
 
+_NUM_STEP_INPUTS = len(AttentionStepInputs._fields)
 
-def _vq_attention_step_fake(q, k, v, *rest):
+
+def _vq_attention_step(*arguments: Any) -> Tensor:
+    *state, scale, window, activation = arguments[_NUM_STEP_INPUTS:]
+    local_keys = LocalKeys.EXACT if state[4].shape[3] > 0 else LocalKeys.QUANTIZED
+    past = VQAttentionState(*state, window, local_keys.name.lower())
+    return vq_attention_step(AttentionStepInputs(*arguments[:_NUM_STEP_INPUTS]), past, scale, activation)
+
+
+def _vq_attention_step_fake(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> Tensor:
     return v.new_empty(*q.shape[:3], v.shape[-1])
 
 
 # No autograd: `ops.vq_attention_step` refuses gradients, which would have to pass through a state that is gone.
 _define(
-    "vq_attention_step(Tensor q, Tensor k, Tensor v, Tensor codebook, Tensor? codes, Tensor? bias, "
-    "Tensor? key_padding_mask, Tensor(a!) far_sums, Tensor(b!) far_counts, Tensor(c!) ring_codes, "
-    "Tensor(d!) ring_keys, Tensor(e!) ring_values, Tensor(f!) lengths, float scale, int window, str activation) "
-    "-> Tensor",
-    vq_attention_step,
+    f"vq_attention_step({schema_of(AttentionStepInputs)}, Tensor(a!) far_sums, Tensor(b!) far_counts, "
+    "Tensor(c!) ring_codes, Tensor(d!) ring_keys, Tensor(e!) ring_values, Tensor(f!) lengths, float scale, int window, "
+    "int activation) -> Tensor",
+    _vq_attention_step,
     _vq_attention_step_fake,
 )
 

@@ -1,7 +1,6 @@
 """Vector-quantised attention: contract, checks, one call."""
 
 import functools
-import math
 
 import torch
 from torch import Tensor
@@ -9,6 +8,8 @@ from torch import Tensor
 from longvq_layers import _checks as check
 from longvq_layers.ops import _cuda_limits as cuda
 from longvq_layers.ops import _schema  # noqa: F401  defines the operators
+from longvq_layers.ops._attention_inputs import AttentionInputs
+from longvq_layers.ops._attention_options import attention_options
 from longvq_layers.ops._derivatives import refuse_forward_mode
 from longvq_layers.ops._dispatch import choose
 from longvq_layers.ops.reference import vq as reference
@@ -126,39 +127,46 @@ def vq_attention(
     (arXiv 2209.10655) eq. 16.
     """
     op = "vq_attention"
-    _check_qkv(op, q, k, v)
-    apart = _check_far(op, q, k, far_q, far_k, local_keys)
-    _check_codebook(op, far_k if apart else k, codebook, heads_of="far_k" if apart else "k")
-    _check_options(op, q, window, causal, bias, scale, activation, local_keys, key_grad)
+    check_qkv(op, q, k, v)
+    has_far = check_far(op, q, k, far_q, far_k, local_keys)
+    coded_keys, name = (far_k, "far_k") if has_far else (k, "k")  # the keys that the codewords stand for
+    _check_codebook(op, coded_keys, codebook, heads_of=name)
+    options = attention_options(
+        op,
+        head_dim=q.shape[-1],
+        scale=scale,
+        causal=causal,
+        window=window,
+        activation=activation,
+        local_keys=local_keys,
+        key_grad=key_grad,
+    )
+    check_bias(op, bias, q.shape[1], window, causal)
     if key_padding_mask is not None:
         check.key_padding_mask(op, key_padding_mask, q.shape[0], q.shape[2])
     if cu_seqlens is not None:
         check.cu_seqlens(op, "q", q, cu_seqlens, axis=2)
     check.same_device(op, "q", q, k=k, v=v, bias=bias, key_padding_mask=key_padding_mask, codes=codes)
     if codes is not None:
-        _check_codes(op, codes, k, codebook)
+        check_codes(op, codes, k, codebook)
     declines = functools.partial(cuda.attention, q, v, far_q, cu_seqlens, activation)
     chosen = choose(op, backend, q.device, (q.dtype,), declines)
 
     if codes is None:
         # The assignment has kernels of its own: "auto" takes the fastest for it, a named backend is kept to.
-        codes = vq_assign(far_k if apart else k, codebook, backend=backend)
-    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    near_dim = q.shape[-1] if apart else 0
-    if apart:  # one operator, whose columns are first those of pairs inside the window, then those of the others
-        q, k = torch.cat([q, far_q], dim=-1), torch.cat([k, far_k], dim=-1)
-        codebook = torch.nn.functional.pad(codebook, (near_dim, 0))
+        codes = vq_assign(coded_keys, codebook, backend=backend)
     precise = torch.promote_types(q.dtype, torch.float32)
     bias = None if bias is None else bias.to(precise)
-    arguments = (q, k, v, codebook.detach().to(precise), codes, bias, key_padding_mask, cu_seqlens)
-    options = (scale, bool(causal), int(window), activation, local_keys, key_grad, near_dim)
+    codebook = codebook.detach().to(precise)
+    inputs = AttentionInputs(q, k, v, codebook, codes, bias, key_padding_mask, cu_seqlens, far_q, far_k)
     if chosen == "reference":
-        return reference.vq_attention(*arguments, *options)
-    refuse_forward_mode(op, q, k, v, bias)
-    return _NAMESPACE[chosen].vq_attention(*arguments, *options)[0]
+        return reference.vq_attention(inputs, options)
+    refuse_forward_mode(op, q, k, v, bias, far_q, far_k)
+    return _NAMESPACE[chosen].vq_attention(*inputs, *options)[0]
 
 
-def _check_qkv(op: str, q: Tensor, k: Tensor, v: Tensor) -> None:
+def check_qkv(op: str, q: Tensor, k: Tensor, v: Tensor) -> None:
+    """q, k and v have shapes and dtypes that belong together."""
     check.tensor(op, "q", q, "B H L D")
     check.tensor(op, "k", k, "B Hkv L D")
     check.tensor(op, "v", v, "B Hkv L E")
@@ -178,8 +186,8 @@ def _check_qkv(op: str, q: Tensor, k: Tensor, v: Tensor) -> None:
     check.at_least_one(op, "v", v, 3, "value dimension E")
 
 
-def _check_far(op: str, q: Tensor, k: Tensor, far_q: Tensor | None, far_k: Tensor | None, local_keys: str) -> bool:
-    # Whether there are other queries and keys outside the window.
+def check_far(op: str, q: Tensor, k: Tensor, far_q: Tensor | None, far_k: Tensor | None, local_keys: str) -> bool:
+    """Whether there are other queries and keys for pairs outside the window."""
     if far_q is None and far_k is None:
         return False
     for name, x, missing in (("far_q", far_q, "far_k"), ("far_k", far_k, "far_q")):
@@ -211,7 +219,8 @@ def _check_codebook(op: str, k: Tensor, codebook: Tensor, heads_of: str) -> None
     check.codebook_values(op, codebook)
 
 
-def _check_codes(op: str, codes: Tensor, k: Tensor, codebook: Tensor) -> None:
+def check_codes(op: str, codes: Tensor, k: Tensor, codebook: Tensor) -> None:
+    """``codes`` has a code of the codebook for every key."""
     check.tensor(op, "codes", codes, "B Hkv L")
     if codes.dtype != torch.int64:
         raise TypeError(f"{op}: codes must be int64, got {codes.dtype}")
@@ -222,26 +231,13 @@ def _check_codes(op: str, codes: Tensor, k: Tensor, codebook: Tensor) -> None:
             raise ValueError(f"{op}: codes must lie in [0, S) = [0, {codebook.shape[1]}), got {low} to {high}")
 
 
-def _check_options(op, q, window, causal, bias, scale, activation, local_keys, key_grad) -> None:
-    check.window(op, window)
-    check.one_of(op, "activation", activation, ("softmax", "laplace"))
-    check.one_of(op, "local_keys", local_keys, ("quantized", "exact"))
-    check.one_of(op, "key_grad", key_grad, ("cluster", "window"))
-    if not isinstance(causal, bool):
-        raise TypeError(f"{op}: causal must be a bool, got {causal!r}")
-    if scale is not None and activation == "laplace":
-        raise ValueError(
-            f'{op}: scale has no effect with activation="laplace", which divides scores by the number of allowed keys; '
-            f"got scale={scale!r}, leave it None"
-        )
-    if scale is not None and not (
-        isinstance(scale, int | float) and not isinstance(scale, bool) and math.isfinite(scale)
-    ):
-        raise ValueError(f"{op}: scale must be a finite number, got {scale!r}")
-    if bias is not None:
-        if window == 0:
-            raise ValueError(f"{op}: bias applies inside the window; got a bias with window=0")
-        check.tensor(op, "bias", bias, "H W" if causal else "H 2W-1")
-        check.real(op, "bias", bias)
-        columns = window if causal else 2 * window - 1
-        check.size(op, "bias", bias, (q.shape[1], columns), "H W" if causal else "H 2W-1")
+def check_bias(op: str, bias: Tensor | None, num_heads: int, window: int, causal: bool) -> None:
+    """``bias`` has an entry for every head and every offset inside the window."""
+    if bias is None:
+        return
+    if window == 0:
+        raise ValueError(f"{op}: bias applies inside the window; got a bias with window=0")
+    shape = "H W" if causal else "H 2W-1"
+    check.tensor(op, "bias", bias, shape)
+    check.real(op, "bias", bias)
+    check.size(op, "bias", bias, (num_heads, window if causal else 2 * window - 1), shape)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from longvq_layers import _checks as check
+from longvq_layers.ops._attention_options import LOCAL_KEYS
 from longvq_layers.ops._state import State
 
 
@@ -47,6 +48,16 @@ class VQAttentionState(State):
         """Where the tensors are."""
         return self.far_sums.device
 
+    @property
+    def reach(self) -> int:
+        """R, number of keys that the ring holds at most."""
+        return max(self.window - 1, 0)
+
+    @property
+    def keeps_keys(self) -> bool:
+        """Whether the ring holds the keys themselves."""
+        return self.ring_keys.shape[3] > 0
+
     def tensors(self) -> tuple[Tensor, ...]:
         """The six tensors, in the order of the attributes."""
         # Written out for speed: every step asks for them.
@@ -59,6 +70,7 @@ def vq_attention_state(
     *,
     window: int = 0,
     value_dim: int | None = None,
+    key_dim: int | None = None,
     local_keys: str = "quantized",
 ) -> VQAttentionState:
     """The state of ``batch`` empty sequences, for :func:`vq_attention_step`.
@@ -68,9 +80,11 @@ def vq_attention_state(
 
     Args:
         batch: B ≥ 0, number of sequences.
-        codebook: codewords (Hkv, S, D), finite; the state is on its device, in float64 if it is float64, else float32.
+        codebook: codewords (Hkv, S, F), finite; F = D unless the steps get ``far_q`` and ``far_k``. The state is on its
+            device, in float64 if it is float64, else float32.
         window: W ≥ 0, in positions; 0 (default) means no window. All of it is kept, however short a sequence is.
-        value_dim: E, width of a value; default D.
+        value_dim: E, width of a value; default F.
+        key_dim: D, width of a key inside the window; default F.
         local_keys: ``"quantized"`` (default) or ``"exact"``, see :func:`vq_attention`.
 
     Returns:
@@ -90,11 +104,12 @@ def vq_attention_state(
     check.codebook_values(op, codebook)
     check.at_least_one(op, "codebook", codebook, 0, "key-value head H")
     check.window(op, window)
-    check.one_of(op, "local_keys", local_keys, ("quantized", "exact"))
-    heads, codes, width = codebook.shape
-    value_dim = width if value_dim is None else value_dim
+    check.one_of(op, "local_keys", local_keys, LOCAL_KEYS)
+    heads, codes, far_dim = codebook.shape
+    value_dim = far_dim if value_dim is None else value_dim
+    key_dim = far_dim if key_dim is None else key_dim
     check.integer(op, "batch", batch, 0)
-    check.integer(op, "value_dim", value_dim, 1)
+    check.positive(op, value_dim=value_dim, key_dim=key_dim)
     reach = max(window - 1, 0)
     real = {"dtype": torch.promote_types(codebook.dtype, torch.float32), "device": codebook.device}
     count = {"dtype": torch.int64, "device": codebook.device}
@@ -102,7 +117,7 @@ def vq_attention_state(
         far_sums=torch.zeros(batch, heads, codes, value_dim, **real),
         far_counts=torch.zeros(batch, heads, codes, **count),
         ring_codes=torch.zeros(batch, heads, reach, **count),
-        ring_keys=torch.zeros(batch, heads, reach, width if local_keys == "exact" and window else 0, **real),
+        ring_keys=torch.zeros(batch, heads, reach, key_dim if local_keys == "exact" and window else 0, **real),
         ring_values=torch.zeros(batch, heads, reach, value_dim, **real),
         lengths=torch.zeros(batch, **count),
         window=window,

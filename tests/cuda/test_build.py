@@ -1,5 +1,6 @@
 """`csrc/build_support/cuda_library.py`: when the CUDA kernels are built, for what, and what it reads from ptxas."""
 
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -92,9 +93,22 @@ ptxas info    : Used 255 registers, used 1 barriers, 16 bytes cumulative stack s
 
 
 def test_kernels_need_neither_torch_nor_cuda_headers_to_be_called():
-    """The launcher interface: what the operators include of the kernels is plain C++."""
-    params = (ROOT / "csrc" / "cuda" / "common" / "params.h").read_text()
-    includes = [line for line in params.splitlines() if line.startswith("#include")]
-    assert includes == ["#include <cstdint>", '#include "../../elements.h"']
-    for source in (ROOT / "csrc" / "cuda").rglob("*.cu"):
+    """What the operators include of the kernels is plain C++."""
+    csrc = ROOT / "csrc"
+    pending, seen = [csrc / "cuda" / kernel / "params.h" for kernel in ("vq", "ssm")], set()
+    while pending:
+        header = pending.pop()
+        seen.add(header.resolve().relative_to(csrc).as_posix())
+        for include in re.findall(r"#include (.*)", header.read_text()):
+            assert include.startswith('"') or include == "<cstdint>", (header, include)
+            if include.startswith('"'):
+                pending.append(header.parent / include.strip('"'))
+    assert seen == {
+        "common/dtype.h",
+        "cuda/common/sequences.h",
+        "cuda/ssm/params.h",
+        "cuda/vq/params.h",
+        "vq/attention_options.h",
+    }
+    for source in (csrc / "cuda").rglob("*.cu"):
         assert "torch" not in source.read_text(), source

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from torch import Tensor
 
 from longvq_layers import ops
+from tests.ops.vq.operator_calls import attention_arguments
 from tests.strategies import attention_cases, scan_cases
 from tests.tolerances import assert_close
 
@@ -177,14 +178,14 @@ def test_opcheck_of_attention(namespace, causal):
     bias = torch.randn(4, 3 if causal else 5, requires_grad=True)
     op = getattr(torch.ops, namespace).vq_attention.default
     for offsets, length, options in (
-        (OFFSETS, 200, (bias, torch.rand(1, 200) < 0.2)),
-        (OFFSETS[:3], 40, (None, None)),
-        (OFFSETS[:1], 0, (bias, None)),
+        (OFFSETS, 200, {"bias": bias, "key_padding_mask": torch.rand(1, 200) < 0.2}),
+        (OFFSETS[:3], 40, {}),
+        (OFFSETS[:1], 0, {"bias": bias}),
     ):
         rows = [x[:, :, :length].detach().requires_grad_() for x in (q, k, v)]
         codes = ops.vq_assign(rows[1], codebook)
-        settings = (0.5, causal, 3, "softmax", "exact", "cluster", 0)
-        torch.library.opcheck(op, (*rows, codebook, codes, *options, offsets, *settings))
+        options |= {"cu_seqlens": offsets, "causal": causal, "window": 3}
+        torch.library.opcheck(op, attention_arguments(*rows, codebook, codes, **options))
 
 
 @pytest.mark.parametrize("namespace", ["longvq", "longvq_torch"])
@@ -285,9 +286,9 @@ def test_the_initial_state_is_one_for_each_document():
 def test_offsets_that_nobody_could_check_before_are_checked_by_the_operators(namespace, offsets):
     """A compiled caller sees no values."""
     space = getattr(torch.ops, namespace)
-    codes, options = torch.zeros(1, 2, 5, dtype=torch.int64), (0.5, False, 2, "softmax", "exact", "cluster", 0)
+    codes = torch.zeros(1, 2, 5, dtype=torch.int64)
     with pytest.raises((ValueError, RuntimeError), match="vq_attention: cu_seqlens must"):
-        space.vq_attention(Q, Q, Q, CODEBOOK, codes, None, None, offsets, *options)
+        space.vq_attention(*attention_arguments(Q, Q, Q, CODEBOOK, codes, cu_seqlens=offsets))
     with pytest.raises((ValueError, RuntimeError), match="ssm_scan: cu_seqlens must"):
         space.ssm_scan(U, MODES, MODES, None, None, None, offsets, False)
     states = torch.zeros(len(offsets) - 1, 3, 2)

@@ -3,7 +3,7 @@
 
 #include <type_traits>
 
-#include "../../elements.h"
+#include "../../common/dtype.h"
 #include "dtypes.h"
 #include "status.h"
 

@@ -205,10 +205,10 @@ inline void load_matrices_transposed(uint32_t (&out)[4], const void* row) {
   on_host::synchronize_warp(MatrixLoad::run<true>, &load);
 }
 
-// Adds eight products to each column of a row of c, with the rounding of A100 tensor cores: every summand is truncated one
-// bit below the last bit of the largest summand, and the sum is truncated to a float. Hopper adds sixteen products at a
-// time and keeps two more bits. Fasi et al. 2021, "Numerical behavior of NVIDIA tensor cores"; Khattak and Mikaitis 2025,
-// arXiv 2512.07004. Compilers can vectorise all loops over columns.
+// Adds eight products to each column of a row of c, with the rounding of A100 tensor cores: every summand is truncated
+// one bit below the last bit of the largest summand, and the sum is truncated to a float. Hopper adds sixteen products
+// at a time and keeps two more bits. Fasi et al. 2021, "Numerical behavior of NVIDIA tensor cores"; Khattak and
+// Mikaitis 2025, arXiv 2512.07004. Compilers can vectorise all loops over columns.
 inline void add_products(float (&c)[8], const float* a, const float (*b)[8]) {
   constexpr float kLeast = 1e-30f;  // below it the exponents here leave their range, and sums don't matter
   float products[8][8], largest[8], plain[8], scale[8], unit[8];
@@ -255,9 +255,9 @@ inline void add_products(float (&c)[8], const float* a, const float (*b)[8]) {
   }
 }
 
-// C (16, 8) += A (16, 16) · B (16, 8). With g = lane / 4 and t = lane % 4, a lane holds of A rows g and g + 8, columns 2t,
-// 2t + 1, 2t + 8 and 2t + 9; of B rows 2t, 2t + 1, 2t + 8 and 2t + 9, column g; of C rows g and g + 8, columns 2t and
-// 2t + 1.
+// C (16, 8) += A (16, 16) · B (16, 8). With g = lane / 4 and t = lane % 4, a lane holds of A rows g and g + 8, columns
+// 2t, 2t + 1, 2t + 8 and 2t + 9; of B rows 2t, 2t + 1, 2t + 8 and 2t + 9, column g; of C rows g and g + 8, columns 2t
+// and 2t + 1.
 struct MatrixProduct {
   float* c;
   const uint32_t* a;

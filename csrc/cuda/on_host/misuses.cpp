@@ -2,7 +2,7 @@
 #include <exception>
 #include <string>
 
-#include "../../export.h"
+#include "../../common/export.h"
 #include "machine.h"
 
 namespace longvq::cuda {
@@ -52,9 +52,9 @@ LONGVQ_EXPORT const char* longvq_on_host_error_of(const char* name) {
   static std::string error;
   const std::string kernel = name;
   error = kernel == "two copies to one place"      ? error_of<TwoCopies>()
-         : kernel == "copies one after the other" ? error_of<CopyAfterWaiting>()
-         : kernel == "copy outside"               ? error_of<CopyOutside>()
-         : kernel == "no block"                   ? error_of<CopyAfterWaiting>(0)
-                                                  : "unknown";
+          : kernel == "copies one after the other" ? error_of<CopyAfterWaiting>()
+          : kernel == "copy outside"               ? error_of<CopyOutside>()
+          : kernel == "no block"                   ? error_of<CopyAfterWaiting>(0)
+                                                   : "unknown";
   return error.c_str();
 }

@@ -1,11 +1,12 @@
 """What forward and backward of the blocked attention share: prepared inputs, masks and scores of one block."""
 
 import math
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from longvq_layers.ops._attention_inputs import AttentionInputs
+from longvq_layers.ops._attention_options import Activation, AttentionOptions
 from longvq_layers.ops.torch.far_field import Blocks, FarField
 
 _MU, _SIGMA = math.sqrt(0.5), math.sqrt(0.25 / math.pi)
@@ -21,19 +22,6 @@ def laplace_grad(x: Tensor) -> Tensor:
     return torch.exp(((x - _MU) / _SIGMA).square_().mul_(-0.5)).div_(_SIGMA * math.sqrt(2 * math.pi))
 
 
-@dataclass(frozen=True)
-class Options:
-    """The scalar arguments of ``vq_attention``."""
-
-    scale: float
-    causal: bool
-    window: int
-    activation: str
-    local_keys: str
-    key_grad: str
-    near_dim: int  # > 0: columns of q and k for pairs inside the window; the others are for all other pairs
-
-
 class Scores:
     """Inputs in compute precision and, block by block, the scores of near keys and of far codes.
 
@@ -41,52 +29,42 @@ class Scores:
     queries of a block are (B, Hkv, G·T, D) and its near scores (B, Hkv, G·T, K).
     """
 
-    def __init__(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        codebook: Tensor,
-        codes: Tensor,
-        bias: Tensor | None,
-        key_padding_mask: Tensor | None,
-        options: Options,
-    ):
-        precise = torch.promote_types(q.dtype, torch.float32)
+    def __init__(self, inputs: AttentionInputs, options: AttentionOptions) -> None:
+        precise = inputs.precise
         self.options = options
-        self.batch, self.heads, self.length, self.width = q.shape
-        self.kv_heads, self.num_codes, _ = codebook.shape
+        self.batch, self.heads, self.length, self.head_dim = inputs.q.shape
+        self.kv_heads, self.num_codes, self.far_dim = inputs.codebook.shape
         self.group = self.heads // self.kv_heads
-        self.value_width = v.shape[-1]
+        self.value_dim = inputs.v.shape[-1]
         self.blocks = Blocks.plan(self.length, self.num_codes, options.window, options.causal)
-        self.mask = key_padding_mask
+        self.mask = inputs.key_padding_mask
 
-        self.codebook = codebook.to(precise)
-        self.codes = codes
-        self.v = v.to(precise)
-        self.k = k.to(precise) if options.local_keys == "exact" and options.window > 0 else None
-        if options.near_dim:  # zeros for the columns that a score has no part in
-            self.codebook = self.codebook.clone()
-            self.codebook[..., : options.near_dim] = 0
-            if self.k is not None:
-                self.k = torch.nn.functional.pad(self.k[..., : options.near_dim], (0, q.shape[3] - options.near_dim))
+        self.codebook = inputs.codebook.to(precise)
+        self.codes = inputs.codes
+        self.v = inputs.v.to(precise)
+        self.k = inputs.k.to(precise) if options.uses_exact_keys else None
         self.bias = None
-        if bias is not None and options.window > 0:
-            self.bias = bias.to(precise).unflatten(0, (self.kv_heads, self.group))
+        if inputs.bias is not None and options.window > 0:
+            self.bias = inputs.bias.to(precise).unflatten(0, (self.kv_heads, self.group))
 
         # Softmax multiplies scores by `scale`, laplace divides them by the number of allowed keys: in both cases a
         # factor per query, applied to the query once.
         self.unit = self._score_unit(precise)
-        q = q.to(precise) * (self.unit if isinstance(self.unit, float) else self.unit[:, None, :, None])
-        self.q = q.unflatten(1, (self.kv_heads, self.group))
+        self.q = self.grouped(inputs.q.to(precise) * self.unit)
+        self.has_far_q = inputs.far_q is not None
+        self.far_q = self.q if inputs.far_q is None else self.grouped(inputs.far_q.to(precise) * self.unit)
 
-        self.far_field = FarField(codes, self.num_codes, self.blocks)
+        self.far_field = FarField(inputs.codes, self.num_codes, self.blocks)
         self.far_values, self.far_counts = self._far_statistics()
         self._tiles: dict[tuple[int, int, int], tuple[Tensor, Tensor | None, Tensor | None]] = {}
 
+    def grouped(self, x: Tensor) -> Tensor:
+        """(B, H, L, X) -> (B, Hkv, G, L, X)."""
+        return x.unflatten(1, (self.kv_heads, self.group))
+
     def _score_unit(self, precise: torch.dtype) -> float | Tensor:
-        """``scale``, or (B, L) one over the number of keys allowed for each query."""
-        if self.options.activation == "softmax":
+        """``scale``, or (B, 1, L, 1) one over the number of keys allowed for each query."""
+        if self.options.activation == Activation.SOFTMAX:
             return self.options.scale
         device = self.codebook.device
         if self.mask is None:
@@ -94,7 +72,7 @@ class Scores:
         else:
             keys = (~self.mask).to(precise)
         count = keys.cumsum(-1) if self.options.causal else keys.sum(-1, keepdim=True).expand(-1, self.length)
-        return count.clamp(min=1).reciprocal()
+        return count.clamp(min=1).reciprocal()[:, None, :, None]
 
     def _far_statistics(self) -> tuple[Tensor, Tensor]:
         """Values (blocks, B, Hkv, S, E) and counts (blocks, B, Hkv, S, 1) of each block's far field.
@@ -105,9 +83,9 @@ class Scores:
         if self.mask is not None:
             rows = rows * (~self.mask)[:, None, :, None]
         sums = self.far_field.sums(rows.flatten(0, 1))
-        sums = sums.view(-1, self.batch, self.kv_heads, self.num_codes, self.value_width + 1)
+        sums = sums.view(-1, self.batch, self.kv_heads, self.num_codes, self.value_dim + 1)
         values, counts = sums[..., :-1], sums[..., -1:]
-        if self.options.activation == "softmax":
+        if self.options.activation == Activation.SOFTMAX:
             values = values / counts.clamp(min=1)
         return values, counts
 
@@ -118,8 +96,17 @@ class Scores:
         """(B, Hkv, G, L, X) -> (B, Hkv, G·T, X), the rows of one block."""
         return x[..., rows, :].reshape(self.batch, self.kv_heads, -1, x.shape[-1])
 
+    def as_rows(self, x: Tensor) -> Tensor:
+        """The reverse of :meth:`rows_of` for the rows of one block: (B, Hkv, G·T, X) -> (B, Hkv, G, T, X)."""
+        return x.view(self.batch, self.kv_heads, self.group, -1, x.shape[-1])
+
+    def queries(self, rows: slice) -> tuple[Tensor, Tensor]:
+        """The queries of one block, for near pairs inside the window and for all other pairs."""
+        q = self.rows_of(self.q, rows)
+        return q, self.rows_of(self.far_q, rows) if self.has_far_q else q
+
     def near_codewords(self, keys: slice) -> Tensor:
-        """(B, Hkv, K, D) codewords of the near keys."""
+        """(B, Hkv, K, F) codewords of the near keys."""
         head = torch.arange(self.kv_heads, device=self.codes.device)[:, None]
         return self.codebook[head, self.codes[:, :, keys]]
 
@@ -140,10 +127,10 @@ class Scores:
             self._tiles[key] = (in_window, forbidden, bias)
         return self._tiles[key]
 
-    def near(self, q: Tensor, codewords: Tensor, rows: slice, keys: slice) -> Tensor:
+    def near(self, q: Tensor, far_q: Tensor, codewords: Tensor, rows: slice, keys: slice) -> Tensor:
         """Scores (B, Hkv, G·T, K) of one block's near keys; −inf where a key is not allowed."""
         in_window, forbidden, bias = self.tile(rows, keys)
-        score = q @ codewords.transpose(2, 3)
+        score = far_q @ codewords.transpose(2, 3)
         score = score.view(self.batch, self.kv_heads, self.group, *in_window.shape)
         if self.k is not None:
             exact = (q @ self.k[:, :, keys].transpose(2, 3)).view_as(score)
@@ -156,9 +143,9 @@ class Scores:
             score.masked_fill_(self.mask[:, None, None, None, keys], -torch.inf)
         return score.flatten(2, 3)
 
-    def far(self, q: Tensor, block: int) -> Tensor:
+    def far(self, far_q: Tensor, block: int) -> Tensor:
         """Scores (B, Hkv, G·T, S) of one block's far codes; under softmax with the log of their counts."""
-        score = q @ self.codebook.transpose(1, 2)
-        if self.options.activation == "softmax":
+        score = far_q @ self.codebook.transpose(1, 2)
+        if self.options.activation == Activation.SOFTMAX:
             score += self.far_counts[self.far_index(block)].log().transpose(2, 3)
         return score
