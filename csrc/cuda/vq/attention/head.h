@@ -95,8 +95,12 @@ struct Head {
   // Queries for pairs inside the window; `far`: outside.
   template <typename Element>
   LONGVQ_DEVICE Rows<Element> queries(bool far, const Alignment& aligned) const {
-    return far ? rows_of<Element>(p.far_q, p.far_q_strides, head, 0, p.far_head_dim, aligned.far_q)
-               : rows_of<Element>(p.q, p.q_strides, head, 0, p.head_dim, aligned.q);
+    // Selects number by number: a choice between two Rows makes registers spill.
+    const Strides strides{
+        far ? p.far_q_strides.batch : p.q_strides.batch, far ? p.far_q_strides.head : p.q_strides.head,
+        far ? p.far_q_strides.length : p.q_strides.length};
+    return rows_of<Element>(
+        far ? p.far_q : p.q, strides, head, 0, far ? p.far_head_dim : p.head_dim, far ? aligned.far_q : aligned.q);
   }
   template <typename Element>
   LONGVQ_DEVICE Rows<Element> keys(const Alignment& aligned) const {
