@@ -1,4 +1,4 @@
-"""The machine on the host, `csrc/cuda/on_host`: it finds what is wrong in kernels that are (misuses.cpp)."""
+"""The execution model on the host, `csrc/cuda/on_host`, finds the errors of the wrong kernels in misuses.cpp."""
 
 import ctypes
 
@@ -15,7 +15,7 @@ import pytest
         ("no block", "a grid without blocks"),
     ],
 )
-def test_what_it_says_of(library_on_host, thread_order, order, kernel, message):
+def test_error_of_a_kernel(library_on_host, thread_order, order, kernel, message):
     error_of = ctypes.CDLL(library_on_host).longvq_on_host_error_of
     error_of.restype = ctypes.c_char_p
     thread_order(order)

@@ -1,4 +1,4 @@
-"""`csrc/cuda/scan.cu` and `scan_tables.cu`, run on the host (and a GPU where there is one), against the definition."""
+"""The kernels of `csrc/cuda/ssm` against the definition."""
 
 import itertools
 
@@ -11,7 +11,7 @@ from tests.native import by_channel
 from tests.strategies import NativeScanCase, in_precision, native_scan_cases
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# Relative to the sum of the sizes of the terms: up to 31 steps with one rounded decay; in bfloat16 rounded tables.
+# Errors relative to the sum of the absolute terms: one rounded decay over up to 31 steps; in bfloat16, rounded tables.
 ROUNDING = {torch.float32: 2**-20, torch.float16: 2**-20, torch.bfloat16: 2**-8}
 
 
@@ -19,7 +19,7 @@ NAMES = ("u", "log_decay", "weight", "skip", "initial_state")
 
 
 def call(namespace, arguments, options, grad_y, grad_state):
-    """y, the last state, and the gradients of what there is."""
+    """y, the final state, and the gradients of the given arguments."""
     inputs = [*(arguments.get(name) for name in NAMES), options["key_padding_mask"]]
     inputs += [options.get("cu_seqlens"), options["reverse"]]
     y, state = namespace.ssm_scan(*inputs)
@@ -28,7 +28,7 @@ def call(namespace, arguments, options, grad_y, grad_state):
     return {"y": y, "state": state, **found}
 
 
-def assert_right(kernels, case: NativeScanCase):
+def assert_equals_the_definition(kernels, case: NativeScanCase):
     dtype = case.arguments["u"].dtype
     precise = {name: in_precision(x, torch.float64) for name, x in case.arguments.items()}
     grads = [in_precision(x, torch.float64) for x in (case.grad_y, case.grad_state)]
@@ -54,7 +54,7 @@ def assert_right(kernels, case: NativeScanCase):
 @given(data=st.data(), dtype=st.sampled_from(DTYPES))
 @settings(max_examples=40)
 def test_equals_the_definition(kernels, packed, data, dtype):
-    assert_right(kernels, data.draw(native_scan_cases(dtype, packed=packed)))
+    assert_equals_the_definition(kernels, data.draw(native_scan_cases(dtype, packed=packed)))
 
 
 def drawn(batch, length, channels, modes, dtype, **options):
@@ -73,25 +73,25 @@ def drawn(batch, length, channels, modes, dtype, **options):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("length", [1023, 1024, 1025, 2048, 3 * 1024 + 33])
 def test_lengths_around_the_tiles(kernels, dtype, length):
-    assert_right(kernels, drawn(1, length, 9, 17, dtype))
+    assert_equals_the_definition(kernels, drawn(1, length, 9, 17, dtype))
 
 
 @pytest.mark.parametrize("channels", [8, 16, 24, 20])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_channels_that_are_read_together(kernels, dtype, channels):
-    """Eight of 16 bits at a time where they lie so, one by one where they don't."""
+def test_vectorized_channels(kernels, dtype, channels):
+    """Kernels read the channels of a step in one access if they are aligned, otherwise one by one."""
     case = drawn(2, 100, channels, 3, dtype, key_padding_mask=torch.rand(2, 100) < 0.2)
-    assert_right(kernels, case)
+    assert_equals_the_definition(kernels, case)
     case.arguments["u"] = torch.randn(2, 100, channels + 1).to(dtype)[:, :, 1:]
-    assert_right(kernels, case)
+    assert_equals_the_definition(kernels, case)
 
 
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_segments(kernels, dtype, reverse):
-    """Few channels of a long sequence: its pieces run at the same time, from states that are made first."""
+    """A long sequence with few channels is cut into segments, which run at the same time."""
     mask = torch.rand(2, 13_000) < 0.1
-    assert_right(kernels, drawn(2, 13_000, 2, 5, dtype, reverse=reverse, key_padding_mask=mask))
+    assert_equals_the_definition(kernels, drawn(2, 13_000, 2, 5, dtype, reverse=reverse, key_padding_mask=mask))
 
 
 @pytest.mark.parametrize("reverse", [False, True])
@@ -102,7 +102,7 @@ def test_packed_documents_in_segments(kernels, lengths, reverse):
     case = drawn(1, length, 2, 5, torch.float32, reverse=reverse, key_padding_mask=mask, cu_seqlens=offsets)
     case.arguments["initial_state"] = torch.randn(documents, 2, 5, dtype=torch.complex64)
     case.grad_state = torch.randn(documents, 2, 5, dtype=torch.complex64)
-    assert_right(kernels, case)
+    assert_equals_the_definition(kernels, case)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -120,7 +120,7 @@ def test_wrong_arguments(kernels):
     case = drawn(1, 20, 3, 2, torch.float32)
     good = case.arguments
     for name, wrong, message in [
-        ("weight", good["weight"].real, "of one type"),
+        ("weight", good["weight"].real, "weight must be .* in the dtype of log_decay, got .* float32"),
         ("skip", good["skip"][:2], "skip must be"),
         ("initial_state", good["initial_state"][:, :2], "initial_state must be"),
         ("u", good["u"].double(), "float32, bfloat16 or float16"),

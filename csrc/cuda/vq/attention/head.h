@@ -92,15 +92,15 @@ struct Head {
            !(all_inside && columns.kind != ColumnRange::kOutside);
   }
 
-  // Queries for pairs inside the window; `far`: outside.
+  // Queries for pairs inside the window.
   template <typename Element>
-  LONGVQ_DEVICE Rows<Element> queries(bool far, const Alignment& aligned) const {
-    // Selects number by number: a choice between two Rows makes registers spill.
-    const Strides strides{
-        far ? p.far_q_strides.batch : p.q_strides.batch, far ? p.far_q_strides.head : p.q_strides.head,
-        far ? p.far_q_strides.length : p.q_strides.length};
-    return rows_of<Element>(
-        far ? p.far_q : p.q, strides, head, 0, far ? p.far_head_dim : p.head_dim, far ? aligned.far_q : aligned.q);
+  LONGVQ_DEVICE Rows<Element> queries(const Alignment& aligned) const {
+    return rows_of<Element>(p.q, p.q_strides, head, 0, p.head_dim, aligned.q);
+  }
+  // Queries for pairs outside the window.
+  template <typename Element>
+  LONGVQ_DEVICE Rows<Element> far_queries(const Alignment& aligned) const {
+    return rows_of<Element>(p.far_q, p.far_q_strides, head, 0, p.far_head_dim, aligned.far_q);
   }
   template <typename Element>
   LONGVQ_DEVICE Rows<Element> keys(const Alignment& aligned) const {

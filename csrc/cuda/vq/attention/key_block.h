@@ -81,7 +81,8 @@ struct KeyBlock {
     });
   }
 
-  // Calls visit(query_head, first query, tile index) for the queries begin .. end of all heads of the group.
+  // Calls visit(query_head, first query, tile index) for the queries begin .. end of all heads of the group. `far`:
+  // loads far_q instead of q.
   template <typename Visit>
   LONGVQ_DEVICE void for_each_query_tile(int64_t begin, int64_t end, bool far, const Visit& visit) {
     const int tiles = end > begin ? static_cast<int>(divide_up(end - begin, kTile)) : 0;
@@ -94,9 +95,14 @@ struct KeyBlock {
     const auto fill_tile = [&](int index) {
       const Head query_head = at(index);
       const int64_t from = begin + static_cast<int64_t>(index % tiles) * kTile;
-      fill<Operand, kThreads>(queries(index), query_head.template queries<Element>(far, aligned), [&](int row) {
-        return from + row < end ? from + row : -1;
-      });
+      const auto fill_queries = [&](const Rows<Element>& rows) {
+        fill<Operand, kThreads>(queries(index), rows, [&](int row) { return from + row < end ? from + row : -1; });
+      };
+      if (far) {  // two calls, because a choice between two Rows takes more registers
+        fill_queries(query_head.template far_queries<Element>(aligned));
+      } else {
+        fill_queries(query_head.template queries<Element>(aligned));
+      }
       fill_grads(query_head, from, end, index, first_value);
     };
     __syncthreads();

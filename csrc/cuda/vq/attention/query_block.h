@@ -83,9 +83,8 @@ struct QueryBlock {
     }
   }
 
-  LONGVQ_DEVICE void fill_queries(bool far) const {
-    fill<Operand, kThreads>(
-        queries(), head.queries<Element>(far, aligned), [&](int row) { return first + row < last ? first + row : -1; });
+  LONGVQ_DEVICE void fill_queries(const Rows<Element>& rows) const {
+    fill<Operand, kThreads>(queries(), rows, [&](int row) { return first + row < last ? first + row : -1; });
   }
 
   LONGVQ_DEVICE void fill_columns(const ColumnRange& columns, int index) const {
@@ -118,8 +117,13 @@ struct QueryBlock {
     const ColumnTiles tiles(p, first, last, head.length);
     const int count = tiles.count(kTile);
     bool far = true;
-    // Only one kind of queries may be copied at a time: both use the same shared memory.
-    fill_queries(!p.has_far_qk || tiles.at(0, kTile).kind != ColumnRange::kInside);
+    // Only one kind of queries may be copied at a time: both use the same shared memory. (Two calls with constant
+    // arguments: a choice between two Rows would take more registers in the whole loop.)
+    if (!p.has_far_qk || tiles.at(0, kTile).kind != ColumnRange::kInside) {
+      fill_queries(head.far_queries<Element>(aligned));
+    } else {
+      fill_queries(head.queries<Element>(aligned));
+    }
     fill_columns(tiles.at(0, kTile), 0);
     commit_copies();
     for (int index = 0; index < count; ++index) {
@@ -134,7 +138,7 @@ struct QueryBlock {
         far = false;  // all threads have finished their products with the far queries
         switch_to_near();
         if (index > 0) {
-          fill_queries(far);
+          fill_queries(head.queries<Element>(aligned));
           commit_copies();
         }
         wait_for_copies<0>();

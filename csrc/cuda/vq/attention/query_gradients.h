@@ -126,15 +126,15 @@ struct QueryGradient : QueryGradientShape<Element, HEAD_DIM, VALUE_DIM>::Block {
     }
   }
 
-  // Writes dq or, `far`, dfar_q, and clears the sums.
-  LONGVQ_DEVICE void write(bool far) {
-    const int columns = static_cast<int>(far ? p.far_head_dim : p.head_dim);
+  // Writes the sums to dq or dfar_q, and clears them.
+  LONGVQ_DEVICE void write(void* array, int64_t head_dim) {
+    const int columns = static_cast<int>(head_dim);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int query = first + row(0, half);
       if (query < last) {
         const int64_t index = head.index_of_query(query);
-        Element* to = static_cast<Element*>(far ? g.dfar_q : g.dq) + index * columns;
+        Element* to = static_cast<Element*>(array) + index * columns;
 #pragma unroll
         for (int n = 0; n < HEAD_DIM / 8; ++n) {
           const float* two = dq[0][n] + half * 2;
@@ -168,15 +168,14 @@ struct QueryGradient : QueryGradientShape<Element, HEAD_DIM, VALUE_DIM>::Block {
       multiply_weights<Operand>(dq, scores, this->keys(index));
     };
     const auto switch_to_near = [&] {
-      write(true);
+      write(g.dfar_q, p.far_head_dim);
       far = false;
     };
     this->for_each_column_tile(visit, switch_to_near);
-    // Without has_far_qk both arrays are the same. With it, no tile may have been inside the window.
-    if (far && p.has_far_qk) {
-      write(true);
+    if (far && p.has_far_qk) {  // no tile was inside the window
+      write(g.dfar_q, p.far_head_dim);
     }
-    write(!p.has_far_qk);
+    write(g.dq, p.head_dim);
   }
 };
 
