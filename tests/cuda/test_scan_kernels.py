@@ -28,7 +28,7 @@ def call(namespace, arguments, options, grad_y, grad_state):
     return {"y": y, "state": state, **found}
 
 
-def assert_equals_the_definition(kernels, case: NativeScanCase):
+def assert_right(kernels, case: NativeScanCase):
     dtype = case.arguments["u"].dtype
     precise = {name: in_precision(x, torch.float64) for name, x in case.arguments.items()}
     grads = [in_precision(x, torch.float64) for x in (case.grad_y, case.grad_state)]
@@ -54,7 +54,7 @@ def assert_equals_the_definition(kernels, case: NativeScanCase):
 @given(data=st.data(), dtype=st.sampled_from(DTYPES))
 @settings(max_examples=40)
 def test_equals_the_definition(kernels, packed, data, dtype):
-    assert_equals_the_definition(kernels, data.draw(native_scan_cases(dtype, packed=packed)))
+    assert_right(kernels, data.draw(native_scan_cases(dtype, packed=packed)))
 
 
 def drawn(batch, length, channels, modes, dtype, **options):
@@ -73,7 +73,7 @@ def drawn(batch, length, channels, modes, dtype, **options):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("length", [1023, 1024, 1025, 2048, 3 * 1024 + 33])
 def test_lengths_around_the_tiles(kernels, dtype, length):
-    assert_equals_the_definition(kernels, drawn(1, length, 9, 17, dtype))
+    assert_right(kernels, drawn(1, length, 9, 17, dtype))
 
 
 @pytest.mark.parametrize("channels", [8, 16, 24, 20])
@@ -81,9 +81,9 @@ def test_lengths_around_the_tiles(kernels, dtype, length):
 def test_vectorized_channels(kernels, dtype, channels):
     """Kernels read the channels of a step in one access if they are aligned, otherwise one by one."""
     case = drawn(2, 100, channels, 3, dtype, key_padding_mask=torch.rand(2, 100) < 0.2)
-    assert_equals_the_definition(kernels, case)
+    assert_right(kernels, case)
     case.arguments["u"] = torch.randn(2, 100, channels + 1).to(dtype)[:, :, 1:]
-    assert_equals_the_definition(kernels, case)
+    assert_right(kernels, case)
 
 
 @pytest.mark.parametrize("reverse", [False, True])
@@ -91,7 +91,7 @@ def test_vectorized_channels(kernels, dtype, channels):
 def test_segments(kernels, dtype, reverse):
     """A long sequence with few channels is cut into segments, which run at the same time."""
     mask = torch.rand(2, 13_000) < 0.1
-    assert_equals_the_definition(kernels, drawn(2, 13_000, 2, 5, dtype, reverse=reverse, key_padding_mask=mask))
+    assert_right(kernels, drawn(2, 13_000, 2, 5, dtype, reverse=reverse, key_padding_mask=mask))
 
 
 @pytest.mark.parametrize("reverse", [False, True])
@@ -102,7 +102,7 @@ def test_packed_documents_in_segments(kernels, lengths, reverse):
     case = drawn(1, length, 2, 5, torch.float32, reverse=reverse, key_padding_mask=mask, cu_seqlens=offsets)
     case.arguments["initial_state"] = torch.randn(documents, 2, 5, dtype=torch.complex64)
     case.grad_state = torch.randn(documents, 2, 5, dtype=torch.complex64)
-    assert_equals_the_definition(kernels, case)
+    assert_right(kernels, case)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
