@@ -106,12 +106,12 @@ struct ScanKernel : ScanForwardBlock<Element> {
         const int64_t step = first + chunk * kScanSteps + t + i, at = this->position(step);
         if (step < end) {
           const bool out = this->ignored(at);
-          uint32_t numbers[kChannels / 2];
+          uint32_t pairs[kChannels / 2];
 #pragma unroll
           for (int c = 0; c < kChannels; c += 2) {
-            numbers[c / 2] = out ? 0 : Base::same_halves(two[c], two[c + 1], i);
+            pairs[c / 2] = out ? 0 : Base::same_halves(two[c], two[c + 1], i);
           }
-          store_16_bytes(outputs + at * p.modes.channels, numbers);
+          store_16_bytes(outputs + at * p.modes.channels, pairs);
         }
       }
     }

@@ -63,9 +63,9 @@ struct ScanBlock {
       copy_async(tables + i, from + first_channel * size + i, 16);
     }
     commit_copies();
-    const auto* numbers = reinterpret_cast<const ComplexFloat*>(p.decays) + first_channel * padded * kScanPowers;
+    const auto* powers = reinterpret_cast<const ComplexFloat*>(p.decays) + first_channel * padded * kScanPowers;
     for (int64_t i = threadIdx.x; i < count * padded * kScanPowers; i += kThreads) {
-      decays[i] = numbers[i];
+      decays[i] = powers[i];
     }
     wait_for_copies<0>();
   }

@@ -116,14 +116,14 @@ struct ScanCall {
   }
 
   // Sets the length of segments, for blocks of `channels_of_block` channels. Returns memory for the states of all
-  // segments, `numbers` floats for each mode; empty if no sequence has two segments.
-  Tensor cut_into_segments(const Tensor& like, int64_t channels_of_block, int64_t numbers) {
+  // segments, `floats_of_mode` floats for each mode; empty if no sequence has two segments.
+  Tensor cut_into_segments(const Tensor& like, int64_t channels_of_block, int64_t floats_of_mode) {
     const int64_t blocks = p.batch * ((p.modes.channels + channels_of_block - 1) / channels_of_block);
     const int64_t segments = segments_for(blocks, p.length);
     p.segment_length = whole_tiles((p.length + segments - 1) / segments);
     const int64_t rows = p.length > p.segment_length ? p.batch : 0;
     return torch::stable::new_empty(
-        like, {rows, p.modes.channels, p.num_segments(), p.modes.modes, numbers}, ScalarType::Float);
+        like, {rows, p.modes.channels, p.num_segments(), p.modes.modes, floats_of_mode}, ScalarType::Float);
   }
 
   // Scans the input into y and state.

@@ -1,4 +1,4 @@
-// The running sums by code that far_field.cu makes far fields from.
+// Running sums of values by code, from which far_field.cu makes far fields.
 #pragma once
 
 #include "../common/dispatch.h"
@@ -8,9 +8,9 @@ namespace longvq::cuda {
 namespace {
 
 constexpr int kThreads = 256, kWarps = kThreads / 32;
-constexpr int kColumns = 32;  // of values in a block, one for each lane
-constexpr int kCodes = 512;   // in a block
-constexpr int kKeys = 128;    // whose codes are in shared memory at a time
+constexpr int kColumns = 32;  // columns of values of a block, one for each lane
+constexpr int kCodes = 512;   // codes of a block
+constexpr int kKeys = 128;    // keys whose codes are in shared memory at a time
 constexpr int64_t kSegment = kFarBlock * kFarSegment;
 constexpr size_t kBytes = sizeof(float) * kCodes * kColumns + sizeof(int) * (kCodes + kKeys);
 

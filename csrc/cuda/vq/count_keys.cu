@@ -1,5 +1,4 @@
-// Counts the keys that each query may attend. One block of threads for each sequence; each thread counts a stretch of
-// it.
+// Counts the keys that each query may attend. One block of threads for each sequence; each thread counts one stretch.
 #include "../common/dispatch.h"
 #include "../common/pieces.h"
 #include "params.h"

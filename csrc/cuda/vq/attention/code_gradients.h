@@ -9,10 +9,10 @@ namespace {
 // A block of codes and one segment of queries.
 //
 // Keys before their queries: the block visits the queries from the last to the first, and sums the value gradient of
-// each code. A key is in the far fields of all queries from some block on. When the block of queries passes that limit,
-// the sum of the key's code holds exactly the queries that saw the key in a far field, so it is the gradient of the
-// key's value. Keys after their queries: the same from the first query to the last. Later kernels add what comes from
-// other segments, see SumSegments and FinishKeys.
+// each code. A key is in the far fields of all queries from some query on. When the visit passes that query, the sum of
+// the key's code holds exactly the queries that have the key in their far field, so it is the gradient of the key's
+// value. Keys after their queries: the same, from the first query to the last. Later kernels add the gradients from the
+// queries of other segments, see SumSegments and FinishKeys.
 template <typename Element, int HEAD_DIM, int VALUE_DIM, Outputs OUTPUTS>
 struct CodeGradient : KeyBlock<Element, HEAD_DIM, VALUE_DIM, OUTPUTS> {
   using Base = KeyBlock<Element, HEAD_DIM, VALUE_DIM, OUTPUTS>;
@@ -57,7 +57,7 @@ struct CodeGradient : KeyBlock<Element, HEAD_DIM, VALUE_DIM, OUTPUTS> {
     });
   }
 
-  // Writes the sum of its code for each of the keys begin .. end.
+  // Writes, for each of the keys begin .. end, the sum of the key's code.
   LONGVQ_DEVICE void scatter_to_keys(float* array, int64_t begin, int64_t end) const {
     if (begin >= end || OUTPUTS == kKeysOnly) {
       return;  // the same for all threads
@@ -143,11 +143,7 @@ struct CodeGradient : KeyBlock<Element, HEAD_DIM, VALUE_DIM, OUTPUTS> {
       this->write(dkeys, p.far_head_dim, [&](int row) { return row_of_array(g.dcodewords, row, p.far_head_dim); });
     }
     if (OUTPUTS != kKeysOnly && g.dcode_values != nullptr) {
-      const auto to = [&](int row) {
-        float* row_start = row_of_array(g.dcode_values, row, p.value_dim);
-        return row_start == nullptr ? nullptr : row_start + first_value;
-      };
-      this->write(dvalues, this->columns_of_values(first_value), to, 1 / Base::kWeightScale);
+      this->write_values([&](int row) { return row_of_array(g.dcode_values, row, p.value_dim); });
     }
   }
 };

@@ -8,8 +8,8 @@
 namespace longvq::cuda {
 
 struct ColumnRange {
-  // kOutside and kInside: keys, of which only pairs outside or inside the window count. kBoth: keys, of which all pairs
-  // count, because codewords replace them inside the window too.
+  // kOutside, kInside: keys; only their pairs outside, or inside, the window count. kBoth: keys; all their pairs count,
+  // because codewords replace keys inside the window too.
   enum Kind { kCodes, kOutside, kInside, kBoth };
 
   Kind kind;

@@ -1,4 +1,4 @@
-// What a block of threads knows of the head and sequence that it works on, and which of its arrays it reads.
+// The head and the sequence that a block of threads works on, and the rows of the tensors that belong to them.
 #pragma once
 
 #include "../../common/tile.h"

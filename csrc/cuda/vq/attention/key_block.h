@@ -196,6 +196,16 @@ struct KeyBlock {
       }
     }
   }
+
+  // Writes dvalues, the sums of one slice of the values, to the rows row_start(row); null where a row doesn't exist.
+  template <typename RowStart>
+  LONGVQ_DEVICE void write_values(const RowStart& row_start) const {
+    const auto to = [&](int row) {
+      float* start = row_start(row);
+      return start == nullptr ? nullptr : start + first_value;
+    };
+    write(dvalues, columns_of_values(first_value), to, 1 / kWeightScale);
+  }
 };
 
 }  // namespace

@@ -96,11 +96,7 @@ struct NearKeyGradient : KeyBlock<Element, HEAD_DIM, VALUE_DIM, OUTPUTS> {
       this->write(dkeys, p.far_head_dim, [&](int row) { return row_of_array(g.dk_outside, row, p.far_head_dim); });
     }
     if (OUTPUTS != kKeysOnly) {
-      const auto to = [&](int row) {
-        float* row_start = row_of_array(g.dv_near, row, p.value_dim);
-        return row_start == nullptr ? nullptr : row_start + first_value;
-      };
-      this->write(dvalues, this->columns_of_values(first_value), to, 1 / Base::kWeightScale);
+      this->write_values([&](int row) { return row_of_array(g.dv_near, row, p.value_dim); });
     }
   }
 };
