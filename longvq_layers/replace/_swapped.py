@@ -176,10 +176,11 @@ class SwappedAttention(KeepsFloat32, CarriesSettings, CodebookAttention):
         self.check_codes()
         step_checks.eval_mode("longvq attention", self)
         codebook = self._spread_out(self.codebook.embedding @ self.from_metric, self.spread)
+        key_dim = codebook.shape[2]  # without rotary `step` has no far keys: those of the window get the added columns
         if self.rotary is not None:
-            codebook = F.pad(self._limited(codebook), (self.head_dim, 0))
+            codebook, key_dim = self._limited(codebook), self.head_dim
         past = ops.vq_attention_state(
-            batch, codebook, window=self.window, value_dim=value_dim, local_keys=self.local_keys
+            batch, codebook, window=self.window, value_dim=value_dim, key_dim=key_dim, local_keys=self.local_keys
         )
         return SwappedState(past, codebook)
 
@@ -204,16 +205,16 @@ class SwappedAttention(KeepsFloat32, CarriesSettings, CodebookAttention):
             if self.trained_length is not None:
                 seen = state.past.lengths.unsqueeze(-1) + self._seen(key_padding_mask, q.shape[2], q.device)
                 far_q = self._with_limit(far_q, seen, scale)
-            if far is None:
-                q, k = far_q, F.pad(k, (0, far_q.shape[-1] - k.shape[-1]))
-            else:  # columns of pairs inside the window, then of the others
-                q, k = torch.cat([q, far_q], dim=-1), F.pad(k, (0, far_q.shape[-1]))
+            far_k = F.pad(far_k, (0, far_q.shape[-1] - far_k.shape[-1]))
+            q, k, far_q, far_k = (x.to(v.dtype) for x in (q, k, far_q, far_k))
+            pairs = (far_q, far_k) if far is None else (q, k)
+            apart = {} if far is None else {"far_q": far_q, "far_k": far_k}
             return ops.vq_attention_step(
-                q.to(v.dtype),
-                k.to(v.dtype),
+                *pairs,
                 v,
                 state.codebook,
                 state.past,
+                **apart,
                 key_padding_mask=key_padding_mask,
                 scale=scale,
                 codes=codes,
