@@ -221,17 +221,7 @@ class LongVQBlock(ResidualBlock, StreamingLayer[LongVQState]):
                 **factory,
             )
         self.dropout = make_dropout(name, dropout_type, dropout)
-        self._add_feed_forward(
-            name,
-            d_ff,
-            norm_type=norm_type,
-            activation=ffn_activation,
-            glu=glu,
-            dropout=dropout,
-            hidden_dropout=hidden_dropout,
-            dropout_type=dropout_type,
-            factory=factory,
-        )
+        self._add_feed_forward(name, d_ff, dropout, hidden_dropout, factory)
 
     @property
     def codebook(self) -> Codebook | None:
