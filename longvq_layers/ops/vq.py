@@ -1,4 +1,4 @@
-"""Vector-quantised attention: contract, checks, one call."""
+"""Vector-quantised attention: the public functions, their checks and the choice of the backend."""
 
 import functools
 
@@ -18,21 +18,21 @@ _NAMESPACE = {"native": torch.ops.longvq, "torch": torch.ops.longvq_torch}
 
 
 def vq_assign(k: Tensor, codebook: Tensor, *, backend: str = "auto") -> Tensor:
-    """Code of the nearest codeword of each key, ``z_j = argmin_s ‖k_j − C_s‖²``; ties go to the lowest s.
+    """The code of the codeword nearest to each key, ``z_j = argmin_s ‖k_j − C_s‖²``; of equal distances the lowest s.
 
     Distances are computed in float32 (float64 for float64 keys), also under autocast. Not differentiable.
 
     Args:
         k: keys (B, H, L, D), floating point, any strides.
-        codebook: codewords (H, S, D) with S ≥ 1, one set per head, finite.
+        codebook: codewords (H, S, D) with S ≥ 1, one codebook per head, finite.
         backend: ``"auto"`` (default), ``"native"``, ``"torch"`` or ``"reference"``.
 
     Returns:
         Codes (B, H, L), int64, in [0, S).
 
     Raises:
-        TypeError, ValueError: an argument of the wrong type, shape, device or value; says which.
-        NotImplementedError: ``backend="native"`` without a kernel for these arguments; says why.
+        TypeError, ValueError: an argument has the wrong type, shape, device or value; the message names it.
+        NotImplementedError: ``backend="native"`` has no kernel for these arguments; the message has the reason.
 
     Example:
         >>> codebook = torch.tensor([[[0.0, 0.0], [1.0, 1.0]]])
@@ -74,49 +74,50 @@ def vq_attention(
 ) -> Tensor:
     """Attention over vector-quantised keys, in time and memory linear in the length.
 
-    ``out_i = Σ_j φ(scale · q_i·k̃_j + b_{j−i}) v_j`` over the keys j allowed for query i. Inside the window (causal:
-    ``0 ≤ i − j < W``, else ``|i − j| < W``) ``k̃_j`` is the codeword of key j or, with ``local_keys="exact"``, the key
-    itself, and the bias is added; outside it is always the codeword ``C_{z_j}``.
+    ``out_i = Σ_j φ(scale · q_i·k̃_j + b_{j−i}) v_j`` over the keys j allowed for query i. A pair is inside the window
+    if ``0 ≤ i − j < W`` (causal) or ``|i − j| < W`` (bidirectional). Inside the window ``k̃_j`` is the codeword of key
+    j or, with ``local_keys="exact"``, the key itself, and the bias is added. Outside ``k̃_j`` is the codeword
+    ``C_{z_j}``.
 
     With a codebook that contains every key this equals
     ``torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=causal)``.
 
-    Gradients: exact in ``q``, ``v`` and ``bias``; straight-through in ``k`` inside the window; outside it the gradient
-    collected by a codeword is shared equally by the row's keys of that code (``key_grad="cluster"``) or dropped
-    (``"window"``). None in ``codebook``, which is learned by moving averages (:class:`longvq_layers.Codebook`).
+    Gradients of ``q``, ``v`` and ``bias`` are exact. Gradients of ``k`` are straight-through inside the window;
+    outside, the keys of a code in a row share the gradient of its codeword equally (``key_grad="cluster"``) or get none
+    (``"window"``). ``codebook`` gets no gradient: it is learned by moving averages (:class:`longvq_layers.Codebook`).
 
     Args:
         q: queries (B, H, L, D), floating point, any strides.
         k: keys (B, Hkv, L, D), dtype of ``q``; H must be a multiple of Hkv (grouped-query attention).
         v: values (B, Hkv, L, E), dtype of ``q``.
-        codebook: codewords (Hkv, S, D), floating point, finite; best kept in float32.
+        codebook: codewords (Hkv, S, D), floating point, finite; keep it in float32 also for half-precision inputs.
         causal: whether query i sees keys j ≤ i only. Default False.
         window: W ≥ 0, in positions; 0 (default) means no window.
-        bias: learned bias of the window, (H, W) as ``bias[h, i − j]`` if causal, else (H, 2W − 1) as
-            ``bias[h, j − i + W − 1]``; floating point. Default none.
-        key_padding_mask: (B, L) bool, True = ignore that position. Outputs there are 0.
-        cu_seqlens: (N+1,) int32, offsets of N documents packed into one row (B = 1), from 0 to L, not falling: document
-            n has the positions ``cu_seqlens[n] ≤ i < cu_seqlens[n + 1]`` and is attended as a row of its own. Default
+        bias: learned bias inside the window, floating point: (H, W) as ``bias[h, i − j]`` if causal, else (H, 2W − 1)
+            as ``bias[h, j − i + W − 1]``. Default none.
+        key_padding_mask: (B, L) bool, True = ignore that position. Its output is 0.
+        cu_seqlens: (N+1,) int32, offsets of N documents packed into one row (B = 1), ascending from 0 to L. Document n
+            has the positions ``cu_seqlens[n] ≤ i < cu_seqlens[n + 1]``; no query attends to another document. Default
             none.
-        scale: factor of the scores; default ``D ** -0.5``. Not with ``activation="laplace"``, which divides the scores
-            by the number of allowed keys instead.
+        scale: factor of the scores; default ``D ** -0.5``. Must be None with ``activation="laplace"``, which divides
+            the scores by the number of allowed keys.
         activation: ``"softmax"`` (default) or ``"laplace"`` (elementwise, not normalised).
-        local_keys: ``"quantized"`` (default, as in the paper) or ``"exact"``.
-        key_grad: ``"cluster"`` (default) or ``"window"``.
-        codes: assignments (B, Hkv, L), int64, to use instead of ``vq_assign(k, codebook)``, or of ``vq_assign(far_k,
+        local_keys: the keys inside the window: ``"quantized"`` (default, as in the paper) or ``"exact"``.
+        key_grad: the gradient of keys outside the window: ``"cluster"`` (default) or ``"window"`` (none).
+        codes: codes (B, Hkv, L), int64; default ``vq_assign(k, codebook)``, with ``far_k`` ``vq_assign(far_k,
             codebook)``.
-        far_q: queries (B, H, L, F) to use outside the window instead of ``q``, with codewords (Hkv, S, F). For keys
-            that depend on the position, of which a code can't stand for many. Needs ``local_keys="exact"``, and far_k.
-            Default none.
-        far_k: keys (B, Hkv, L, F) that the codewords then stand for, and that get the gradients of those pairs.
+        far_q: queries (B, H, L, F) for pairs outside the window, where ``q`` serves without it. For keys with rotary
+            positions: one codeword can't stand for keys at many positions, so ``far_q`` and ``far_k`` carry no
+            position. The codewords then are (Hkv, S, F). Needs ``local_keys="exact"`` and ``far_k``. Default none.
+        far_k: keys (B, Hkv, L, F) that the codewords stand for. They get the gradients of pairs outside the window.
         backend: ``"auto"`` (default), ``"native"``, ``"torch"`` or ``"reference"`` (dense, O(L²)).
 
     Returns:
-        (B, H, L, E) in the dtype of ``v``. A query with no allowed key gives 0. Half types are computed in float32.
+        (B, H, L, E) in the dtype of ``v``; 0 for a query without allowed keys. Half precision is computed in float32.
 
     Raises:
-        TypeError, ValueError: an argument of the wrong type, shape, device or value; says which.
-        NotImplementedError: ``backend="native"`` without a kernel for these arguments; says why.
+        TypeError, ValueError: an argument has the wrong type, shape, device or value; the message names it.
+        NotImplementedError: ``backend="native"`` has no kernel for these arguments; the message has the reason.
 
     Example:
         >>> q, k, v = torch.randn(3, 1, 4, 100, 16).unbind(0)
@@ -128,9 +129,8 @@ def vq_attention(
     """
     op = "vq_attention"
     check_qkv(op, q, k, v)
-    has_far = check_far(op, q, k, far_q, far_k, local_keys)
-    coded_keys, name = (far_k, "far_k") if has_far else (k, "k")  # the keys that the codewords stand for
-    _check_codebook(op, coded_keys, codebook, heads_of=name)
+    coded_keys = check_far(op, q, k, far_q, far_k, local_keys)
+    _check_codebook(op, coded_keys, codebook, heads_of="k" if coded_keys is k else "far_k")
     options = attention_options(
         op,
         head_dim=q.shape[-1],
@@ -153,7 +153,7 @@ def vq_attention(
     chosen = choose(op, backend, q.device, (q.dtype,), declines)
 
     if codes is None:
-        # The assignment has kernels of its own: "auto" takes the fastest for it, a named backend is kept to.
+        # vq_assign chooses its own backend for "auto"; a backend that the user named serves both operators.
         codes = vq_assign(coded_keys, codebook, backend=backend)
     precise = torch.promote_types(q.dtype, torch.float32)
     bias = None if bias is None else bias.to(precise)
@@ -171,43 +171,44 @@ def check_qkv(op: str, q: Tensor, k: Tensor, v: Tensor) -> None:
     check.tensor(op, "k", k, "B Hkv L D")
     check.tensor(op, "v", v, "B Hkv L E")
     check.real(op, "q", q)
-    for name, x in (("k", k), ("v", v)):
-        if x.dtype != q.dtype:
-            raise TypeError(f"{op}: {name} must have the dtype of q, {q.dtype}, got {x.dtype}")
-    batch, heads, length, width = q.shape
+    check.same_dtype(op, "q", q.dtype, k=k, v=v)
+    batch, heads, length, head_dim = q.shape
     if k.shape[1] < 1 or heads % k.shape[1]:
         raise ValueError(
             f"{op}: the heads of q must be a multiple of those of k (grouped-query attention), "
             f"got {heads} and {k.shape[1]}"
         )
-    check.size(op, "k", k, (batch, k.shape[1], length, width), "B Hkv L D")
+    check.size(op, "k", k, (batch, k.shape[1], length, head_dim), "B Hkv L D")
     check.size(op, "v", v, (batch, k.shape[1], length, v.shape[3]), "B Hkv L E")
     check.at_least_one(op, "q", q, 3, "key dimension D")
     check.at_least_one(op, "v", v, 3, "value dimension E")
 
 
-def check_far(op: str, q: Tensor, k: Tensor, far_q: Tensor | None, far_k: Tensor | None, local_keys: str) -> bool:
-    """Whether there are other queries and keys for pairs outside the window."""
+def check_far(op: str, q: Tensor, k: Tensor, far_q: Tensor | None, far_k: Tensor | None, local_keys: str) -> Tensor:
+    """The keys that the codewords stand for, ``far_k`` or else ``k``, after checks of both far arguments."""
     if far_q is None and far_k is None:
-        return False
-    for name, x, missing in (("far_q", far_q, "far_k"), ("far_k", far_k, "far_q")):
-        if x is None:
-            raise ValueError(f"{op}: {name} must be given with {missing}, got None")
+        return k
+    if far_q is None:
+        raise ValueError(f"{op}: far_q must be given with far_k, got None")
+    if far_k is None:
+        raise ValueError(f"{op}: far_k must be given with far_q, got None")
     check.tensor(op, "far_q", far_q, "B H L F")
     check.tensor(op, "far_k", far_k, "B Hkv L F")
-    for name, x in (("far_q", far_q), ("far_k", far_k)):
-        if x.dtype != q.dtype:
-            raise TypeError(f"{op}: {name} must have the dtype of q, {q.dtype}, got {x.dtype}")
+    check.same_dtype(op, "q", q.dtype, far_q=far_q, far_k=far_k)
     check.at_least_one(op, "far_q", far_q, 3, "key dimension F")
     check.size(op, "far_q", far_q, (*q.shape[:3], far_q.shape[3]), "B H L F")
     check.size(op, "far_k", far_k, (*k.shape[:3], far_q.shape[3]), "B Hkv L F")
     check.same_device(op, "q", q, far_q=far_q, far_k=far_k)
     if local_keys != "exact":
-        raise ValueError(f'{op}: far_q needs local_keys="exact", got {local_keys!r}: inside the window no code is used')
-    return True
+        raise ValueError(
+            f'{op}: local_keys must be "exact" with far_q, which separates keys inside the window from codewords, '
+            f"got {local_keys!r}"
+        )
+    return far_k
 
 
 def _check_codebook(op: str, k: Tensor, codebook: Tensor, heads_of: str) -> None:
+    """``codebook`` has the heads and the width of ``k``, an argument named ``heads_of``."""
     check.tensor(op, "codebook", codebook, "H S D")
     check.real(op, "codebook", codebook)
     check.same_device(op, heads_of, k, codebook=codebook)
@@ -236,7 +237,7 @@ def check_bias(op: str, bias: Tensor | None, num_heads: int, window: int, causal
     if bias is None:
         return
     if window == 0:
-        raise ValueError(f"{op}: bias applies inside the window; got a bias with window=0")
+        raise ValueError(f"{op}: bias must be None with window=0, since it applies inside the window; got a tensor")
     shape = "H W" if causal else "H 2W-1"
     check.tensor(op, "bias", bias, shape)
     check.real(op, "bias", bias)

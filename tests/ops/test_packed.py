@@ -249,13 +249,13 @@ BAD = {
     "int64": (torch.tensor([0, 5]), TypeError, r"cu_seqlens must be int32, got torch.int64; use cu_seqlens.int\(\)"),
     "float": (torch.tensor([0.0, 5.0]), TypeError, "cu_seqlens must be int32, got torch.float32$"),
     "device": (ints(0, 5).to("meta"), ValueError, "cu_seqlens must be on the device of [qu], cpu, got meta"),
-    "no offset": (ints(), ValueError, "cu_seqlens needs at least one offset"),
+    "no offset": (ints(), ValueError, "cu_seqlens must have at least one offset"),
     "first": (ints(1, 5), ValueError, "cu_seqlens must start with 0, got 1"),
     "last": (ints(0, 2, 4), ValueError, "cu_seqlens must end with the length L = 5, got 4"),
     "beyond": (ints(0, 6), ValueError, "cu_seqlens must end with the length L = 5, got 6"),
     "only one": (ints(0), ValueError, "cu_seqlens must end with the length L = 5, got 0"),
-    "falling": (ints(0, 3, 2, 5), ValueError, "cu_seqlens must not fall, got 3 and then 2 at index 2"),
-    "negative": (ints(0, -1, 5), ValueError, "cu_seqlens must not fall, got 0 and then -1 at index 1"),
+    "falling": (ints(0, 3, 2, 5), ValueError, "cu_seqlens must not decrease, got 3 and then 2 at index 2"),
+    "negative": (ints(0, -1, 5), ValueError, "cu_seqlens must not decrease, got 0 and then -1 at index 1"),
 }
 
 
@@ -269,7 +269,7 @@ def test_bad_offsets_are_refused_by_name(name):
 
 
 def test_more_rows_than_one_are_refused():
-    message = "with cu_seqlens all documents lie in one row, so the batch of {} must be 1, got 2"
+    message = "{} must have a batch of 1 with cu_seqlens, which packs all documents into one row, got 2"
     with pytest.raises(ValueError, match="vq_attention: " + message.format("q")):
         ops.vq_attention(*[Q.expand(2, -1, -1, -1)] * 3, CODEBOOK, cu_seqlens=ints(0, 5))
     with pytest.raises(ValueError, match="ssm_scan: " + message.format("u")):

@@ -1,4 +1,4 @@
-"""One step of causal vector-quantised attention by its recurrence, token by token and row by row."""
+"""Steps of causal vector-quantised attention by their recurrence: row by row, token by token."""
 
 import torch
 from torch import Tensor
@@ -10,9 +10,9 @@ from longvq_layers.ops.vq_state import VQAttentionState
 
 
 def vq_attention_step(inputs: AttentionStepInputs, state: VQAttentionState, scale: float, activation: int) -> Tensor:
-    """Plain form of :func:`longvq_layers.ops.vq_attention_step`; all arguments are checked by the caller."""
+    """Plain form of :func:`longvq_layers.ops.vq_attention_step`; the caller has checked all arguments."""
     device_type = inputs.q.device.type
-    kind = device_type if torch.amp.is_autocast_available(device_type) else "cpu"  # the meta device has none
+    kind = device_type if torch.amp.is_autocast_available(device_type) else "cpu"  # the meta device has no autocast
     with torch.autocast(kind, enabled=False):
         return _steps(inputs, state, scale, activation)
 
@@ -34,12 +34,12 @@ def _steps(inputs: AttentionStepInputs, state: VQAttentionState, scale: float, a
             position = int(lengths[row])
             key, value, code = k[row, :, t], v[row, :, t], codes[row, :, t]
 
-            # The key that leaves the window joins the far field: without a window the token itself.
+            # Without a window the token itself is far at once.
             if window == 0:
                 sums[head, code] += value
                 counts[head, code] += 1
 
-            # Keys of the window by their offset: the token itself, then the ring backwards.
+            # Keys inside the window by their offset: the token itself, then the ring from the newest to the oldest.
             offsets = range(1, min(position, reach) + 1)
             slots = [(position - offset) % reach for offset in offsets]
             own = slice(0, 1 if window else 0)
@@ -51,12 +51,12 @@ def _steps(inputs: AttentionStepInputs, state: VQAttentionState, scale: float, a
 
             query = q[row, :, t].unflatten(0, (-1, group))  # (Hkv, G, D)
             far_query = far_q[row, :, t].unflatten(0, (-1, group))  # (Hkv, G, F)
-            unit = scale if activation == Activation.SOFTMAX else 1 / (position + 1)
-            near = (query if exact else far_query) @ near_keys.transpose(1, 2) * unit
+            factor = scale if activation == Activation.SOFTMAX else 1 / (position + 1)
+            near = (query if exact else far_query) @ near_keys.transpose(1, 2) * factor
             if bias is not None:
                 near = near + bias[:, : near.shape[2]].unflatten(0, (-1, group))
-            far = far_query @ codebook.transpose(1, 2) * unit  # (Hkv, G, S)
-            # A code stands for as many keys as it has: their values are summed up already.
+            far = far_query @ codebook.transpose(1, 2) * factor  # (Hkv, G, S)
+            # Each far code counts as many times as it has keys; their values are summed already.
             score, one = torch.cat([far, near], 2), counts.new_ones(len(counts), near.shape[2])
             number = torch.cat([counts, one], 1)[:, None]
             if activation == Activation.SOFTMAX:
@@ -67,6 +67,7 @@ def _steps(inputs: AttentionStepInputs, state: VQAttentionState, scale: float, a
                 weight = laplace(score)
             out[row, :, t] = (weight @ torch.cat([sums, near_values], 1)).flatten(0, 1).to(out.dtype)
 
+            # The key that leaves the window becomes far.
             if window == 1:
                 sums[head, code] += value
                 counts[head, code] += 1

@@ -1,9 +1,10 @@
 """Forward of vector-quantised attention in linear time.
 
-Keys within the window's reach of a block of queries are attended one by one, all others through the codebook:
+Keys within ``W − 1`` positions of a block of queries are *near*: each gets its own score. All other keys are *far* and
+are attended through their codes:
 ``Σ_{j far} exp(q·Ĉ_{z_j}) v_j = Σ_s n_s exp(q·C_s) m_s`` with ``n_s`` the number and ``m_s`` the mean value of the far
-keys of code s, which is ordinary attention over S more keys with an additive bias ``log n_s``
-(Lingle 2023, Transformer-VQ, theorem 3.7; LongVQ 2024, section 4.2).
+keys of code s. This is ordinary attention over S more keys with an additive bias ``log n_s`` (Lingle 2023,
+Transformer-VQ, theorem 3.7; LongVQ 2024, section 4.2).
 """
 
 import torch
@@ -15,10 +16,11 @@ from longvq_layers.ops.torch.scores import Scores, laplace
 
 
 def vq_attention(inputs: AttentionInputs, options: AttentionOptions) -> tuple[Tensor, Tensor]:
-    """Output (B, H, L, E) in the dtype of ``v``, and for the backward what softmax divided by, (B, H, L, 2).
+    """The output (B, H, L, E) in the dtype of ``v``, and the normalizers (m, t) of softmax (B, H, L, 2) for the
+    backward.
 
-    That is (m, t) for weights ``exp(score − m) / t``: their logarithm ``m + log t`` would lose the digits of ``t``
-    where scores are large.
+    The weights are ``exp(score − m) / t``. Storing ``m + log t`` instead would lose the digits of ``t`` where scores
+    are large.
     """
     q, v = inputs.q, inputs.v
     if q.numel() == 0:
@@ -39,14 +41,14 @@ def vq_attention(inputs: AttentionInputs, options: AttentionOptions) -> tuple[Te
             near = s.near(q_block, far_q_block, s.near_codewords(keys), rows, keys)
             far = s.far(far_q_block, block)
             if options.activation == Activation.SOFTMAX:
-                top = far.amax(-1, keepdim=True)
+                largest = far.amax(-1, keepdim=True)
                 if near.shape[-1]:
-                    top = torch.maximum(top, near.amax(-1, keepdim=True))
-                top.masked_fill_(top == -torch.inf, 0)  # no allowed key at all: every weight is exp(−inf) = 0
-                near, far = near.sub_(top).exp_(), far.sub_(top).exp_()
+                    largest = torch.maximum(largest, near.amax(-1, keepdim=True))
+                largest.masked_fill_(largest == -torch.inf, 0)  # no key is allowed: every weight is exp(−inf) = 0
+                near, far = near.sub_(largest).exp_(), far.sub_(largest).exp_()
                 total = near.sum(-1, keepdim=True) + far.sum(-1, keepdim=True)
                 total.masked_fill_(total == 0, 1)
-                normalizers[..., rows, :] = torch.cat([top, total], -1).view(*normalizers.shape[:3], -1, 2)
+                normalizers[..., rows, :] = torch.cat([largest, total], -1).view(*normalizers.shape[:3], -1, 2)
                 result = near @ s.v[:, :, keys] + far @ s.far_values[s.far_index(block)]
                 result /= total
             else:

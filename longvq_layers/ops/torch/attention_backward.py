@@ -1,13 +1,13 @@
-"""Backward of vector-quantised attention in linear time: the weights of each block are computed again, none is stored.
+"""Backward of vector-quantised attention in linear time. The weights of each block are recomputed, not stored.
 
 With ``P`` the weights, ``dP = dO·Vᵀ`` and ``dS`` the gradient of the scores (softmax: ``P ∘ (dP − rowsum(dO ∘ O))``):
 
-* near pairs give ``dq``, ``dv`` and ``db`` as in any attention, and ``dk`` by the straight-through estimator for pairs
-  inside the window;
-* pairs outside the window give their key gradient to the codeword; with ``key_grad="cluster"`` the row's keys of that
+* near pairs give ``dq``, ``dv`` and ``db`` as in any attention; pairs inside the window give ``dk`` by the
+  straight-through estimator;
+* the key gradient of pairs outside the window goes to the codeword; with ``key_grad="cluster"`` the row's keys of that
   code share it equally: ``dk_j += dC_{z_j} / n_{z_j}``;
-* the gradient of a block's per-code sums goes back to the values of all its far keys, through the adjoint of the
-  running sums.
+* the gradient of the far field of a block goes to the values of all its far keys, through the adjoint of the running
+  sums.
 """
 
 import torch
@@ -20,9 +20,10 @@ from longvq_layers.ops.torch.scores import Scores, laplace, laplace_grad
 
 
 def diagonal_sums(x: Tensor) -> Tensor:
-    """(…, T, K) -> (…, T + K − 1): entry o is the sum over all pairs with ``column − row = o − (T − 1)``."""
+    """(…, T, K) -> (…, T + K − 1): entry o is the sum of the diagonal ``column − row = o − (T − 1)``."""
     rows, columns = x.shape[-2:]
-    # Append T zeros to each (flipped) row and cut the memory into rows one shorter: row r shifts right by r.
+    # Append T zeros to each row, rows in reverse order, and view the memory with rows one shorter: row r moves right by
+    # r.
     skew = torch.nn.functional.pad(x.flip(-2), (0, rows)).flatten(-2)[..., : rows * (rows + columns - 1)]
     return skew.unflatten(-1, (rows, rows + columns - 1)).sum(-2)
 
@@ -30,14 +31,13 @@ def diagonal_sums(x: Tensor) -> Tensor:
 def vq_attention_backward(
     grad: Tensor, out: Tensor, normalizers: Tensor, inputs: AttentionInputs, options: AttentionOptions
 ) -> AttentionGradients:
-    """Gradients of the inputs, in the dtypes of those."""
+    """Gradients of the inputs, in the dtypes of the inputs."""
     if inputs.cu_seqlens is not None or out.numel() == 0:
         gradients = _zeros(inputs)
         if out.numel() == 0:
             return gradients
         for at, document in inputs.documents():
-            rows = (x[:, :, at] for x in (grad, out, normalizers))
-            of_document = vq_attention_backward(*rows, document, options)
+            of_document = vq_attention_backward(grad[:, :, at], out[:, :, at], normalizers[:, :, at], document, options)
             for name in ("q", "k", "v", "far_q", "far_k"):
                 if getattr(inputs, name) is not None:
                     getattr(gradients, name)[:, :, at] = getattr(of_document, name)
@@ -70,8 +70,8 @@ def vq_attention_backward(
             near, far = s.near(q_block, far_q_block, codewords, rows, keys), s.far(far_q_block, block)
             dp_near, dp_far = do @ values.transpose(2, 3), do @ far_values.transpose(2, 3)
             if options.activation == Activation.SOFTMAX:
-                top, total = s.rows_of(normalizers, rows).split(1, -1)
-                p_near, p_far = near.sub_(top).exp_().div_(total), far.sub_(top).exp_().div_(total)
+                largest, total = s.rows_of(normalizers, rows).split(1, -1)
+                p_near, p_far = near.sub_(largest).exp_().div_(total), far.sub_(largest).exp_().div_(total)
                 ds_near, ds_far = dp_near.sub_(d).mul_(p_near), dp_far.sub_(d).mul_(p_far)
             else:
                 p_near, p_far = laplace(near), laplace(far)
@@ -101,7 +101,7 @@ def vq_attention_backward(
                 if s.k is not None:  # else nothing is inside the window
                     dq[..., rows, :] = s.as_rows(from_inside)
 
-        if options.activation == Activation.SOFTMAX:  # the far values are means: back to sums
+        if options.activation == Activation.SOFTMAX:  # the far values are means: gradients of sums
             dvalues /= s.far_counts.clamp(min=1)
         dv_far = s.far_field.gather(dvalues.flatten(1, 2)).view_as(dv)
         if key_padding_mask is not None:
@@ -113,8 +113,8 @@ def vq_attention_backward(
             dfar_k += shared_by_cluster(dcode, dk_outside, codes, key_padding_mask)
         if bias is not None:
             dbias = torch.zeros_like(bias) if dbias is None else dbias.flatten(0, 1)
-        dq = dq.flatten(1, 2).mul_(s.unit)
-        dfar_q = dfar_q.flatten(1, 2).mul_(s.unit) if s.has_far_q else dq
+        dq = dq.flatten(1, 2).mul_(s.score_factor)
+        dfar_q = dfar_q.flatten(1, 2).mul_(s.score_factor) if s.has_far_q else dq
 
         def finished(gradient: Tensor | None, argument: Tensor | None) -> Tensor:
             return q.new_empty(0) if gradient is None or argument is None else gradient.to(argument.dtype)
@@ -124,7 +124,7 @@ def vq_attention_backward(
 
 
 def _zeros(inputs: AttentionInputs) -> AttentionGradients:
-    """Gradients of the inputs, contiguous."""
+    """Zero gradients of the inputs."""
 
     def zeros(x: Tensor | None) -> Tensor:
         return inputs.q.new_empty(0) if x is None else x.new_zeros(x.shape)
@@ -133,9 +133,9 @@ def _zeros(inputs: AttentionInputs) -> AttentionGradients:
 
 
 def add_bias_grad(dbias: Tensor, inside: Tensor, rows: slice, keys: slice, options: AttentionOptions) -> None:
-    """Add the diagonals of one block's in-window score gradients to ``dbias`` (Hkv, G, W or 2W − 1), in place."""
+    """Add the score gradients of one block inside the window, by diagonal, to ``dbias`` (Hkv, G, W or 2W − 1)."""
     sums = diagonal_sums(inside.sum(0))
-    # Entry o belongs to j − i = o + first; bring the offsets that exist in the window into the bias' order.
+    # Entry o has j − i = o + first. Take the offsets that are inside the window, in the order of the bias.
     first = keys.start - (rows.stop - 1)
     last = first + sums.shape[-1] - 1
     window = options.window
@@ -150,12 +150,12 @@ def add_bias_grad(dbias: Tensor, inside: Tensor, rows: slice, keys: slice, optio
 
 
 def shared_by_cluster(dcode: Tensor, dk_outside: Tensor, codes: Tensor, mask: Tensor | None) -> Tensor:
-    """``dC_{z_j} / n_{z_j}``: what each key gets of the gradient that its codeword collected in this row."""
-    batch, heads, num_codes, width = dcode.shape
+    """``dC_{z_j} / n_{z_j}``: each key's share of the gradient of its codeword in this row."""
+    batch, heads, num_codes, far_dim = dcode.shape
     pair = torch.arange(batch * heads, device=codes.device).view(batch, heads, 1)
     segment = (pair * num_codes + codes).reshape(-1)
-    dcode = dcode.reshape(-1, width) + segment_sum(dk_outside.reshape(-1, width), segment, pair.numel() * num_codes)
+    dcode = dcode.reshape(-1, far_dim) + segment_sum(dk_outside.reshape(-1, far_dim), segment, pair.numel() * num_codes)
     member = codes.new_ones(batch, heads, codes.shape[2]) if mask is None else (~mask)[:, None].expand_as(codes).long()
     count = codes.new_zeros(pair.numel() * num_codes).scatter_add_(0, segment, member.reshape(-1))
-    share = (dcode / count.clamp(min=1).unsqueeze(-1)).index_select(0, segment).view(batch, heads, -1, width)
+    share = (dcode / count.clamp(min=1).unsqueeze(-1)).index_select(0, segment).view(batch, heads, -1, far_dim)
     return share if mask is None else share.masked_fill(mask[:, None, :, None], 0)

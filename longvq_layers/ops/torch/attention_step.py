@@ -1,8 +1,9 @@
-"""The next piece of causal vector-quantised attention, over a state of constant size.
+"""The next tokens of causal vector-quantised attention, over a state of constant size.
 
-A block of tokens is attended at once: the codes of the keys before the window through the sums of their values, the
-keys of the ring and of the block one by one. Then the block joins the state. Rows may stand at different positions;
-the offsets between queries and keys are the same in all of them, as the ring is put in order before it is used.
+Tokens are processed in blocks. A block attends to keys before the window through their codes and the sums of their
+values, and to each key of the ring and of the block itself by a score of its own. Then its tokens are added to the
+state. The rows of a batch may be at different positions; the ring is read in order, so that the offsets between queries
+and keys are the same in all rows.
 """
 
 from typing import NamedTuple
@@ -16,11 +17,11 @@ from longvq_layers.ops.torch.far_field import segment_sum
 from longvq_layers.ops.torch.scores import laplace
 from longvq_layers.ops.vq_state import VQAttentionState
 
-_BLOCK = 256  # tokens attended at once
+_BLOCK = 256  # tokens
 
 
 def vq_attention_step(inputs: AttentionStepInputs, state: VQAttentionState, scale: float, activation: int) -> Tensor:
-    """Output (B, H, T, E) in the dtype of ``v``; ``state`` is updated in place."""
+    """The output (B, H, T, E) in the dtype of ``v``; ``state`` is updated in place."""
     q, k, v, codebook, codes, bias, key_padding_mask, far_q, far_k = inputs
     batch, heads, length, _ = q.shape
     out = v.new_empty(batch, heads, length, v.shape[3])
@@ -32,7 +33,7 @@ def vq_attention_step(inputs: AttentionStepInputs, state: VQAttentionState, scal
         tokens = [q, k, v, codes] if far_q is None else [q, k, v, codes, far_q]
         order = None if key_padding_mask is None else key_padding_mask.to(torch.uint8).argsort(dim=1, stable=True)
         for first in range(0, length, _BLOCK):
-            # Tokens that count come first in each row, so a block is full, or ends in ones that don't.
+            # Tokens that are not masked come first in each row, so only the end of a block can have masked tokens.
             if key_padding_mask is None or order is None:
                 taken = slice(first, min(first + _BLOCK, length))
                 block = _Block(*(x[:, :, taken] for x in tokens))
@@ -74,14 +75,14 @@ def _attend(
     scale: float,
     activation: int,
 ) -> Tensor:
-    """Output (B, H, T, E) of a block whose ``valid`` (B, T) tokens come first in each row; these join the past."""
+    """The output (B, H, T, E) of a block. Its ``valid`` tokens (B, T), first in each row, are added to the state."""
     precise, kv_heads = state.dtype, block.k.shape[1]
     group, rows = block.q.shape[1] // kv_heads, block.q.shape[2]
     q, k, v = (x.to(precise) for x in (block.q, block.k, block.v))
     ignored = ~valid[:, None, :, None]
-    k, v = k.masked_fill(ignored, 0), v.masked_fill(ignored, 0)  # whatever stands there, even NaN, is not used
+    k, v = k.masked_fill(ignored, 0), v.masked_fill(ignored, 0)  # padding may hold anything, even NaN
 
-    # The ring in order, from R positions before the block, and the block.
+    # Columns: the R keys of the ring, oldest first, then the keys of the block.
     old = _slots(state, state.lengths - state.reach)  # (B, R)
     codes = torch.cat([_take(state.ring_codes, old), block.codes], 2)  # (B, Hkv, R + T)
     values = torch.cat([_take(state.ring_values, old), v], 2)
@@ -92,16 +93,16 @@ def _attend(
     in_window = (offset >= 0) & (offset < state.window)
 
     if activation == Activation.SOFTMAX:
-        unit = torch.full((1, 1), scale, dtype=precise, device=q.device)
+        factor = torch.full((1, 1), scale, dtype=precise, device=q.device)
     else:
-        unit = 1 / (state.lengths[:, None] + torch.arange(1, rows + 1, device=q.device)).to(precise)
-    unit = unit[:, None, :, None]
-    q = (q * unit).unflatten(1, (kv_heads, group)).flatten(2, 3)  # (B, Hkv, G·T, D)
+        factor = 1 / (state.lengths[:, None] + torch.arange(1, rows + 1, device=q.device)).to(precise)
+    factor = factor[:, None, :, None]
+    q = (q * factor).unflatten(1, (kv_heads, group)).flatten(2, 3)  # (B, Hkv, G·T, D)
     far_q = q
     if block.far_q is not None:
-        far_q = (block.far_q.to(precise) * unit).unflatten(1, (kv_heads, group)).flatten(2, 3)
+        far_q = (block.far_q.to(precise) * factor).unflatten(1, (kv_heads, group)).flatten(2, 3)
     far = far_q @ codebook.transpose(1, 2)  # (B, Hkv, G·T, S)
-    near = far.gather(3, codes.unsqueeze(2).expand(-1, -1, far.shape[2], -1))  # the codewords of the near keys
+    near = far.gather(3, codes.unsqueeze(2).expand(-1, -1, far.shape[2], -1))  # scores of the codewords of near keys
     near = near.unflatten(2, (group, rows))
     if keys is not None:
         near = torch.where(in_window, (q @ keys.transpose(2, 3)).view_as(near), near)
@@ -114,8 +115,8 @@ def _attend(
     if activation == Activation.SOFTMAX:
         counts = state.far_counts.unsqueeze(2)
         far = far.masked_fill(counts == 0, -torch.inf)
-        top = torch.maximum(far.amax(-1, keepdim=True), near.amax(-1, keepdim=True))
-        far, near = far.sub_(top).exp_(), near.sub_(top).exp_()
+        largest = torch.maximum(far.amax(-1, keepdim=True), near.amax(-1, keepdim=True))
+        far, near = far.sub_(largest).exp_(), near.sub_(largest).exp_()
         total = (far * counts).sum(-1, keepdim=True) + near.sum(-1, keepdim=True)
         out = (far @ state.far_sums + near @ values) / total
     else:
@@ -125,14 +126,14 @@ def _attend(
 
 
 def _slots(state: VQAttentionState, position: Tensor) -> Tensor:
-    """(B,) -> (B, R), slots of R positions from ``position`` on."""
+    """(B,) -> (B, R): the slots of R positions, the first at ``position``."""
     return (position[:, None] + torch.arange(state.reach, device=position.device)) % max(state.reach, 1)
 
 
 def _advance(
     state: VQAttentionState, codes: Tensor, keys: Tensor | None, values: Tensor, exists: Tensor, new: Tensor
 ) -> None:
-    """Columns as in ``attend``: the first ``new`` (B,) of R + T leave the window, the R after them are the ring."""
+    """Columns as in ``_attend``: the first ``new`` (B,) of R + T leave the window, the next R become the ring."""
     batch, heads, num_codes, width = state.far_sums.shape
     column = torch.arange(codes.shape[2], device=codes.device)
     leaves = (exists & (column < new[:, None]))[:, None].expand_as(codes)

@@ -276,9 +276,9 @@ BAD = {
     "width of far_k": (
         dict(far_q=Z(1, 2, 1, 7), far_k=Z(1, 2, 1, 7)),
         ValueError,
-        "that of the state and the D of far_k",
+        "with H and S of the state and D of far_k",
     ),
-    "float64": ({x: Z(1, 2, 1, 8).double() for x in "qkv"}, TypeError, "the state must be torch.float64"),
+    "float64": ({x: Z(1, 2, 1, 8).double() for x in "qkv"}, TypeError, "state must be torch.float64"),
     "state": (dict(state=Z(3)), TypeError, "state must be a VQAttentionState"),
     "bias": (dict(bias=Z(2, 4)), ValueError, "bias must have shape"),
     "mask shape": (dict(key_padding_mask=Z(1, 2, dtype=torch.bool)), ValueError, "key_padding_mask"),
