@@ -6,13 +6,16 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import nn
 
-from longvq_layers.replace import budget, choosing, huggingface, positions
-from longvq_layers.replace import calibration as calibrating
-from longvq_layers.replace._site import Site
-from longvq_layers.replace._swapped import SwappedAttention
-from longvq_layers.replace.installation import Replacement, find_sites, install, undo, undo_on_error
+from longvq_layers.replace import rotary_policy as positions
+from longvq_layers.replace import select as choosing
+from longvq_layers.replace.adapters.base import Site
+from longvq_layers.replace.adapters.huggingface import adapter as huggingface
+from longvq_layers.replace.calibration import code_budget as budget
+from longvq_layers.replace.install import Replacement, find_sites, install, undo, undo_on_error
 from longvq_layers.replace.report import ReplacementReport, layer_report
-from longvq_layers.replace.rotary import ClampedRotary
+from longvq_layers.replace.slot import recorder as calibrating
+from longvq_layers.replace.slot.clamped_rotary import ClampedRotary
+from longvq_layers.replace.slot.swapped import SwappedAttention
 
 _FEW_KEYS = 10  # for each code; fewer, and the codes fit the calibration data better than what comes later
 _DENSE_MASKS = "the model keeps making its dense L x L masks, which every call verifies: their memory is quadratic"

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from longvq_layers.replace._site import Site
+from longvq_layers.replace.adapters.base import Site
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from torch import nn
 
 from longvq_layers import commitment_loss
 from longvq_layers.replace import replace_attention, restore_attention
-from longvq_layers.replace.calibration import Recorder
+from longvq_layers.replace.slot.recorder import Recorder
 from tests.replace.models import FAMILIES, bert, encoder, gpt2, llama, output, tokens
 from tests.tolerances import assert_close
 
@@ -137,7 +137,7 @@ def test_errors_fall_with_more_codes():
 def test_the_query_metric_beats_plain_distance():
     # Queries look along one direction only: codes that spread over the others waste themselves.
     from longvq_layers import ops
-    from longvq_layers.replace._swapped import SwappedAttention
+    from longvq_layers.replace.slot.swapped import SwappedAttention
 
     generator = torch.Generator().manual_seed(0)
     q, k, v = torch.randn(3, 1, 2, 400, 16, generator=generator).unbind(0)
@@ -157,7 +157,7 @@ def test_the_query_metric_beats_plain_distance():
 
 
 def test_a_code_accounts_for_the_spread_of_its_keys():
-    from longvq_layers.replace._swapped import SwappedAttention
+    from longvq_layers.replace.slot.swapped import SwappedAttention
 
     q, k, v = torch.randn(2, 4, 200, 16), torch.randn(2, 2, 200, 16), torch.randn(2, 2, 200, 16)
     k[:, :, ::2] *= 0.1  # half of the keys are near each other; what they say differs from what the others say

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from longvq_layers.replace import load_replaced, replace_attention
-from longvq_layers.replace.budget import falls_with_codes, share_out
+from longvq_layers.replace.calibration.code_budget import falls_with_codes, share_out
 from tests.replace.models import bert, output, tokens
 
 LAYERS = st.lists(st.tuples(st.floats(0, 10), st.floats(0.05, 2), st.integers(1, 8)), min_size=1, max_size=12)

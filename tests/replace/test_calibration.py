@@ -5,12 +5,12 @@ from unittest import mock
 import pytest
 import torch
 
-from longvq_layers.replace import calibration as calibrating
-from longvq_layers.replace import received as receiving
 from longvq_layers.replace import replace_attention
-from longvq_layers.replace._swapped import SwappedAttention
-from longvq_layers.replace.distill import distill_attention
-from longvq_layers.replace.received import attention_received
+from longvq_layers.replace.distill.api import distill_attention
+from longvq_layers.replace.slot import key_importance as receiving
+from longvq_layers.replace.slot import recorder as calibrating
+from longvq_layers.replace.slot.key_importance import attention_received
+from longvq_layers.replace.slot.swapped import SwappedAttention
 from tests.replace.models import FAMILIES, output, tokens
 
 COARSE = {"num_codes": 8, "window": 5}

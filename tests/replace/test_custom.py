@@ -9,7 +9,8 @@ import torch
 from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from longvq_layers.replace import custom, load_replaced, register_adapter, replace_attention, restore_attention
+from longvq_layers.replace import load_replaced, register_adapter, replace_attention, restore_attention
+from longvq_layers.replace.adapters.custom import adapter as custom
 from tests.tolerances import assert_close
 
 

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from longvq_layers.replace import replace_attention, restore_attention
-from longvq_layers.replace._swapped import SwappedAttention
-from longvq_layers.replace.distill import distill_attention
+from longvq_layers.replace.distill.api import distill_attention
+from longvq_layers.replace.slot.swapped import SwappedAttention
 from tests.replace.models import FAMILIES, bert, encoder, gpt2, output, padded, tokens
 
 COARSE = {"num_codes": 8, "window": 5}

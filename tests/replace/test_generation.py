@@ -9,7 +9,7 @@ from transformers import BartConfig, BartForConditionalGeneration, DynamicCache,
 
 from longvq_layers.models.huggingface.cache_name import NAME
 from longvq_layers.replace import replace_attention, restore_attention
-from longvq_layers.replace.huggingface_cache import VQCacheLayer
+from longvq_layers.replace.adapters.huggingface.cache import VQCacheLayer
 from tests.replace.models import gpt2, llama, output, tokens
 from tests.tolerances import assert_close
 

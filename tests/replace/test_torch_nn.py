@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 from longvq_layers import commitment_loss
 from longvq_layers.replace import replace_attention, restore_attention
-from longvq_layers.replace.torch_nn import VQMultiheadAttention
+from longvq_layers.replace.adapters.torch_nn.adapter import VQMultiheadAttention
 from tests.replace.models import encoder
 from tests.tolerances import assert_close
 

@@ -16,9 +16,10 @@ from transformers import (
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from longvq_layers.models.huggingface.cache_name import NAME
-from longvq_layers.replace import huggingface_calls, replace_attention
-from longvq_layers.replace._calls import Call
-from longvq_layers.replace.rotary import ClampedRotary
+from longvq_layers.replace import replace_attention
+from longvq_layers.replace.adapters.huggingface import forward_hook as huggingface_calls
+from longvq_layers.replace.slot.clamped_rotary import ClampedRotary
+from longvq_layers.replace.slot.context import Call
 from tests.replace.models import TOKENS, VOCABULARY, bert, gpt2, output, tokens
 from tests.tolerances import assert_close
 

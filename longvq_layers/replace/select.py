@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from longvq_layers.ops import _dispatch as dispatch
-from longvq_layers.replace._site import Site
+from longvq_layers.replace.adapters.base import Site
 
 
 def as_int(name: str, value: object, *, least: int) -> int:

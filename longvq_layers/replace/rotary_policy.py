@@ -2,8 +2,8 @@
 
 from torch import nn
 
-from longvq_layers.replace._site import Site
-from longvq_layers.replace.rotary import ClampedRotary, clamped_rotary
+from longvq_layers.replace.adapters.base import Site
+from longvq_layers.replace.slot.clamped_rotary import ClampedRotary, clamped_rotary
 
 
 def plan(

@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from longvq_layers.replace._adapter_checks import check_call, check_output
-from longvq_layers.replace._calls import cloned
-from longvq_layers.replace._original import full_attention
-from longvq_layers.replace._site import Site, own_forward
-from longvq_layers.replace.calibration import Recorder
+from longvq_layers.replace.adapters.base import Site, own_forward
+from longvq_layers.replace.adapters.custom.checks import check_call, check_output
+from longvq_layers.replace.slot.context import cloned
+from longvq_layers.replace.slot.full_attention import full_attention
+from longvq_layers.replace.slot.recorder import Recorder
 
 _SEAM = "longvq"
 

@@ -13,10 +13,10 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from longvq_layers.replace import huggingface_by_name as by_name
-from longvq_layers.replace import huggingface_calls as calls
-from longvq_layers.replace import huggingface_refusals as refusals
-from longvq_layers.replace._site import Site
+from longvq_layers.replace.adapters.base import Site
+from longvq_layers.replace.adapters.huggingface import attach as by_name
+from longvq_layers.replace.adapters.huggingface import forward_hook as calls
+from longvq_layers.replace.adapters.huggingface import support as refusals
 
 NAME = "longvq"
 

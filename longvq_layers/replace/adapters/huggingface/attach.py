@@ -5,9 +5,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from longvq_layers.replace import huggingface_calls as calls
-from longvq_layers.replace import huggingface_refusals as refusals
-from longvq_layers.replace._swapped import SwappedAttention
+from longvq_layers.replace.adapters.huggingface import forward_hook as calls
+from longvq_layers.replace.adapters.huggingface import support as refusals
+from longvq_layers.replace.slot.swapped import SwappedAttention
 
 NAME = "longvq"
 _OPTIONS = {"num_codes": 256, "window": 64, "local_keys": "exact", "variance_correction": True, "backend": "auto"}
@@ -39,8 +39,8 @@ def register_attn_implementation() -> None:
     """
     from transformers import AttentionInterface, AttentionMaskInterface
 
-    from longvq_layers.replace.huggingface_attention import longvq_attention
-    from longvq_layers.replace.huggingface_masks import longvq_mask
+    from longvq_layers.replace.adapters.huggingface.attention import longvq_attention
+    from longvq_layers.replace.adapters.huggingface.masks import longvq_mask
 
     AttentionInterface.register(NAME, longvq_attention)
     AttentionMaskInterface.register(NAME, longvq_mask)

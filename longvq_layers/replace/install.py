@@ -6,8 +6,10 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from longvq_layers.replace import custom, huggingface, torch_nn
-from longvq_layers.replace._site import Site
+from longvq_layers.replace.adapters.base import Site
+from longvq_layers.replace.adapters.custom import adapter as custom
+from longvq_layers.replace.adapters.huggingface import adapter as huggingface
+from longvq_layers.replace.adapters.torch_nn import adapter as torch_nn
 
 _ADAPTERS = (custom, huggingface, torch_nn)  # a module belongs to the first that knows it
 _RECORD = "_longvq_replacement"  # where a replaced model keeps what is needed to undo it

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from longvq_layers.replace._distill_setup import NAME
+from longvq_layers.replace.distill.setup import NAME
 
 
 def checked_path(checkpoint: object) -> Path | None:

@@ -7,13 +7,13 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from longvq_layers.replace import choosing
-from longvq_layers.replace._settings import settings_in
-from longvq_layers.replace._site import Site
-from longvq_layers.replace._swapped import SwappedAttention
-from longvq_layers.replace.installation import Replacement, find_sites, install, undo_on_error
+from longvq_layers.replace import select as choosing
+from longvq_layers.replace.adapters.base import Site
+from longvq_layers.replace.install import Replacement, find_sites, install, undo_on_error
 from longvq_layers.replace.report import ReplacementReport, layer_report
-from longvq_layers.replace.rotary import clamped_rotary
+from longvq_layers.replace.slot.clamped_rotary import clamped_rotary
+from longvq_layers.replace.slot.settings import settings_in
+from longvq_layers.replace.slot.swapped import SwappedAttention
 
 _EXTRA = "longvq._extra_state"
 _FILES = ("model.safetensors", "pytorch_model.bin")

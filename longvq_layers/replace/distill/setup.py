@@ -6,10 +6,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from longvq_layers.replace._pair import Pairs
-from longvq_layers.replace._swapped import SwappedAttention
-from longvq_layers.replace._trained import TrainedParameters
-from longvq_layers.replace.installation import Replacement, replacement_of
+from longvq_layers.replace.distill.teacher_student import Pairs
+from longvq_layers.replace.distill.trained_parameters import TrainedParameters
+from longvq_layers.replace.install import Replacement, replacement_of
+from longvq_layers.replace.slot.swapped import SwappedAttention
 
 NAME = "distill_attention"  # in errors
 

@@ -6,11 +6,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
-from longvq_layers.replace._calls import Call, Far
-from longvq_layers.replace._pair import call
-from longvq_layers.replace._swapped import SwappedAttention
-from longvq_layers.replace.received import attention_received
-from longvq_layers.replace.rotary import ClampedRotary
+from longvq_layers.replace.distill.teacher_student import call
+from longvq_layers.replace.slot.clamped_rotary import ClampedRotary
+from longvq_layers.replace.slot.context import Call, Far
+from longvq_layers.replace.slot.key_importance import attention_received
+from longvq_layers.replace.slot.swapped import SwappedAttention
 
 KEYS_PER_HEAD = 20_480  # kept per layer and head for k-means; more keys only cost time and memory
 GAINS = (1.0, 0.5, 0.25, 0.0)  # that are tried on the spread of the codes, per head

@@ -11,11 +11,11 @@ from longvq_layers.layers._gaps import order_without_gaps, put_back, reorder
 from longvq_layers.layers._kmeans import code_sums, pick
 from longvq_layers.layers._precision import KeepsFloat32, storage_dtype
 from longvq_layers.layers.codebook_attention import CodebookAttention
-from longvq_layers.replace._calls import Call, Far, SwappedState
-from longvq_layers.replace._metric import in_proportion, roots
-from longvq_layers.replace._rows import row_means, vq_attention_by_row
-from longvq_layers.replace._settings import CarriesSettings
-from longvq_layers.replace.rotary import ClampedRotary
+from longvq_layers.replace.slot.clamped_rotary import ClampedRotary
+from longvq_layers.replace.slot.context import Call, Far, SwappedState
+from longvq_layers.replace.slot.metric import in_proportion, roots
+from longvq_layers.replace.slot.sequence_codes import row_means, vq_attention_by_row
+from longvq_layers.replace.slot.settings import CarriesSettings
 
 _FEW = 1e-6  # keys; below it a code has no spread yet
 

@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from longvq_layers.replace._original import full_attention
-from longvq_layers.replace._site import Site, own_forward
-from longvq_layers.replace.calibration import Recorder
+from longvq_layers.replace.adapters.base import Site, own_forward
+from longvq_layers.replace.slot.full_attention import full_attention
+from longvq_layers.replace.slot.recorder import Recorder
 
 _NESTED = "_longvq_use_nested_tensor"  # where a changed nn.TransformerEncoder keeps its own value
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from longvq_layers.layers._precision import KeepsFloat32
-from longvq_layers.replace.huggingface_refusals import needs_keys
+from longvq_layers.replace.adapters.huggingface.support import needs_keys
 
 EMBEDDINGS = "position_embeddings"  # the argument (cos, sin) of attention modules
 _ONE, _BOTH = ("x", "cos", "sin"), ("q", "k", "cos", "sin")  # arguments of rotations that are known

@@ -5,11 +5,11 @@ import contextlib
 import torch
 from torch import Tensor, nn
 
-from longvq_layers.replace import huggingface_by_name as by_name
-from longvq_layers.replace import huggingface_calls as calls
-from longvq_layers.replace import huggingface_refusals as refusals
-from longvq_layers.replace.calibration import Recorder
-from longvq_layers.replace.huggingface_masks import read_mask
+from longvq_layers.replace.adapters.huggingface import attach as by_name
+from longvq_layers.replace.adapters.huggingface import forward_hook as calls
+from longvq_layers.replace.adapters.huggingface import support as refusals
+from longvq_layers.replace.adapters.huggingface.masks import read_mask
+from longvq_layers.replace.slot.recorder import Recorder
 
 
 def longvq_attention(

@@ -6,9 +6,9 @@ from collections.abc import Iterator, Mapping
 
 from torch import Tensor, nn
 
-from longvq_layers.replace._calls import Call, Far, cloned, tensors_of
-from longvq_layers.replace._original import full_attention
-from longvq_layers.replace._swapped import SwappedAttention
+from longvq_layers.replace.slot.context import Call, Far, cloned, tensors_of
+from longvq_layers.replace.slot.full_attention import full_attention
+from longvq_layers.replace.slot.swapped import SwappedAttention
 
 _SEAM = "longvq"
 

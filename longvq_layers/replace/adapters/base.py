@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from longvq_layers.replace.rotary import ClampedRotary
+from longvq_layers.replace.slot.clamped_rotary import ClampedRotary
 
 
 @dataclass(eq=False)

@@ -6,11 +6,11 @@ import threading
 import torch
 from torch import Tensor, nn
 
-from longvq_layers.replace import huggingface_refusals as refusals
-from longvq_layers.replace._calls import Call
-from longvq_layers.replace._swapped import SwappedAttention
-from longvq_layers.replace.calibration import Recorder
-from longvq_layers.replace.rotary import EMBEDDINGS
+from longvq_layers.replace.adapters.huggingface import support as refusals
+from longvq_layers.replace.slot.clamped_rotary import EMBEDDINGS
+from longvq_layers.replace.slot.context import Call
+from longvq_layers.replace.slot.recorder import Recorder
+from longvq_layers.replace.slot.swapped import SwappedAttention
 
 _NAME = "longvq"
 _FILLED = "filled"  # in place of a cache layer that was attended with
@@ -55,7 +55,7 @@ def _cache_layer(module: nn.Module, seam: nn.Module, given: dict) -> object | No
     inputs = (x for x in given.values() if isinstance(x, Tensor))
     if torch.is_grad_enabled() and any(x.requires_grad for x in (*module.parameters(), *inputs)):
         return None  # no gradient goes through a state that is updated in place
-    from longvq_layers.replace.huggingface_cache import take_over
+    from longvq_layers.replace.adapters.huggingface.cache import take_over
 
     return take_over(cache, getattr(module, "layer_idx", None), seam)
 

@@ -7,11 +7,12 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor, nn
 
-from longvq_layers.replace import _distill_checkpoint, choosing
-from longvq_layers.replace import calibration as calibrating
-from longvq_layers.replace._distill_setup import NAME, prepared, sites_of
-from longvq_layers.replace._pair import Pairs
-from longvq_layers.replace.distill_report import END_TO_END, DistillPoint, DistillReport
+from longvq_layers.replace import select as choosing
+from longvq_layers.replace.distill import checkpoint as _distill_checkpoint
+from longvq_layers.replace.distill.report import END_TO_END, DistillPoint, DistillReport
+from longvq_layers.replace.distill.setup import NAME, prepared, sites_of
+from longvq_layers.replace.distill.teacher_student import Pairs
+from longvq_layers.replace.slot import recorder as calibrating
 
 _OUTPUT = "(model output)"
 _PROJECTION_SHARE = 0.1  # projections serve pairs inside the window too and were right already: smaller steps

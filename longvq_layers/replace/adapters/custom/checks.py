@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from longvq_layers import _checks as check
-from longvq_layers.replace._calls import tensors_of
+from longvq_layers.replace.slot.context import tensors_of
 
 
 def check_call(

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 
-from longvq_layers.replace._calls import SwappedState
-from longvq_layers.replace._swapped import SwappedAttention
+from longvq_layers.replace.slot.context import SwappedState
+from longvq_layers.replace.slot.swapped import SwappedAttention
 
 _HIDDEN = "_longvq_hidden"  # where a mask keeps what `_hidden` found
 _KEEPS = "a cache of constant size keeps sums over its past, not the tokens"
