@@ -1,7 +1,7 @@
 """Swap the attention of an existing model for linear-time vector-quantised attention, and put it back."""
 
 from longvq_layers.replace.adapters.custom.adapter import register_adapter
-from longvq_layers.replace.adapters.huggingface.attach import register_attn_implementation
+from longvq_layers.replace.adapters.huggingface.register import register_attn_implementation
 from longvq_layers.replace.api import replace_attention
 from longvq_layers.replace.distill.api import distill_attention
 from longvq_layers.replace.distill.report import DistillPoint, DistillReport

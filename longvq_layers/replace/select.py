@@ -1,136 +1,135 @@
-"""Which modules `replace_attention` replaces, and every refusal that is known before anything is touched."""
+"""Which modules are replaced, and every refusal that is known before anything is touched."""
 
-import operator
+import dataclasses
+from collections.abc import Mapping, Sequence
 
-import torch
 from torch import nn
 
 from longvq_layers.ops import _dispatch as dispatch
+from longvq_layers.replace import rotary_policy
 from longvq_layers.replace.adapters.base import Site
+from longvq_layers.replace.options import NAME, Filter, ReplaceOptions
+from longvq_layers.replace.plan import SwapPlan, device_and_dtype
 
 
-def as_int(name: str, value: object, *, least: int) -> int:
-    try:
-        number = None if isinstance(value, bool) else operator.index(value)
-    except TypeError:
-        number = None
-    if number is None:
-        raise TypeError(f"replace_attention: {name}: got {type(value).__name__}, expected an int")
-    if number < least:
-        raise ValueError(f"replace_attention: {name}: got {number}, expected at least {least}")
-    return number
+def select(model: nn.Module, sites: Sequence[Site], options: ReplaceOptions) -> tuple[list[SwapPlan], dict[str, str]]:
+    """A plan for each module that is to be replaced, and name -> reason for each other module.
 
-
-def check_options(model, local_keys, far_positions, filter_fn, backend, flags: dict[str, bool]) -> None:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"replace_attention: model: got {type(model).__name__}, expected a torch.nn.Module")
-    if local_keys not in ("exact", "quantized"):
-        raise ValueError(f"replace_attention: local_keys: got {local_keys!r}, expected 'exact' or 'quantized'")
-    if far_positions not in ("auto", "rectified", "rotated"):
-        raise ValueError(
-            f"replace_attention: far_positions: got {far_positions!r}, expected 'auto', 'rectified' or 'rotated'"
-        )
-    if far_positions == "rectified" and local_keys == "quantized":
-        raise ValueError(
-            "replace_attention: far_positions: got 'rectified' with local_keys='quantized', expected "
-            "local_keys='exact': inside the window keys keep the positions that codes don't have"
-        )
-    if backend not in dispatch.BACKENDS:
-        raise ValueError(f"replace_attention: backend: got {backend!r}, expected one of {dispatch.BACKENDS}")
-    for name, value in flags.items():
-        if not isinstance(value, bool):
-            raise TypeError(f"replace_attention: {name}: got {type(value).__name__}, expected True or False")
-    if filter_fn is not None and not callable(filter_fn):
-        raise TypeError(f"replace_attention: filter_fn: got {type(filter_fn).__name__}, expected a callable or None")
-
-
-def check_has_values(caller: str, model: nn.Module) -> None:
-    """Raises ValueError for a model on the meta device."""
-    name = next((name for name, x in model.named_parameters() if x.is_meta), None)
-    if name is not None:
-        raise ValueError(
-            f"{caller}: model: {name} is on the meta device, expected parameters with values; load the weights first, "
-            "or call this before accelerate offloads them"
-        )
-
-
-def check_not_replaced(caller: str, sites: list[Site]) -> None:
-    names = [site.name or "(the model itself)" for site in sites if site.adapter.is_replaced(site.module)]
-    if names:
-        raise ValueError(
-            f"{caller}: model: already replaced ({shorten(names)}); call restore_attention(model) first, "
-            "or choose other modules with filter_fn="
-        )
-
-
-def choose_sites(model: nn.Module, sites: list[Site], filter_fn, strict: bool) -> tuple[list[Site], dict[str, str]]:
-    # The sites to replace, and why each other one is skipped.
+    Raises:
+        ValueError: nothing to replace, or a chosen module is replaced already.
+        TypeError: filter_fn returned no bool.
+        NotImplementedError: a chosen module can't be replaced, or not as asked for (strict).
+    """
     if not sites:
         raise ValueError(
-            f"replace_attention: model: nothing to replace in {type(model).__name__}: found no nn.MultiheadAttention "
-            "and no transformers module that uses its attention interface"
+            f"{NAME}: model must have attention of a known kind, got nothing to replace in {type(model).__name__}: "
+            "found no nn.MultiheadAttention and no transformers module that uses its attention interface"
         )
-    wanted = [site for site in sites if filter_fn is None or _asked(filter_fn, site)]
-    check_not_replaced("replace_attention", wanted)
+    wanted = [site for site in sites if options.filter_fn is None or _is_wanted(options.filter_fn, site)]
+    check_not_replaced(NAME, wanted)
     skipped = {site.name: "filter_fn returned False" for site in sites if site not in wanted}
-    refused = {site.name: site.refusal for site in wanted if site.refusal is not None}
-    if refused and strict:
+    plans, refused = [], {}
+    for site in wanted:
+        found = site.refusal or _plan(model, site, options)
+        if isinstance(found, SwapPlan):
+            plans.append(found)
+        else:
+            refused[site.name] = found
+    if refused and options.strict:
         raise cannot_replace(refused)
-    chosen = [site for site in wanted if site.refusal is None]
-    if not chosen:
-        raise nothing_left(model, {**skipped, **refused})
-    return chosen, {**skipped, **refused}
+    skipped |= refused
+    if not plans:
+        raise nothing_left(model, skipped)
+    return plans, skipped
 
 
-def _asked(filter_fn, site: Site) -> bool:
-    answer = filter_fn(site.module, site.name)
+def _is_wanted(filter_fn: Filter, site: Site) -> bool:
+    answer: object = filter_fn(site.module, site.name)
     if not isinstance(answer, bool):
-        raise TypeError(
-            f"replace_attention: filter_fn: got {type(answer).__name__} for {site.name!r}, expected it to return True "
-            "or False"
-        )
+        raise TypeError(f"{NAME}: filter_fn must return a bool, got {type(answer).__name__} for {site.name!r}")
     return answer
 
 
-def cannot_replace(refused: dict[str, str]) -> NotImplementedError:
-    return NotImplementedError(
-        "replace_attention: model: these modules can't be replaced; leave them out with filter_fn= or pass "
-        "strict=False to skip them:\n" + "\n".join(f"  {name}: {why}" for name, why in refused.items())
+def _plan(model: nn.Module, site: Site, options: ReplaceOptions) -> SwapPlan | str:
+    # The plan, or why the site can't be replaced as asked for.
+    decision = rotary_policy.decide(
+        model,
+        site,
+        window=options.slot.window,
+        local_keys=options.slot.local_keys,
+        far_positions=options.far_positions,
+        trained_length=options.trained_length,
+    )
+    if decision.refusal is not None:
+        return decision.refusal
+    return SwapPlan(
+        site=site,
+        options=options.slot,
+        causal=site.causal,
+        has_rotary=site.has_rotary,
+        rotary=decision.rotary,
+        trained_length=decision.trained_length,
+        may_stay_rotated=decision.may_stay_rotated,
+        why_rotated=decision.why_rotated,
+        notes=site.notes,
     )
 
 
-def nothing_left(model: nn.Module, skipped: dict[str, str]) -> ValueError:
-    reasons = "".join(f"\n  {name}: {why}" for name, why in skipped.items())
-    return ValueError(f"replace_attention: model: nothing to replace in {type(model).__name__}:{reasons}")
+def with_backends(plans: Sequence[SwapPlan]) -> list[SwapPlan]:
+    """The plans with the backend that serves each.
+
+    Raises:
+        NotImplementedError: a backend asked for by name can't serve a module; the message says why.
+    """
+    served = []
+    for plan in plans:
+        device, dtype = device_and_dtype(plan.site.module)
+        backend = dispatch.choose("vq_attention", plan.options.backend, device, (dtype,))
+        served.append(dataclasses.replace(plan, served_by=backend))
+    return served
 
 
-def check_backend(chosen: list[Site], backend: str) -> None:
-    # A named backend that can't serve is an error before anything is touched; ops says why.
-    for site in chosen:
-        device, dtype = device_and_dtype(site)
-        site.backend = dispatch.choose("vq_attention", backend, device, (dtype,))
-
-
-def device_and_dtype(site: Site) -> tuple[torch.device, torch.dtype]:
-    parameter = next(site.module.parameters(), torch.empty(0))
-    return parameter.device, parameter.dtype
-
-
-def check_modes(chosen: list[Site]) -> None:
-    evaluating = [site.name for site in chosen if not site.module.training]
+def check_can_start_without_calibration(plans: Sequence[SwapPlan]) -> None:
+    """Raise ValueError for modules in eval mode, or of unknown sizes: only calibration can give them codes."""
+    evaluating = [plan.site.name for plan in plans if not plan.site.module.training]
     if evaluating:
         raise ValueError(
-            f"replace_attention: calibration: got None, but {shorten(evaluating)} would run in eval mode with "
-            "codebooks that hold nothing; pass calibration=[batch, ...], or call model.train() first to let them learn "
-            "from the first training batch"
+            f"{NAME}: calibration must be given for a model in eval mode, got None, but {shorten(evaluating)} would run "
+            "with codebooks that hold nothing; pass calibration=[batch, ...], or call model.train() first to let them "
+            "learn from the first training batch"
         )
-    unknown = [site.name for site in chosen if site.sizes is None]
+    unknown = [plan.site.name for plan in plans if plan.site.sizes is None]
     if unknown:
         raise ValueError(
-            f"replace_attention: calibration: got None, but the number of heads or their width can't be read from "
+            f"{NAME}: calibration must be given where the number of heads or their size can't be read, got None for "
             f"{shorten(unknown)}; pass calibration=[batch, ...]"
         )
 
 
-def shorten(names: list[str]) -> str:
+def check_not_replaced(operation: str, sites: Sequence[Site]) -> None:
+    """Raise ValueError if one of the sites is replaced already."""
+    names = [site.name or "(the model itself)" for site in sites if site.adapter.is_replaced(site.module)]
+    if names:
+        raise ValueError(
+            f"{operation}: model must have its original attention, got modules that are already replaced "
+            f"({shorten(names)}); call restore_attention(model) first, or choose other modules with filter_fn="
+        )
+
+
+def cannot_replace(refused: Mapping[str, str]) -> NotImplementedError:
+    """The error for modules that can't be replaced: name -> reason."""
+    return NotImplementedError(
+        f"{NAME}: model has modules that can't be replaced; leave them out with filter_fn= or pass strict=False to skip "
+        "them:\n" + "\n".join(f"  {name}: {why}" for name, why in refused.items())
+    )
+
+
+def nothing_left(model: nn.Module, skipped: Mapping[str, str]) -> ValueError:
+    """The error for a model of which every module is skipped: name -> reason."""
+    reasons = "".join(f"\n  {name}: {why}" for name, why in skipped.items())
+    return ValueError(f"{NAME}: model has nothing to replace in {type(model).__name__}:{reasons}")
+
+
+def shorten(names: Sequence[str]) -> str:
+    """At most three names, and the number of the others."""
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -49,7 +49,7 @@ def test_restore_puts_back_the_same_objects(family, way):
         restore_attention(model)
     again = replace_attention(model, **COARSE, calibration=[x])  # and it can be replaced again
     swapped = run(x)
-    with pytest.raises(ValueError, match="this replacement was restored already"):
+    with pytest.raises(ValueError, match="got one that was restored already"):
         report.restore()
     assert torch.equal(run(x), swapped)
     again.restore()
@@ -145,12 +145,12 @@ def test_the_query_metric_beats_plain_distance():
     exact = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
     errors = {}
     for name, moment in (("metric", q[0].transpose(1, 2) @ q[0] / 400), ("plain", torch.eye(16).repeat(2, 1, 1))):
-        seam = SwappedAttention(2, 2, 16, num_codes=16, window=0, local_keys="exact", variance_correction=False)
-        seam.fit_(k[0], moment, generator=generator)
-        out = seam.eval()(q, k, v, causal=True)
+        slot = SwappedAttention(2, 2, 16, num_codes=16, window=0, local_keys="exact", variance_correction=False)
+        slot.fit_(k[0], moment, generator=generator)
+        out = slot.eval()(q, k, v, causal=True)
         errors[name] = (out - exact).norm() / exact.norm()
         dense = ops.vq_attention(
-            q, k, v, seam.codebook.embedding @ seam.from_metric, codes=seam.codebook(k @ seam.to_metric), causal=True
+            q, k, v, slot.codebook.embedding @ slot.from_metric, codes=slot.codebook(k @ slot.to_metric), causal=True
         )
         torch.testing.assert_close(out, dense)
     assert errors["metric"] < 0.5 * errors["plain"]
@@ -165,13 +165,13 @@ def test_a_code_accounts_for_the_spread_of_its_keys():
     exact = nn.functional.scaled_dot_product_attention(q, k, v, enable_gqa=True, is_causal=True, scale=0.4)
     errors = []
     for corrected in (True, False):
-        seam = SwappedAttention(4, 2, 16, num_codes=8, window=0, local_keys="exact", variance_correction=corrected)
-        seam.fit_(k.transpose(0, 1).flatten(1, 2), torch.diag(torch.linspace(0.2, 2, 16)).expand(2, 16, 16))
-        out = seam.eval()(q, k, v, causal=True, scale=0.4)
+        slot = SwappedAttention(4, 2, 16, num_codes=8, window=0, local_keys="exact", variance_correction=corrected)
+        slot.fit_(k.transpose(0, 1).flatten(1, 2), torch.diag(torch.linspace(0.2, 2, 16)).expand(2, 16, 16))
+        out = slot.eval()(q, k, v, causal=True, scale=0.4)
         # By hand, for every pair: score of the code, plus half the variance of the score over the keys of the code.
-        metric_keys = seam.in_metric(k)
-        codes = seam.codebook(metric_keys).repeat_interleave(2, dim=1)
-        books = seam.codebook.embedding.repeat_interleave(2, dim=0)
+        metric_keys = slot.in_metric(k)
+        codes = slot.codebook(metric_keys).repeat_interleave(2, dim=1)
+        books = slot.codebook.embedding.repeat_interleave(2, dim=0)
         coded = books.gather(1, codes.transpose(0, 1).flatten(1)[..., None].expand(-1, -1, 16))
         coded = coded.unflatten(1, (2, 200)).transpose(0, 1)  # (B, H, L, D)
         error = (metric_keys.repeat_interleave(2, dim=1) - coded).square().sum(-1)
@@ -181,7 +181,7 @@ def test_a_code_accounts_for_the_spread_of_its_keys():
             mean = (error * of_code).sum((0, 2)) / of_code.sum((0, 2)).clamp(min=1)
             mean = mean.unflatten(0, (2, 2)).mean(1).repeat_interleave(2)  # the same for both queries of a key head
             spread += of_code * mean[None, :, None]
-        metric_q = q @ seam.from_metric.repeat_interleave(2, dim=0)
+        metric_q = q @ slot.from_metric.repeat_interleave(2, dim=0)
         scores = 0.4 * metric_q @ coded.transpose(-1, -2)
         if corrected:
             scores = scores + 0.5 * 0.4**2 / 16 * metric_q.square().sum(-1)[..., None] * spread[:, :, None, :]
@@ -276,7 +276,7 @@ def test_calibration_that_is_not_finite_is_refused_and_padding_may_be(value):
     padding = torch.zeros(2, 9, dtype=torch.bool)
     model = encoder()
     before = snapshot(model)
-    with pytest.raises(ValueError, match=r"calibration: batch 1 gave non-finite \w+ .* in layers.0.self_attn"):
+    with pytest.raises(ValueError, match=r"calibration must give finite \w+ .* from batch 1 in layers.0.self_attn"):
         replace_attention(model, **COARSE, calibration=[good, bad])
     assert snapshot(model) == before
     padding[1, 4] = True
@@ -285,7 +285,7 @@ def test_calibration_that_is_not_finite_is_refused_and_padding_may_be(value):
     recorder.observe(*[bad[:, None]] * 4, causal=False, key_padding_mask=padding, scale=None)
     assert recorder.moment.isfinite().all() and recorder.keys.shape[1] == 17
     module.attention.in_proj_weight.data[0] = value
-    with pytest.raises(ValueError, match="non-finite queries"):
+    with pytest.raises(ValueError, match="calibration must give finite queries"):
         replace_attention(module, **COARSE, calibration=[good])
 
 
@@ -303,27 +303,47 @@ class Attention(nn.Module):
 @pytest.mark.parametrize(
     ("error", "message", "options"),
     [
-        (TypeError, "num_codes: got float, expected an int", {"num_codes": 8.0}),
-        (ValueError, "num_codes: got 0, expected at least 1", {"num_codes": 0}),
-        (ValueError, "window: got -1, expected at least 0", {"window": -1}),
-        (TypeError, "window: got bool, expected an int", {"window": True}),
-        (ValueError, "local_keys: got 'precise', expected 'exact' or 'quantized'", {"local_keys": "precise"}),
-        (ValueError, "backend: got 'cuda', expected one of", {"backend": "cuda"}),
-        (TypeError, "filter_fn: got str, expected a callable", {"filter_fn": "layer"}),
-        (TypeError, "filter_fn: got NoneType for 'encoder.layer.0", {"filter_fn": lambda module, name: None}),
-        (TypeError, "filter_fn: got int for 'encoder.layer.0", {"filter_fn": lambda module, name: 1}),
-        (TypeError, "strict: got int, expected True or False", {"strict": 1}),
-        (TypeError, "variance_correction: got str", {"variance_correction": "yes"}),
+        (TypeError, "num_codes must be an int, got float", {"num_codes": 8.0}),
+        (ValueError, "num_codes must be at least 1, got 0", {"num_codes": 0}),
+        (ValueError, "window must be at least 0, got -1", {"window": -1}),
+        (TypeError, "window must be an int, got bool", {"window": True}),
+        (ValueError, "local_keys must be one of 'exact', 'quantized', got 'precise'", {"local_keys": "precise"}),
+        (ValueError, "backend must be one of .*, got 'cuda'", {"backend": "cuda"}),
+        (TypeError, "filter_fn must be a callable or None, got str", {"filter_fn": "layer"}),
+        (
+            TypeError,
+            "filter_fn must return a bool, got NoneType for 'encoder.layer.0",
+            {"filter_fn": lambda module, name: None},
+        ),
+        (
+            TypeError,
+            "filter_fn must return a bool, got int for 'encoder.layer.0",
+            {"filter_fn": lambda module, name: 1},
+        ),
+        (TypeError, "strict must be a bool, got 1", {"strict": 1}),
+        (TypeError, "variance_correction must be a bool, got 'yes'", {"variance_correction": "yes"}),
         (TypeError, "unexpected keyword argument 'codes'", {"codes": 8}),
         (ValueError, "nothing to replace in BertModel:\n.*filter_fn returned False", {"filter_fn": lambda m, n: False}),
-        (ValueError, "calibration: got None, but encoder.layer.0.attention.self, .* eval mode", {"calibration": None}),
-        (ValueError, "calibration: got no input", {"calibration": []}),
-        (ValueError, "calibration: got no input", {"calibration": iter(())}),
-        (TypeError, "calibration: got Tensor, .*wrap one input in a list", {"calibration": tokens()}),
-        (TypeError, "calibration: got dict, .*wrap one input in a list", {"calibration": {"input_ids": tokens()}}),
-        (TypeError, "calibration: got Tensor, .*wrap", {"calibration": tokens(), "dry_run": True}),
-        (TypeError, "calibration: got int, .*wrap", {"calibration": 3, "dry_run": True}),
-        (TypeError, "calibration: got an input of type int", {"calibration": [3]}),
+        (
+            ValueError,
+            "calibration must be given for a model in eval mode, got None, but encoder.layer.0.attention.self, ",
+            {"calibration": None},
+        ),
+        (ValueError, "calibration must have at least one input, got none", {"calibration": []}),
+        (ValueError, "calibration must have at least one input, got none", {"calibration": iter(())}),
+        (
+            TypeError,
+            "calibration must be an iterable of model inputs, got Tensor; wrap one input in a list",
+            {"calibration": tokens()},
+        ),
+        (
+            TypeError,
+            "calibration must be an iterable of model inputs, got dict; wrap one input in a list",
+            {"calibration": {"input_ids": tokens()}},
+        ),
+        (TypeError, "calibration must be an iterable .*, got Tensor; wrap", {"calibration": tokens(), "dry_run": True}),
+        (TypeError, "calibration must be an iterable .*, got int; wrap", {"calibration": 3, "dry_run": True}),
+        (TypeError, "calibration must hold tensors, .*, got an input of type int", {"calibration": [3]}),
     ],
 )
 def test_bad_options_raise_and_touch_nothing(error, message, options):
@@ -350,9 +370,9 @@ def test_integers_of_other_libraries_are_integers():
 
 
 def test_models_that_have_nothing_or_are_replaced():
-    with pytest.raises(TypeError, match="model: got str, expected a torch"):
+    with pytest.raises(TypeError, match="model must be a torch.nn.Module, got str"):
         replace_attention("bert")
-    with pytest.raises(TypeError, match="restore_attention: model: got NoneType"):
+    with pytest.raises(TypeError, match="restore_attention: model must be a torch.nn.Module, got NoneType"):
         restore_attention(None)
     with pytest.raises(ValueError, match="nothing to replace in Linear"):
         replace_attention(nn.Linear(3, 3))
@@ -374,5 +394,5 @@ def test_a_model_that_never_learned_says_so():
 
 
 def test_a_window_as_long_as_the_training_is_refused():
-    with pytest.raises(ValueError, match="trained_length: got 8 with window=8, expected more"):
+    with pytest.raises(ValueError, match="trained_length must be more than window=8, got 8"):
         replace_attention(llama(), num_codes=8, window=8, trained_length=8, calibration=[tokens(2, 40)])

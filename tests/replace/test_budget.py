@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from longvq_layers.replace import load_replaced, replace_attention
-from longvq_layers.replace.calibration.code_budget import falls_with_codes, share_out
+from longvq_layers.replace.calibration.code_budget import error_exponent, share_out
 from tests.replace.models import bert, output, tokens
 
 LAYERS = st.lists(st.tuples(st.floats(0, 10), st.floats(0.05, 2), st.integers(1, 8)), min_size=1, max_size=12)
@@ -42,9 +42,9 @@ def test_equal_layers_share_equally_and_bad_ones_get_more():
 def test_the_fall_of_an_error_is_read_from_keys():
     generator = torch.Generator().manual_seed(0)
     line, cube = torch.rand(1, 4000, 1), torch.rand(1, 4000, 3)  # squared errors fall as S^-2/D
-    assert falls_with_codes(line, 64, generator) == pytest.approx(2.0, abs=0.3)
-    assert falls_with_codes(cube, 64, generator) == pytest.approx(2 / 3, abs=0.2)
-    assert falls_with_codes(torch.zeros(1, 50, 2), 8, generator) == 0.05
+    assert error_exponent(line, 64, generator) == pytest.approx(2.0, abs=0.3)
+    assert error_exponent(cube, 64, generator) == pytest.approx(2 / 3, abs=0.2)
+    assert error_exponent(torch.zeros(1, 50, 2), 8, generator) == 0.05
 
 
 def test_a_model_with_layers_of_different_codes():
@@ -61,7 +61,7 @@ def test_a_model_with_layers_of_different_codes():
 
 
 def test_it_needs_calibration():
-    with pytest.raises(ValueError, match="balance_codes: got True without calibration"):
+    with pytest.raises(ValueError, match="balance_codes must be False without calibration, got True"):
         replace_attention(bert().train(), balance_codes=True)
-    with pytest.raises(TypeError, match="balance_codes: got int"):
+    with pytest.raises(TypeError, match="balance_codes must be a bool, got 1"):
         replace_attention(bert(), balance_codes=1, calibration=[tokens()])

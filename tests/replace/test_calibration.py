@@ -68,12 +68,12 @@ def test_keys_that_are_looked_at_get_finer_codes():
     weight[:, :200] = 1.0
     errors = {}
     for name, given in (("uniform", None), ("weighted", weight), ("nothing", torch.zeros(2, 2000))):
-        seam = SwappedAttention(2, 2, 8, num_codes=64, window=0, local_keys="exact").eval()
+        slot = SwappedAttention(2, 2, 8, num_codes=64, window=0, local_keys="exact").eval()
         generator = torch.Generator().manual_seed(1)
-        seam.fit_(keys, torch.eye(8).expand(2, 8, 8), weight=given, generator=generator)
-        coded = seam.codebook.embedding.gather(1, seam.codebook(keys[None])[0].unsqueeze(-1).expand(-1, -1, 8))
+        slot.fit_(keys, torch.eye(8).expand(2, 8, 8), weight=given, generator=generator)
+        coded = slot.codebook.embedding.gather(1, slot.codebook(keys[None])[0].unsqueeze(-1).expand(-1, -1, 8))
         errors[name] = (keys - coded).square().sum(-1)
-        assert seam.codebook.embedding.isfinite().all() and (seam.spread >= 0).all()
+        assert slot.codebook.embedding.isfinite().all() and (slot.spread >= 0).all()
     assert errors["weighted"][:, :200].mean() < 0.8 * errors["uniform"][:, :200].mean()
     assert errors["weighted"][:, 200:].mean() < 1.3 * errors["uniform"][:, 200:].mean()  # the others aren't given up
 
@@ -103,8 +103,8 @@ def test_each_head_gets_the_gain_that_is_best(family):
     for gains in ((1.0,), (0.0,), calibrating.GAINS):
         with mock.patch.object(calibrating, "GAINS", gains):
             report = replace_attention(model, **COARSE, calibration=[x])
-        seams = [module for module in model.modules() if isinstance(module, SwappedAttention)]
-        found[gains] = [layer.output_error for layer in report.layers], [seam.spread_gain.tolist() for seam in seams]
+        slots = [module for module in model.modules() if isinstance(module, SwappedAttention)]
+        found[gains] = [layer.output_error for layer in report.layers], [slot.spread_gain.tolist() for slot in slots]
         if gains is calibrating.GAINS and family == "bert":  # what the report says is what the model does
             errors = distill_attention(model, [x, x], steps=0).before
             assert list(errors.values()) == pytest.approx(found[gains][0], rel=1e-3)
@@ -119,8 +119,8 @@ def test_each_head_gets_the_gain_that_is_best(family):
 def test_without_the_correction_there_is_nothing_to_choose():
     model = FAMILIES["bert"]()
     replace_attention(model, **COARSE, calibration=[tokens()], variance_correction=False)
-    seams = [module for module in model.modules() if isinstance(module, SwappedAttention)]
-    assert all((seam.spread_gain == 1).all() for seam in seams)
+    slots = [module for module in model.modules() if isinstance(module, SwappedAttention)]
+    assert all((slot.spread_gain == 1).all() for slot in slots)
 
 
 def test_gains_are_saved():
@@ -140,10 +140,10 @@ def test_codes_of_a_sequence_are_means_of_its_own_keys(padded):
     padding[0, :5] = padding[1, 30:] = padded
     k = k.masked_fill(padding[:, None, :, None], torch.nan)
     v = v.masked_fill(padding[:, None, :, None], torch.nan)
-    seam = SwappedAttention(4, 2, 8, num_codes=6, window=4, local_keys="exact").eval()
-    seam.fit_(torch.randn(2, 100, 8, generator=generator), torch.eye(8).expand(2, 8, 8), generator=generator)
-    found = seam(q, k, v, padding if padded else None, scale=0.4)
-    codes = seam.codebook(k.nan_to_num())
+    slot = SwappedAttention(4, 2, 8, num_codes=6, window=4, local_keys="exact").eval()
+    slot.fit_(torch.randn(2, 100, 8, generator=generator), torch.eye(8).expand(2, 8, 8), generator=generator)
+    found = slot(q, k, v, padding if padded else None, scale=0.4)
+    codes = slot.codebook(k.nan_to_num())
     for row in range(3):
         real = ~padding[row]
         at = real.nonzero().flatten()
@@ -163,8 +163,8 @@ def test_codes_of_a_sequence_are_means_of_its_own_keys(padded):
 def test_other_sequences_of_a_batch_change_nothing():
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(3, heads, 50, 8, generator=generator) for heads in (4, 2, 2))
-    seam = SwappedAttention(4, 2, 8, num_codes=6, window=4, local_keys="exact").eval()
-    seam.fit_(k.transpose(0, 1).flatten(1, 2), torch.eye(8).expand(2, 8, 8), generator=generator)
-    torch.testing.assert_close(seam(q, k, v)[1:2], seam(q[1:2], k[1:2], v[1:2]))
-    none = seam(q[:0], k[:0], v[:0], torch.zeros(0, 50, dtype=torch.bool))
+    slot = SwappedAttention(4, 2, 8, num_codes=6, window=4, local_keys="exact").eval()
+    slot.fit_(k.transpose(0, 1).flatten(1, 2), torch.eye(8).expand(2, 8, 8), generator=generator)
+    torch.testing.assert_close(slot(q, k, v)[1:2], slot(q[1:2], k[1:2], v[1:2]))
+    none = slot(q[:0], k[:0], v[:0], torch.zeros(0, 50, dtype=torch.bool))
     assert none.shape == (0, 4, 50, 8)

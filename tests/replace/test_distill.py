@@ -56,16 +56,16 @@ def test_codes_get_the_gradient_of_finite_differences(apart, backend):
     far = tuple(torch.randn(x.shape, generator=generator, dtype=torch.float64) for x in (q, k)) if apart else None
     padding = torch.zeros(2, 40, dtype=torch.bool)
     padding[1, 31:] = True
-    seam = SwappedAttention(4, 2, 8, num_codes=6, window=4, local_keys="exact", backend=backend, dtype=torch.float64)
+    slot = SwappedAttention(4, 2, 8, num_codes=6, window=4, local_keys="exact", backend=backend, dtype=torch.float64)
     keys = (k if far is None else far[1]).transpose(0, 1).flatten(1, 2)
-    seam.eval().fit_(keys, torch.eye(8, dtype=torch.float64).expand(2, 8, 8), generator=generator)
-    seam.spread_gain.fill_(0.7)
+    slot.eval().fit_(keys, torch.eye(8, dtype=torch.float64).expand(2, 8, 8), generator=generator)
+    slot.spread_gain.fill_(0.7)
     toward = torch.randn(q.shape, generator=generator, dtype=torch.float64)
 
     def loss() -> torch.Tensor:
-        return (seam(q, k, v, padding, far=far, causal=True) * toward).sum()
+        return (slot(q, k, v, padding, far=far, causal=True) * toward).sum()
 
-    trained = [seam.codebook.embedding, seam.spread, seam.spread_gain]
+    trained = [slot.codebook.embedding, slot.spread, slot.spread_gain]
     plain = loss()
     for tensor in trained:
         tensor.requires_grad_(True)
@@ -89,14 +89,14 @@ def test_keys_get_the_gradient_of_their_mean_in_bidirectional_attention():
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(2, h, 40, 8, generator=generator, dtype=torch.float64) for h in (4, 2, 2))
     options = {"num_codes": 6, "window": 0, "local_keys": "exact", "variance_correction": False, "backend": "torch"}
-    seam = SwappedAttention(4, 2, 8, **options, dtype=torch.float64).eval()
-    seam.fit_(k.transpose(0, 1).flatten(1, 2), torch.eye(8).double().expand(2, 8, 8), generator=generator)
+    slot = SwappedAttention(4, 2, 8, **options, dtype=torch.float64).eval()
+    slot.fit_(k.transpose(0, 1).flatten(1, 2), torch.eye(8).double().expand(2, 8, 8), generator=generator)
     toward = torch.randn(q.shape, generator=generator, dtype=torch.float64)
     direction = torch.randn(k.shape, generator=generator, dtype=torch.float64)
     k.requires_grad_(True)
-    (gradient,) = torch.autograd.grad((seam(q, k, v) * toward).sum(), k)
+    (gradient,) = torch.autograd.grad((slot(q, k, v) * toward).sum(), k)
     with torch.no_grad():
-        sides = [(seam(q, k + sign * 1e-6 * direction, v) * toward).sum() for sign in (1, -1)]
+        sides = [(slot(q, k + sign * 1e-6 * direction, v) * toward).sum() for sign in (1, -1)]
     torch.testing.assert_close((gradient * direction).sum(), (sides[0] - sides[1]) / 2e-6, rtol=1e-5, atol=1e-7)
 
 
@@ -196,7 +196,7 @@ def test_a_killed_run_goes_on_with_the_same_curve(tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), other.state_dict().values(), strict=True))
     again = distill_attention(replaced()[0], data, **options, checkpoint=tmp_path / "run.pt")  # finished already
     assert again.after == whole.after
-    with pytest.raises(ValueError, match=r"checkpoint: .* is of a run with another lr"):
+    with pytest.raises(ValueError, match=r"checkpoint must be of the same run, .* is of a run with another lr"):
         distill_attention(other, data, **options, lr=0.5, checkpoint=tmp_path / "run.pt")
 
 
@@ -207,7 +207,7 @@ def test_a_killed_run_goes_on_with_the_same_curve(tmp_path):
         (".", None, "this is a folder"),
         ("notes.txt", b"not a checkpoint", "can't be read"),
         ("empty.pt", b"", "can't be read"),
-        ("weights.pt", {"weight": torch.ones(2)}, "is not one that distill_attention wrote"),
+        ("weights.pt", {"weight": torch.ones(2)}, "that distill_attention wrote, .* is not one"),
     ],
 )
 def test_a_checkpoint_that_cannot_be_is_refused_before_anything_runs(tmp_path, name, content, message):
@@ -217,9 +217,9 @@ def test_a_checkpoint_that_cannot_be_is_refused_before_anything_runs(tmp_path, n
         (tmp_path / name).write_bytes(content)
     elif content is not None:
         torch.save(content, tmp_path / name)
-    with pytest.raises(ValueError, match=f"distill_attention: checkpoint: .*{message}"):
+    with pytest.raises(ValueError, match=f"distill_attention: checkpoint must be a file .*{message}"):
         distill_attention(model, data, checkpoint=tmp_path / name)
-    with pytest.raises(TypeError, match="distill_attention: checkpoint: got int"):
+    with pytest.raises(TypeError, match="distill_attention: checkpoint must be a path, got int"):
         distill_attention(model, data, checkpoint=3)
 
 
@@ -356,29 +356,33 @@ def test_padding_counts_for_nothing():
 def test_moving_averages_go_on_from_the_trained_codes():
     model, data = replaced()
     distill_attention(model, data, **QUICK, lr=0.05)
-    seam = next(module for module in model.modules() if isinstance(module, SwappedAttention))
-    trained = seam.codebook.embedding.clone()
+    slot = next(module for module in model.modules() if isinstance(module, SwappedAttention))
+    trained = slot.codebook.embedding.clone()
     model.train()
     model(data[0])
-    torch.testing.assert_close(seam.codebook.embedding, trained, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(slot.codebook.embedding, trained, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize(
     ("error", "message", "options"),
     [
-        (TypeError, "steps: got float, expected an int", {"steps": 2.0}),
-        (ValueError, "steps: got -1, expected at least 0", {"steps": -1}),
-        (TypeError, "end_to_end: got bool, expected an int", {"end_to_end": True}),
-        (ValueError, "evaluate_every: got 0, expected at least 1", {"evaluate_every": 0}),
-        (TypeError, "lr: got str, expected a number", {"lr": "fast"}),
-        (ValueError, "lr: got 0, expected more than 0", {"lr": 0}),
-        (ValueError, "held_out: got 1, expected more than 0 and less than 1", {"held_out": 1}),
-        (TypeError, "projections: got int, expected True or False", {"projections": 1}),
-        (TypeError, "progress: got str, expected a callable", {"progress": "print"}),
-        (TypeError, r"data: got Tensor, .*wrap one input in a list: data=\[batch\]", {"data": tokens()}),
-        (ValueError, "data: got no input", {"data": []}),
-        (TypeError, "data: got an input of type int", {"data": [3, 4]}),
-        (ValueError, "data: got 1 batches, 1 of them held out; expected one more", {"data": [tokens()]}),
+        (TypeError, "steps must be an int, got float", {"steps": 2.0}),
+        (ValueError, "steps must be at least 0, got -1", {"steps": -1}),
+        (TypeError, "end_to_end must be an int, got bool", {"end_to_end": True}),
+        (ValueError, "evaluate_every must be at least 1, got 0", {"evaluate_every": 0}),
+        (TypeError, "lr must be a number, got 'fast'", {"lr": "fast"}),
+        (ValueError, "lr must be more than 0 and less than inf, got 0", {"lr": 0}),
+        (ValueError, "held_out must be more than 0 and less than 1, got 1", {"held_out": 1}),
+        (TypeError, "projections must be a bool, got 1", {"projections": 1}),
+        (TypeError, "progress must be a callable or None, got str", {"progress": "print"}),
+        (
+            TypeError,
+            r"data must be an iterable of model inputs, got Tensor; wrap one input in a list: data=\[batch\]",
+            {"data": tokens()},
+        ),
+        (ValueError, "data must have at least one input, got none", {"data": []}),
+        (TypeError, "data must hold tensors, .*, got an input of type int", {"data": [3, 4]}),
+        (ValueError, "data must have at least 2 batches, 1 of them held out, got 1", {"data": [tokens()]}),
     ],
 )
 def test_bad_arguments_raise_and_touch_nothing(error, message, options):
@@ -390,15 +394,17 @@ def test_bad_arguments_raise_and_touch_nothing(error, message, options):
 
 
 def test_models_that_cannot_be_distilled():
-    with pytest.raises(TypeError, match="model: got str, expected a torch"):
+    with pytest.raises(TypeError, match="model must be a torch.nn.Module, got str"):
         distill_attention("bert", [tokens()] * 2)
-    with pytest.raises(ValueError, match="nothing is replaced here"):
+    with pytest.raises(ValueError, match="got a model in which nothing is replaced"):
         distill_attention(gpt2(), [tokens()] * 2)
     model, data = replaced(local_keys="quantized")
-    with pytest.raises(NotImplementedError, match="local_keys='quantized' has no gradient"):
+    with pytest.raises(
+        NotImplementedError, match="must have local_keys='exact', got 'quantized', which has no gradient"
+    ):
         distill_attention(model, data)
     model, data = replaced()
-    with pytest.raises(ValueError, match="isn't known here; pass the model that was given to replace_attention"):
+    with pytest.raises(ValueError, match="must be the one that was given to replace_attention, .* isn't known here"):
         distill_attention(model.encoder.layer[0], data, projections=True)
     empty = bert().train()
     replace_attention(empty, **COARSE)

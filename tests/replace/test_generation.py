@@ -178,7 +178,7 @@ def test_a_bidirectional_call_is_what_it_is_with_a_cache_too(attention, shape, d
         cache = DynamicCache(config=model.config)
         with torch.no_grad():
             model(ids, attention_mask=mask, **{NAME: cache})
-            with pytest.raises(NotImplementedError, match="the cache was filled by a bidirectional call"):
+            with pytest.raises(NotImplementedError, match="got one that was filled by a bidirectional call"):
                 model(ids[:, :1], **{NAME: cache})
             cache.reset()
             model(ids, **{NAME: cache})
@@ -318,5 +318,7 @@ def test_a_mask_that_hides_the_past_later_is_refused(kind):
                 hidden[0, 5:9] = 0
             elif hidden is not None:  # as many, but another one
                 hidden[1, 0], hidden[1, 7] = 1, 0
-            with pytest.raises(NotImplementedError, match=rf"attention_mask: got {said}.*can't hide or show one later"):
+            with pytest.raises(
+                NotImplementedError, match=rf"attention_mask must show the .*, got {said}.*can't hide or show one later"
+            ):
                 model(ids[:, :1], attention_mask=hidden, **{NAME: cache})

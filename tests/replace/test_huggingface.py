@@ -188,7 +188,9 @@ def test_eager_attention_goes_by_its_masks_whatever_the_module_says():
 def test_positions_stay_off_once_keys_were_collected_without():
     model, ids = llama(), tokens()
     both = {"input_ids": ids, "attention_mask": torch.ones(2, 1, 37, 37, dtype=torch.bool)}
-    with pytest.raises(NotImplementedError, match='"rectified" needs causal attention, got a bidirectional call'):
+    with pytest.raises(
+        NotImplementedError, match='for a bidirectional call, got "rectified", which needs causal attention'
+    ):
         replace_attention(model, **FINE, calibration=[ids, both])
     report = replace_attention(model, **FINE, calibration=[ids, both], far_positions="rotated")
     assert [layer.causal for layer in report.layers] == ["per call"] * 2
@@ -238,7 +240,7 @@ def test_a_decoder_that_was_made_bidirectional(way):
     assert_close(output(model, ids, use_cache=False), expected, way)
     assert [(layer.causal, layer.far_positions) for layer in report.layers] == [("no", "rotated")] * 2
     report.restore()
-    with pytest.raises(NotImplementedError, match=r"rectified.*bidirectional"):
+    with pytest.raises(NotImplementedError, match=r"bidirectional.*rectified"):
         replace_attention(model, **FINE, calibration=[ids], far_positions="rectified")
     assert torch.equal(output(model, ids, use_cache=False), expected)
 
@@ -312,21 +314,21 @@ def test_memory_grows_linearly(family):
 def test_gradients_and_learning(family):
     model = FAMILIES[family]().train()
     replace_attention(model, **COARSE)  # in training mode codebooks start from the first batch
-    seam = next(module for module in model.modules() if type(module).__name__ == "SwappedAttention")
+    slot = next(module for module in model.modules() if type(module).__name__ == "SwappedAttention")
     out = model(tokens())[0]
     loss = commitment_loss(model)
     assert loss.item() > 0
     (out.square().mean() + loss).backward()
     trainable = [(name, parameter.grad) for name, parameter in model.named_parameters() if "pooler" not in name]
     assert [name for name, grad in trainable if grad is None or not grad.isfinite().all()] == []
-    codes = seam.codebook.embedding.clone()
+    codes = slot.codebook.embedding.clone()
     model(tokens(seed=3))
     model(tokens(seed=4))
-    assert not torch.equal(codes, seam.codebook.embedding)  # EMA goes on in training
+    assert not torch.equal(codes, slot.codebook.embedding)  # EMA goes on in training
     model.eval()
-    codes = seam.codebook.embedding.clone()
+    codes = slot.codebook.embedding.clone()
     model(tokens(seed=5))
-    assert torch.equal(codes, seam.codebook.embedding)
+    assert torch.equal(codes, slot.codebook.embedding)
 
 
 def test_state_dict_carries_the_codes():
@@ -415,13 +417,13 @@ def test_the_spread_of_codes_is_learned_too_and_checkpointing_learns_once():
         if checkpointing:
             enable = getattr(model, "activation_checkpointing_enable", None)  # its name in newer transformers
             (enable or model.gradient_checkpointing_enable)()
-        seam = model.encoder.layer[0].attention.self.longvq
-        start = seam.spread.clone()
+        slot = model.encoder.layer[0].attention.self.longvq
+        start = slot.spread.clone()
         for seed in (3, 4, 5):
             model(tokens(seed=seed))[0].square().mean().backward()
-        assert not torch.equal(seam.spread, start) and seam.spread.isfinite().all()
+        assert not torch.equal(slot.spread, start) and slot.spread.isfinite().all()
         spreads.append(
-            (seam.spread_sum.clone(), seam.codebook.ema_count.clone(), model.get_input_embeddings().weight.grad)
+            (slot.spread_sum.clone(), slot.codebook.ema_count.clone(), model.get_input_embeddings().weight.grad)
         )
     for plain, checkpointed in zip(*spreads, strict=True):
         assert_close(checkpointed, plain, "checkpointing")

@@ -122,7 +122,7 @@ def wrong(change):
         (
             lambda s: s.update({key.replace("layer.1", "layer.7"): s[key] for key in list(s) if "layer.1" in key}),
             ValueError,
-            "layer.7.attention.self, where",
+            "got none at .*layer.7.attention.self",
         ),
         (
             lambda s: s.pop("encoder.layer.1.attention.self.longvq.codebook.embedding"),
@@ -149,7 +149,7 @@ def test_wrong_paths_and_models(tmp_path):
         load_replaced(bert(), tmp_path / "nothing")
     with pytest.raises(FileNotFoundError, match="has no weights"):
         load_replaced(bert(), tmp_path)
-    with pytest.raises(TypeError, match="expected a torch"):
+    with pytest.raises(TypeError, match="model must be a torch.nn.Module"):
         load_replaced("bert", tmp_path)
     model = bert()
     replace_attention(model, **COARSE, calibration=[tokens()])
@@ -192,9 +192,13 @@ def test_the_meta_device_is_refused():
     replace_attention(model, **COARSE, calibration=[tokens(2, 40)])
     with torch.device("meta"):
         empty = llama()
-    with pytest.raises(ValueError, match=r"load_replaced: model: .* is on the meta device"):
+    with pytest.raises(
+        ValueError, match=r"load_replaced: model must have parameters with values, got .* on the meta device"
+    ):
         load_replaced(empty, model.state_dict())
-    with pytest.raises(ValueError, match=r"replace_attention: model: .* is on the meta device"):
+    with pytest.raises(
+        ValueError, match=r"replace_attention: model must have parameters with values, got .* on the meta device"
+    ):
         replace_attention(empty, **COARSE, calibration=[tokens(2, 40)])
     replace_attention(empty, **COARSE, calibration=[tokens(2, 40)], dry_run=True)
 

@@ -53,16 +53,16 @@ class Wrong(nn.Module):
 
     def forward(self, input_ids: torch.Tensor):
         x = self.model(input_ids).last_hidden_state
-        seams = [module for module in self.modules() if type(module).__name__ == "SwappedAttention"]
-        if self.spoil == "replaced" and seams:
+        slots = [module for module in self.modules() if type(module).__name__ == "SwappedAttention"]
+        if self.spoil == "replaced" and slots:
             return {"x": x + 1}
-        if self.spoil == "backend" and any(seam.backend == "reference" for seam in seams):
+        if self.spoil == "backend" and any(slot.backend == "reference" for slot in slots):
             return {"x": x + 1}
-        if self.spoil == "raises" and seams:
+        if self.spoil == "raises" and slots:
             raise TypeError("no such thing")
-        if self.spoil == "restored" and not seams and self.was_replaced:
+        if self.spoil == "restored" and not slots and self.was_replaced:
             return {"x": x + 1}
-        self.was_replaced = bool(seams)
+        self.was_replaced = bool(slots)
         return {"x": x}
 
     was_replaced = False

@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 from longvq_layers import commitment_loss
 from longvq_layers.replace import replace_attention, restore_attention
-from longvq_layers.replace.adapters.torch_nn.adapter import VQMultiheadAttention
+from longvq_layers.replace.adapters.torch_nn.attention import VQMultiheadAttention
 from tests.replace.models import encoder
 from tests.tolerances import assert_close
 
@@ -250,7 +250,7 @@ def test_a_compiled_float_mask_is_checked_when_it_runs():
     padding[1, 20:] = -torch.inf
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     assert_close(compiled(x, key_padding_mask=padding), model(x, key_padding_mask=padding), "compiled")
-    with pytest.raises(NotImplementedError, match="key_padding_mask: got values other than 0 and -inf"):
+    with pytest.raises(NotImplementedError, match="key_padding_mask must hold 0 and -inf only, got other values"):
         compiled(x, key_padding_mask=torch.where(padding == 0, 0.5, padding))
     torch._dynamo.reset()
 
@@ -261,15 +261,35 @@ def test_what_a_call_refuses():
     replace_attention(model.train(), **COARSE)
     cases = [
         (NotImplementedError, "pass need_weights=False", (x, x, x), {"need_weights": True}),
-        (NotImplementedError, "key: got another tensor", (x, x.clone(), x), {}),
+        (NotImplementedError, "key must be query itself, got another tensor", (x, x.clone(), x), {}),
         (NotImplementedError, "not exactly causal", (x, x, x), {"attn_mask": causal_mask(31).roll(1, 1)}),
-        (NotImplementedError, "values other than 0 and -inf", (x, x, x), {"attn_mask": torch.randn(31, 31)}),
-        (ValueError, r"attn_mask: got shape \(30, 30\)", (x, x, x), {"attn_mask": causal_mask(30)}),
-        (NotImplementedError, "key_padding_mask: got values", (x, x, x), {"key_padding_mask": torch.randn(2, 31)}),
-        (ValueError, r"key_padding_mask: got shape \(3, 31\)", (x, x, x), {"key_padding_mask": torch.zeros(3, 31)}),
+        (
+            NotImplementedError,
+            "attn_mask must hold 0 and -inf only, got other values",
+            (x, x, x),
+            {"attn_mask": torch.randn(31, 31)},
+        ),
+        (
+            ValueError,
+            r"attn_mask must have shape \(31, 31\), got \(30, 30\)",
+            (x, x, x),
+            {"attn_mask": causal_mask(30)},
+        ),
+        (
+            NotImplementedError,
+            "key_padding_mask must hold 0 and -inf only, got other values",
+            (x, x, x),
+            {"key_padding_mask": torch.randn(2, 31)},
+        ),
+        (
+            ValueError,
+            r"key_padding_mask must have shape \(2, 31\), got \(3, 31\)",
+            (x, x, x),
+            {"key_padding_mask": torch.zeros(3, 31)},
+        ),
         (
             TypeError,
-            "key_padding_mask: got dtype torch.int64",
+            "key_padding_mask must be bool or float, got torch.int64",
             (x, x, x),
             {"key_padding_mask": torch.zeros(2, 31).long()},
         ),
@@ -278,7 +298,7 @@ def test_what_a_call_refuses():
         with pytest.raises(error, match=message):
             model(*args, **{"need_weights": False, **options})
     y = x[..., :30]
-    with pytest.raises(ValueError, match=r"query: got shape \(2, 31, 30\)"):
+    with pytest.raises(ValueError, match=r"query must have shape .*, got \(2, 31, 30\)"):
         model(y, y, y, need_weights=False)
     nested = torch.nested.nested_tensor([x[0], x[1, :20]])
     with pytest.raises(NotImplementedError, match="nested tensor"):

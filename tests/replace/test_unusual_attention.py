@@ -17,9 +17,8 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from longvq_layers.models.huggingface.cache_name import NAME
 from longvq_layers.replace import replace_attention
-from longvq_layers.replace.adapters.huggingface import forward_hook as huggingface_calls
 from longvq_layers.replace.slot.clamped_rotary import ClampedRotary
-from longvq_layers.replace.slot.context import Call
+from longvq_layers.replace.slot.context import ForwardContext, claim_context, store_context
 from tests.replace.models import TOKENS, VOCABULARY, bert, gpt2, output, tokens
 from tests.tolerances import assert_close
 
@@ -69,15 +68,15 @@ def test_keys_that_are_needed_stay_in_the_cache(build):
 
 
 def test_a_second_attention_has_the_positions_of_the_first_and_no_cache():
-    seam = torch.nn.Module()
-    seam.calls = {}
+    slot = torch.nn.Module()
+    slot.contexts = {}
     rotation = (torch.ones(1), torch.zeros(1))
-    huggingface_calls.note(seam, Call(rotation, None))
-    assert [huggingface_calls.taken(seam).rotation for _ in range(2)] == [rotation] * 2
-    huggingface_calls.note(seam, Call(rotation, object()))
-    huggingface_calls.taken(seam)
+    store_context(slot, ForwardContext(rotation, None))
+    assert [claim_context(slot).rotation for _ in range(2)] == [rotation] * 2
+    store_context(slot, ForwardContext(rotation, object()))
+    claim_context(slot)
     with pytest.raises(NotImplementedError, match="attends more than once"):
-        huggingface_calls.taken(seam)
+        claim_context(slot)
 
 
 def test_layers_without_positions_beside_layers_with():
@@ -152,7 +151,7 @@ def test_scaled_rotations_scale_far_scores_like_near_ones(scale):
     rotary = ClampedRotary(apply_rotary_pos_emb, *(x[0, 0] for x in rotation(window)))
     q, k = torch.randn(2, 1, 3, 30, 16, dtype=torch.float64).unbind(0)
     turned_q, turned_k = apply_rotary_pos_emb(q, k, *rotation(positions))
-    assert rotary.settle(turned_k, k, *rotation(positions)) and rotary.part == "all"
+    assert rotary.detect_rotated_columns(turned_k, k, *rotation(positions)) and rotary.part == "all"
     far_q, far_k = rotary(turned_q, turned_k, *rotation(positions))
     clamped = apply_rotary_pos_emb(q, q, *rotation(window.expand(30)))[0]  # s R(W) q
     assert_close(far_q @ far_k.mT, scale * clamped @ k.mT, "far scores")

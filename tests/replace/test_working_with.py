@@ -167,12 +167,12 @@ def test_far_keys_count_as_in_training_at_most(trained_length):
     options = {"num_codes": 256, "window": window, "variance_correction": False}
     replace_attention(model, **options, calibration=[tokens(2, length)], trained_length=trained_length)
     module = model.model.layers[0].self_attn
-    seam, seen = module.longvq, {}
+    slot, seen = module.longvq, {}
     q, k, v = (torch.randn(2, heads, length, 8) for heads in (4, 2, 2))
-    far_q, far_k = torch.randn(2, 4, length, 8), tokens_as_keys(seam, 2, length)
+    far_q, far_k = torch.randn(2, 4, length, 8), tokens_as_keys(slot, 2, length)
     mask = torch.zeros(2, length, dtype=torch.bool)
     mask[1, :9] = True
-    out = seam(q, k, v, mask, far=(far_q, far_k), causal=True, scale=0.4)
+    out = slot(q, k, v, mask, far=(far_q, far_k), causal=True, scale=0.4)
     k, v, far_k = (x.repeat_interleave(2, dim=1) for x in (k, v, far_k))
     distance = torch.arange(length)[:, None] - torch.arange(length)
     seen = (~mask).cumsum(1)
@@ -183,10 +183,10 @@ def test_far_keys_count_as_in_training_at_most(trained_length):
     assert_close(out, expected.masked_fill(mask[:, None, :, None], 0), "limit")
 
 
-def tokens_as_keys(seam, batch, length):
+def tokens_as_keys(slot, batch, length):
     """Keys that are codewords, so that their codes are exact."""
-    codes = torch.randint(seam.num_codes, (batch, 2, length))
-    table = seam.codebook.embedding @ seam.from_metric
+    codes = torch.randint(slot.num_codes, (batch, 2, length))
+    table = slot.codebook.embedding @ slot.from_metric
     return torch.stack([table[head][codes[:, head]] for head in range(2)], dim=1)
 
 
@@ -195,7 +195,7 @@ def test_the_trained_length_is_that_of_the_config_and_is_reported():
     report = replace_attention(model, **COARSE, calibration=[tokens()])
     assert model.model.layers[0].self_attn.longvq.trained_length == 99
     assert "far keys count as in 99 tokens at most" in str(report)
-    with pytest.raises(ValueError, match="trained_length: got 0, expected at least 1"):
+    with pytest.raises(ValueError, match="trained_length must be at least 1, got 0"):
         replace_attention(llama(), **COARSE, calibration=[tokens()], trained_length=0)
 
 

@@ -1,37 +1,97 @@
-"""One attention module that may be replaced, and what is known about it before anything is touched."""
+"""The interface of adapters: what one finds, what it installs, and what it must be able to do."""
 
-import types
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
 
 from torch import nn
 
+from longvq_layers.replace.slot.attention_slot import AttentionSlot, OriginalAttention
 from longvq_layers.replace.slot.clamped_rotary import ClampedRotary
 
+DROPOUT_NOTE = "attention dropout is not applied to the probabilities in training"
+CROSS_ATTENTION = "cross-attention: the keys come from another sequence"
 
-@dataclass(eq=False)
+
+@dataclass(frozen=True, eq=False)
 class Site:
-    """An attention module of a model: where it is, what it is, and why it would be refused."""
+    """An attention module as it was found in a model.
 
-    name: str  # its name in the model
+    Attributes:
+        name: its name in the model, "" for the model itself.
+        module: the module.
+        adapter: the adapter that knows this kind of module.
+        kind: what the report calls it now.
+        new_kind: what the report calls it once it is replaced.
+        causal: "yes", "no" or "per call".
+        sizes: (H, Hkv, D), or None if only a forward shows them.
+        refusal: why it can't be replaced, or None.
+        has_rotary: whether its keys arrive rotated by their position.
+        trained_length: the longest sequence of its training as its config says, in tokens; None if unknown.
+        notes: what a user should know once it is replaced.
+    """
+
+    name: str
     module: nn.Module
-    adapter: types.ModuleType  # huggingface or torch_nn
-    kind: str  # what it is now
-    new_kind: str  # what it becomes
-    causal: str  # "yes", "no" or "per call"
-    sizes: tuple[int, int, int] | None  # H, Hkv, D; None: only a forward pass tells
-    backend: str | None = None  # which one serves it, once that is known
-    refusal: str | None = None  # why it can't be replaced
-    num_codes: int | None = None  # of its own, once calibration has shared them out
-    has_rotary: bool = False  # whether its keys arrive rotated by their position
-    rotary: ClampedRotary | None = None  # how that is taken off keys; None: it stays
-    trained_length: int | None = None  # with `rotary`: the longest sequence of its training
-    may_stay_rotated: bool = True  # whether it may stay where it can't be taken off
-    why_rotated: str | None = None  # why it stays
-    notes: list[str] = field(default_factory=list)
+    adapter: "Adapter"
+    kind: str
+    new_kind: str
+    causal: str
+    sizes: tuple[int, int, int] | None
+    refusal: str | None = None
+    has_rotary: bool = False
+    trained_length: int | None = None
+    notes: tuple[str, ...] = ()
+
+
+class Record(Protocol):
+    """What one adapter changes in a model. It lists every change before it makes the first, so that it can undo any.
+
+    It refers to modules by object, so that a deep copy of the model carries a record of its own.
+    """
+
+    @property
+    def attached(self) -> tuple[nn.Module, ...]:
+        """The attention modules that get a slot."""
+
+    def undo(self) -> None:
+        """Put everything back; also after only a part of it was changed."""
+
+
+class Installable(Record, Protocol):
+    """A record that was not installed yet."""
+
+    def install(self, slots: Sequence[AttentionSlot]) -> None:
+        """Make the changes: one slot per attached module."""
+
+
+class Adapter(Protocol):
+    """How one kind of attention module is found, swapped and put back."""
+
+    model_makes_masks: bool  # True if the model makes the masks, once for all of its attention modules
+
+    def find(self, model: nn.Module) -> list[Site]:
+        """Every attention module of this kind."""
+
+    def is_replaced(self, module: nn.Module) -> bool:
+        """Whether the module is of this kind and its attention is replaced."""
+
+    def original_attention(self, module: nn.Module) -> OriginalAttention | None:
+        """The attention function that calibration must call; None: queries, keys and values are enough."""
+
+    def clamped_rotary(self, model: nn.Module, site: Site, window: int) -> ClampedRotary | str:
+        """What removes the positions of the site's queries and keys, or why they can't be removed."""
+
+    def plan_record(self, model: nn.Module, sites: Sequence[Site], *, linear_masks: bool) -> Installable:
+        """The record of a replacement of these sites; changes nothing.
+
+        Args:
+            linear_masks: let the model make masks of linear size, where it makes masks.
+        """
 
 
 def own_forward(module: nn.Module) -> str | None:
-    """Why a module can't be replaced whose forward was set on the object itself: it would go on being called."""
+    """The refusal of a module whose forward was set on the object itself: this forward would bypass the swap."""
     if "forward" not in module.__dict__:
         return None
     return "its forward was replaced on the module itself (by a hook of accelerate, say); replace the attention first"

@@ -1,4 +1,4 @@
-"""Share the codes of a model out among its layers: more for those that lose most, the same memory in all."""
+"""Divides the codes of a model among its layers: more for those that lose most, the same memory in all."""
 
 import math
 
@@ -7,14 +7,14 @@ from torch import Tensor
 
 from longvq_layers.layers._kmeans import kmeans
 
-_KEYS = 4096  # per head, that the fall of a layer's error with its codes is read from
-_STEPS = 8  # shares that a layer's codes are cut into
+_KEYS = 4096  # per head, from which the exponent is measured
+_STEPS = 8  # equal shares that a layer's codes are divided into
 _LEAST, _MOST = 2, 4 * _STEPS  # shares of a layer
-_FALL = (0.05, 2.0)  # exponents that are believed
+_EXPONENTS = (0.05, 2.0)  # smallest and largest exponent; measurements outside are clamped
 
 
-def falls_with_codes(keys: Tensor, num_codes: int, generator: torch.Generator) -> float:
-    """b of the power law S^-b by which a layer's squared key error falls from num_codes / 2 to num_codes codes.
+def error_exponent(keys: Tensor, num_codes: int, generator: torch.Generator) -> float:
+    """b of the power law S^-b by which a layer's squared key error falls, measured at num_codes / 2 and num_codes.
 
     Args:
         keys: (Hkv, N, D) in the metric of the queries.
@@ -27,21 +27,23 @@ def falls_with_codes(keys: Tensor, num_codes: int, generator: torch.Generator) -
         table = kmeans(keys, codes, iterations=2, generator=generator)
         errors.append(torch.cdist(keys.to(table.dtype), table).amin(-1).square().sum().item())
     if not errors[0] > errors[1] > 0:
-        return _FALL[0]
-    return min(max(math.log2(errors[0] / errors[1]), _FALL[0]), _FALL[1])
+        return _EXPONENTS[0]
+    return min(max(math.log2(errors[0] / errors[1]), _EXPONENTS[0]), _EXPONENTS[1])
 
 
-def share_out(errors: list[float], falls: list[float], heads: list[int], num_codes: int) -> list[int]:
-    """Codes of each layer that make ``Σ_l errors_l (S_l / S)^-falls_l`` small, by giving a share to whom it helps most.
+def share_out(errors: list[float], exponents: list[float], heads: list[int], num_codes: int) -> list[int]:
+    """Codes of each layer that make ``Σ_l errors_l (S_l / S)^-exponents_l`` small.
+
+    Shares are given one at a time to the layer that gains most.
 
     Args:
         errors: squared relative error of each layer's output with num_codes codes.
-        falls: the exponents of `falls_with_codes`.
-        heads: key-value heads of each layer, each of which has its own S_l codes.
-        num_codes: S, the mean over heads; no layer gets less than a quarter of it, or more than four times.
+        exponents: from `error_exponent`.
+        heads: key-value heads of each layer; each head has its own S_l codes.
+        num_codes: S, the mean over heads. No layer gets less than a quarter of S or more than four times S.
 
     Returns:
-        S_l, whose sum over all heads is at most that of S.
+        S_l, whose sum over all heads is at most S times the number of heads.
 
     Example:
         >>> share_out([0.2, 0.1, 0.1], [0.5, 0.5, 0.5], [4, 4, 4], 64)
@@ -51,7 +53,8 @@ def share_out(errors: list[float], falls: list[float], heads: list[int], num_cod
     left = sum((_STEPS - _LEAST) * h for h in heads)
 
     def error(layer: int, share: int) -> float:
-        return errors[layer] * (share / _STEPS) ** -falls[layer]
+        value: float = errors[layer] * (share / _STEPS) ** -exponents[layer]
+        return value
 
     while True:
         gains = {

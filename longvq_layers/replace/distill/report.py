@@ -1,8 +1,8 @@
-"""What distillation reports: one point of its curve after another, and the errors before and after."""
+"""What distillation reports: the points of its curve, and the errors before and after."""
 
 from dataclasses import dataclass, field
 
-END_TO_END = "end to end"
+LAYERS, END_TO_END = "layers", "end to end"  # the phases
 
 
 @dataclass(frozen=True)
@@ -12,8 +12,8 @@ class DistillPoint:
     Attributes:
         phase: "layers" or "end to end".
         step: steps of this phase so far.
-        error: what the phase makes small, see `distill_attention`.
-        train_error: the same on the training batches since the last evaluation, NaN before the first step.
+        error: what the phase minimises, see `distill_attention`.
+        train_error: the same on the training batches since the last evaluation; NaN before the first step.
     """
 
     phase: str
@@ -30,11 +30,11 @@ class DistillReport:
     """What `distill_attention` did; ``print`` shows a table.
 
     Attributes:
-        before, after: name -> ‖swapped − original‖ / ‖original‖ of each attention module's output, with the inputs that
-            the original model gives it, on the held-out batches. With an end-to-end phase "(model output)" too: of what
-            the swapped model returns.
+        before, after: name -> ‖swapped − original‖ / ‖original‖ of each attention module's output, on the held-out
+            batches, with the inputs that the original model gives it. With an end-to-end phase also "(model output)":
+            the same ratio for what the swapped model returns.
         curve: every evaluation, in order.
-        steps: steps taken, all phases together, those before a resumption included.
+        steps: steps of all phases together, including those before a resumption.
         stopped_early: phases that ended before their steps, because the held-out error no longer fell.
     """
 

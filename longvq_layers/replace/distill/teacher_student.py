@@ -1,36 +1,42 @@
-"""Original and swapped attention side by side, on the same inputs: what distillation compares."""
+"""Original and swapped attention side by side, on the same inputs: teacher and student of distillation."""
 
 import contextlib
-import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
-from longvq_layers.replace.slot.context import Call, Far, cloned, tensors_of
+from longvq_layers.replace.model_inputs import ModelInputs, clone_tensors, main_output, run_model
+from longvq_layers.replace.slot.attention_slot import AttentionSlot, fill_slot
+from longvq_layers.replace.slot.context import FarQueryKey
 from longvq_layers.replace.slot.full_attention import full_attention
 from longvq_layers.replace.slot.swapped import SwappedAttention
 
-_SEAM = "longvq"
 
-
-class Pair(nn.Module):
-    """Stands where a swapped attention stands, and attends as the original would, or as the swapped one does.
+class TeacherStudentSlot(AttentionSlot):
+    """A slot that attends like the original attention (teacher) or like the swapped attention (student).
 
     Args:
-        seam: the swapped attention.
+        swapped: the student.
 
     Attributes:
-        original: True (default) attends to every key itself.
+        is_teacher: True (default) attends to every key.
         real: (B, L) of the last call, False = padding; None without padding.
     """
 
-    def __init__(self, seam: SwappedAttention) -> None:
+    def __init__(self, swapped: SwappedAttention) -> None:
         super().__init__()
-        self._seam = [seam]  # in a list: not a submodule
-        self.rotary, self.linear_masks = seam.rotary, seam.linear_masks
-        self.calls: dict[int, Call] = {}
-        self.original = True
+        self._swapped = [swapped]  # in a list, so that it is no submodule
+        self.rotary = swapped.rotary
+        self.has_positions, self.linear_masks = swapped.has_positions, swapped.linear_masks
+        self.contexts = {}
+        self.is_teacher = True
         self.real: Tensor | None = None
+
+    @property
+    def sizes(self) -> tuple[int, int, int]:
+        """(H, Hkv, D)."""
+        return self._swapped[0].sizes
 
     def forward(
         self,
@@ -39,123 +45,133 @@ class Pair(nn.Module):
         v: Tensor,
         key_padding_mask: Tensor | None = None,
         *,
-        far: Far | None = None,
+        far: FarQueryKey | None = None,
         causal: bool = False,
         scale: float | None = None,
     ) -> Tensor:
-        """As `SwappedAttention.forward`; 0 at padded positions either way."""
+        """As `SwappedAttention.forward`; the teacher gives 0 at padded positions too."""
         self.real = None if key_padding_mask is None else ~key_padding_mask
-        if not self.original:
-            return self._seam[0](q, k, v, key_padding_mask, far=far, causal=causal, scale=scale)
+        if not self.is_teacher:
+            output: Tensor = self._swapped[0](q, k, v, key_padding_mask, far=far, causal=causal, scale=scale)
+            return output
         output = full_attention(q, k, v, causal=causal, key_padding_mask=key_padding_mask, scale=scale)
         return output if self.real is None else output.masked_fill(~self.real[:, None, :, None], 0)
 
 
-class Calls(list):
-    """What an attention module was called with and what it gave: (args, kwargs, output) of each call, by hooks."""
+@dataclass
+class RecordedForward:
+    """One forward of a module: its arguments and its main output."""
 
-    def before(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+    args: tuple[object, ...]
+    kwargs: dict[str, object]
+    output: Tensor | None = None
+
+
+@dataclass
+class RecordedForwards:
+    """All forwards of one module, recorded by its two hooks."""
+
+    forwards: list[RecordedForward] = field(default_factory=list)
+
+    def before(self, module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
         """Forward pre-hook with kwargs."""
-        memo: dict = {}
-        self.append((tuple(_kept(x, memo) for x in args), {name: _kept(x, memo) for name, x in kwargs.items()}))
+        memo: dict[object, Tensor] = {}
+        kept = tuple(_kept(x, memo) for x in args)
+        self.forwards.append(RecordedForward(kept, {name: _kept(x, memo) for name, x in kwargs.items()}))
 
-    def after(self, module: nn.Module, args: tuple, output: object) -> None:
+    def after(self, module: nn.Module, args: tuple[object, ...], output: object) -> None:
         """Forward hook."""
-        self[-1] = (*self[-1][:2], _kept(first(output)))
+        self.forwards[-1].output = clone_tensors(main_output(output))
+
+    @property
+    def outputs(self) -> list[Tensor]:
+        """The main output of every forward."""
+        return [forward.output for forward in self.forwards if forward.output is not None]
 
 
-class Pairs:
-    """All swapped attention modules of a model as pairs, within a ``with`` block.
+class TeacherStudent:
+    """The swapped attention modules of a model, as teacher and student within a ``with`` block.
 
     Args:
         model: the model.
-        sites: name -> attention module, each with a `SwappedAttention` as its ``longvq``.
+        students: name -> attention module and the swapped attention in its slot.
     """
 
-    def __init__(self, model: nn.Module, sites: dict[str, nn.Module]) -> None:
-        self.model, self.sites = model, sites
-        self.seams: dict[str, SwappedAttention] = {name: site._modules[_SEAM] for name, site in sites.items()}
-        self._pairs = {name: Pair(seam) for name, seam in self.seams.items()}
+    def __init__(self, model: nn.Module, students: Mapping[str, tuple[nn.Module, SwappedAttention]]) -> None:
+        self.model = model
+        self.modules = {name: module for name, (module, _) in students.items()}
+        self.students = {name: swapped for name, (_, swapped) in students.items()}
+        self._slots = {name: TeacherStudentSlot(swapped) for name, swapped in self.students.items()}
 
-    def __enter__(self) -> "Pairs":
-        for name, site in self.sites.items():
-            site._modules[_SEAM] = self._pairs[name]
+    def __enter__(self) -> "TeacherStudent":
+        for name, module in self.modules.items():
+            fill_slot(module, self._slots[name])
         return self
 
     def __exit__(self, *error: object) -> None:
-        for name, site in self.sites.items():
-            site._modules[_SEAM] = self.seams[name]
+        for name, module in self.modules.items():
+            fill_slot(module, self.students[name])
 
-    def run(self, batch: object, *, original: bool) -> tuple[Tensor, dict[str, Calls]]:
-        """The model's first output, and the calls of every attention module, with one attention or the other."""
-        self._attend_as(original)
-        with self._noting() as calls:
-            return first(call(self.model, batch)), calls
+    def run(self, batch: ModelInputs, *, teacher: bool) -> tuple[Tensor, dict[str, RecordedForwards]]:
+        """The model's main output, and the forwards of every attention module, with teacher or student."""
+        self._attend_as(teacher)
+        with self._recording() as recorded:
+            return main_output(run_model(self.model, batch)), recorded
 
-    def errors(self, calls: dict[str, Calls]) -> dict[str, Tensor]:
-        """‖swapped − original‖² / ‖original‖² of each module, run with the inputs that the original had."""
+    def errors(self, recorded: Mapping[str, RecordedForwards]) -> dict[str, Tensor]:
+        """‖swapped − original‖² / ‖original‖² of each module, run with the inputs that the teacher had."""
         self._attend_as(False)
         found = {}
-        for name, made in calls.items():
-            outputs = [first(self.sites[name](*args, **kwargs)) for args, kwargs, _ in made]
-            found[name] = self.error(name, outputs, [output for *_, output in made])
+        for name, teacher in recorded.items():
+            module = self.modules[name]
+            outputs = [main_output(module(*forward.args, **forward.kwargs)) for forward in teacher.forwards]
+            found[name] = self.error(name, outputs, teacher.outputs)
         return found
 
-    def error(self, name: str, outputs: list[Tensor], originals: list[Tensor]) -> Tensor:
-        """‖swapped − original‖² / ‖original‖², over tokens that aren't padding."""
-        real = self._pairs[name].real
+    def error(self, name: str, outputs: Sequence[Tensor], originals: Sequence[Tensor]) -> Tensor:
+        """‖swapped − original‖² / ‖original‖² over the tokens of module `name`'s last call that are not padding."""
+        real = self._slots[name].real
         pairs = [(_real_rows(a, real), _real_rows(b, real)) for a, b in zip(outputs, originals, strict=True)]
-        difference = sum((a - b).float().square().sum() for a, b in pairs)
-        return difference / sum(b.float().square().sum() for _, b in pairs).clamp(min=1e-12)
+        difference = _sum([(a - b).float().square().sum() for a, b in pairs])
+        return difference / _sum([b.float().square().sum() for _, b in pairs]).clamp(min=1e-12)
 
-    def _attend_as(self, original: bool) -> None:
-        for pair in self._pairs.values():
-            pair.original = original
+    def _attend_as(self, teacher: bool) -> None:
+        for slot in self._slots.values():
+            slot.is_teacher = teacher
 
     @contextlib.contextmanager
-    def _noting(self) -> Iterator[dict[str, Calls]]:
-        calls = {name: Calls() for name in self.sites}
+    def _recording(self) -> Iterator[dict[str, RecordedForwards]]:
+        recorded = {name: RecordedForwards() for name in self.modules}
         handles = []
-        for name, site in self.sites.items():
-            handles.append(site.register_forward_pre_hook(calls[name].before, with_kwargs=True))
-            handles.append(site.register_forward_hook(calls[name].after))
+        for name, module in self.modules.items():
+            handles.append(module.register_forward_pre_hook(recorded[name].before, with_kwargs=True))
+            handles.append(module.register_forward_hook(recorded[name].after))
         try:
-            yield calls
+            yield recorded
         finally:
             for handle in handles:
                 handle.remove()
 
 
-def call(model: nn.Module, batch: object) -> object:
-    """`model` called with a tensor, a tuple of positional or a dict of keyword arguments."""
-    if isinstance(batch, Mapping):
-        return model(**batch)
-    return model(*map(_copied, batch)) if isinstance(batch, (tuple, list)) else model(batch)
-
-
-def first(output: object) -> Tensor:
-    """The first tensor of what a module returned that may be its output: not a loss before it, nor its tokens."""
-    tensors = tensors_of(output)
-    return next((x for x in tensors if x.dim() and x.is_floating_point()), tensors[0])
-
-
-def _copied(value: object) -> object:
-    # Some models add what they compute to the dict that they are given.
-    return copy.copy(value) if isinstance(value, Mapping) else value
-
-
-def _kept(value: object, memo: dict | None = None) -> object:
-    # A cache of transformers holds the keys of the call already; with it a second call would see them twice. Hidden
-    # states may be overwritten by a residual that is added in place; masks, the larger ones, are not.
+def _kept(value: object, memo: dict[object, Tensor]) -> object:
+    # A transformers cache holds the keys of this call already; a second call with it would see them twice. Hidden states
+    # are cloned, because an in-place residual may overwrite them. Masks, which are larger, stay as they are.
     if hasattr(value, "get_seq_length"):
         return None
     hidden_states = isinstance(value, Tensor) and value.is_floating_point() and value.dim() < 4
-    return cloned(value, memo) if hidden_states else value
+    return clone_tensors(value, memo) if hidden_states else value
 
 
 def _real_rows(x: Tensor, real: Tensor | None) -> Tensor:
-    # x (B, L, C), or (L, B, C), with zeros for padding.
+    # x (B, L, C) or (L, B, C), with zeros for padding.
     if real is None or x.dim() != 3:
         return x
     rows = real if x.shape[:2] == real.shape else real.T if x.shape[:2] == real.T.shape else None
     return x if rows is None else x * rows.unsqueeze(-1)
+
+
+def _sum(terms: Sequence[Tensor]) -> Tensor:
+    total = terms[0]
+    for term in terms[1:]:
+        total = total + term
+    return total

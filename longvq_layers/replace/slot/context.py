@@ -1,68 +1,118 @@
-"""What passes between an attention module, its cache and the swapped attention."""
+"""What an attention slot is told about one call of its module: positions, cache, and how to read a missing mask."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import NamedTuple
+import threading
+from typing import NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
-from longvq_layers import ops
+from longvq_layers.replace.slot.state import SwappedState
 
-Far = tuple[Tensor, Tensor]  # queries and keys of pairs outside the window
-
-
-@dataclass(eq=False)
-class SwappedState:
-    """The past of a batch of sequences, and the codebook as the scores see it, which stays the same."""
-
-    past: ops.VQAttentionState
-    codebook: Tensor
-
-    @property
-    def nbytes(self) -> int:
-        """Memory of the past, in bytes; the same at every length."""
-        return self.past.nbytes
-
-    def index_select(self, rows: Tensor) -> "SwappedState":
-        """The state of those rows."""
-        return SwappedState(self.past.index_select(rows), self.codebook)
+FarQueryKey = tuple[Tensor, Tensor]  # queries and keys of the pairs outside the window
 
 
-class Call(NamedTuple):
-    """What an attention module was called with beyond what its attention function is told.
+class StepAttention(Protocol):
+    """Attention that continues sequences from a state of constant size."""
+
+    def initial_state(self, batch: int, value_dim: int) -> SwappedState:
+        """The state of `batch` empty sequences."""
+
+    def step(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        state: SwappedState,
+        key_padding_mask: Tensor | None = None,
+        *,
+        far: FarQueryKey | None = None,
+        scale: float | None = None,
+    ) -> Tensor:
+        """The output (B, H, T, E) of the next T tokens; `state` is updated in place."""
+
+
+class CacheLayer(Protocol):
+    """A layer of a cache that attends with a state of constant size."""
+
+    positions: int  # read so far, padding included
+
+    def close(self, positions: int) -> None:
+        """Refuse later calls, after a bidirectional call over `positions` tokens."""
+
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        padding: Tensor | None,
+        mask: Tensor | None,
+        *,
+        far: FarQueryKey | None,
+        scale: float | None,
+    ) -> Tensor:
+        """The output (B, H, T, E) of the new positions.
+
+        Args:
+            padding: (B, positions + T) bool, True = ignore, or None.
+            mask: the mask that the padding was read from.
+        """
+
+
+class KeyProbe:
+    """Receives the keys of one call, in place of the attention."""
+
+    def __init__(self) -> None:
+        self.keys: Tensor | None = None
+
+
+class ForwardContext(NamedTuple):
+    """What is known of one forward of an attention module beyond the arguments of its attention function.
 
     Attributes:
-        rotation: (cos, sin) that its queries and keys are rotated with, or None.
-        cache_layer: the `VQCacheLayer` to attend with, or None.
-        eager: whether the original is transformers' eager attention, which sees the future where there is no mask.
-        skips_masks: whether transformers makes no mask for the original where it would be causal and nothing else, so
-            that the module itself says whether it is. By its name ("longvq") it gets one.
+        rotation: (cos, sin) that the module rotates its queries and keys with, or None.
+        cache_layer: the cache layer to attend with, or None.
+        eager: True if the original is transformers' eager attention, which sees the future where there is no mask.
+        skips_masks: True if transformers makes no mask for the original where the mask would be purely causal. The
+            module's own `is_causal` then decides, although the implementation "longvq" gets a mask.
+        cache_was_used: True after an attention within this forward has filled the cache layer.
+        probe: receives the keys instead of the attention, or None.
     """
 
     rotation: tuple[Tensor, Tensor] | None = None
-    cache_layer: object | None = None
+    cache_layer: CacheLayer | None = None
     eager: bool = False
     skips_masks: bool = False
+    cache_was_used: bool = False
+    probe: KeyProbe | None = None
 
 
-def tensors_of(output: object) -> list[Tensor]:
-    """The tensors among what a module returned: itself, or those of a tuple, a dict or transformers' ModelOutput."""
-    if isinstance(output, Mapping):
-        output = tuple(output.values())
-    values = output if isinstance(output, tuple | list) else (output,)
-    return [x for x in values if isinstance(x, Tensor)]
+class HasContexts(Protocol):
+    """Holds one context per thread: threads may share a model, but not a cache."""
+
+    contexts: dict[int, ForwardContext]
 
 
-def cloned(x: object, memo: dict | None = None) -> object:
-    """Tensors in tuples, lists and dicts as they are now; one tensor, or views of the same memory, stay one."""
-    memo = {} if memo is None else memo
-    if type(x) in (tuple, list):
-        return type(x)(cloned(value, memo) for value in x)
-    if type(x) is dict:
-        return {key: cloned(value, memo) for key, value in x.items()}
-    if not isinstance(x, Tensor):
-        return x
-    place = (x.data_ptr(), x.shape, x.stride(), x.dtype)
-    if place not in memo:
-        memo[place] = x.clone()
-    return memo[place]
+def store_context(slot: HasContexts, context: ForwardContext) -> None:
+    """Set the context of the forward that is running in this thread."""
+    slot.contexts[_thread()] = context
+
+
+def claim_context(slot: HasContexts) -> ForwardContext:
+    """Return the context of the forward that is running in this thread, and mark its cache layer as used.
+
+    Raises:
+        NotImplementedError: a second attention within one forward, after the first has filled the cache.
+    """
+    context = slot.contexts.get(_thread(), ForwardContext())
+    if context.cache_was_used:
+        raise NotImplementedError(
+            "longvq attention: use_cache must be False for a module that attends more than once with each key, got a "
+            "cache of constant size, which keeps no keys"
+        )
+    used = context.cache_layer is not None
+    store_context(slot, context._replace(cache_layer=None, cache_was_used=used))
+    return context
+
+
+def _thread() -> int:
+    return 0 if torch.compiler.is_compiling() else threading.get_ident()

@@ -1,4 +1,4 @@
-"""What attention to every key gives: the measure of calibration and distillation."""
+"""Attention to every key: the reference of calibration and distillation."""
 
 import torch
 import torch.nn.functional as F
@@ -16,10 +16,17 @@ def full_attention(
 ) -> Tensor:
     """Softmax attention of q (B, H, L, D), k (B, Hkv, L, D), v (B, Hkv, L, E) -> (B, H, L, E).
 
-    key_padding_mask is (B, L) bool, True = ignore; what stands at such positions afterwards means nothing.
+    key_padding_mask is (B, L) bool, True = ignore. Outputs at padded positions are undefined.
     """
     allowed = None if key_padding_mask is None else ~key_padding_mask[:, None, None, :]
     if causal and allowed is not None:
         allowed = allowed & torch.ones(q.shape[2], q.shape[2], dtype=torch.bool, device=q.device).tril()
-    options = {"attn_mask": allowed, "is_causal": causal and allowed is None, "scale": scale}
-    return F.scaled_dot_product_attention(q, k, v, enable_gqa=q.shape[1] != k.shape[1], **options)
+    return F.scaled_dot_product_attention(
+        q,
+        k,
+        v,
+        attn_mask=allowed,
+        is_causal=causal and allowed is None,
+        scale=scale,
+        enable_gqa=q.shape[1] != k.shape[1],
+    )

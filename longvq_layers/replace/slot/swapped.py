@@ -1,59 +1,69 @@
-"""The module that a swapped attention carries: its codebook, the metric it was fitted in, and how to attend."""
+"""The swapped attention of one module: its codebook, the metric it was fitted in, and how it attends."""
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from longvq_layers import ops
 from longvq_layers.layers import _steps
 from longvq_layers.layers._context import no_autocast, recomputing
 from longvq_layers.layers._gaps import order_without_gaps, put_back, reorder
-from longvq_layers.layers._kmeans import code_sums, pick
+from longvq_layers.layers._kmeans import pick
 from longvq_layers.layers._precision import KeepsFloat32, storage_dtype
 from longvq_layers.layers.codebook_attention import CodebookAttention
+from longvq_layers.replace.slot import code_spread, far_limit
+from longvq_layers.replace.slot.attention_slot import AttentionSlot, find_slot
 from longvq_layers.replace.slot.clamped_rotary import ClampedRotary
-from longvq_layers.replace.slot.context import Call, Far, SwappedState
+from longvq_layers.replace.slot.context import FarQueryKey
 from longvq_layers.replace.slot.metric import in_proportion, roots
-from longvq_layers.replace.slot.sequence_codes import row_means, vq_attention_by_row
+from longvq_layers.replace.slot.sequence_codes import sequence_means, vq_attention_by_sequence
 from longvq_layers.replace.slot.settings import CarriesSettings
+from longvq_layers.replace.slot.state import SwappedState
 
-_FEW = 1e-6  # keys; below it a code has no spread yet
+NAME = "longvq attention"  # in errors
 
 
-class SwappedAttention(KeepsFloat32, CarriesSettings, CodebookAttention):
+class SwappedAttention(AttentionSlot, KeepsFloat32, CarriesSettings, CodebookAttention):
     """Attention over quantised keys whose codes were fitted in the metric of the queries.
 
         M = E[q qᵀ] per key-value head,  k' = k M^½,  z_j = argmin_s ‖k'_j − C'_s‖²,  C = C' M^-½
 
-    ‖k' − C'‖² is the expected square of a score's error, so codes go where queries look. The scores use q, k and C
-    as they are; M^½ only decides which code a key gets. Without calibration M is the identity.
+    ‖k' − C'‖² is the expected square of a score's error, so more codes lie where queries look. The scores use q, k and
+    C as they are; M^½ only decides which code a key gets. Without calibration M is the identity.
 
-    With `variance_correction` a code also stands for the spread of its keys, σ_s² = E‖k' − C'_s‖²: the mean of exp over
-    unequal keys exceeds exp of their mean, to second order by the factor exp(½ scale² σ_s² ‖q'‖² / D), q' = q M^-½.
-    That is one more dimension of q (½ scale ‖q'‖² / D) and of C (σ_s²), which exact local keys have as 0. Where scores
-    are large the second order says too much, so each head has a gain in [0, 1] on it, chosen in calibration.
+    With `variance_correction` a code also carries the spread of its keys, σ_s² = E‖k' − C'_s‖². The mean of exp over
+    unequal keys exceeds exp of their mean; to second order the factor is exp(½ scale² σ_s² ‖q'‖² / D), q' = q M^-½.
+    This is one more dimension of q (½ scale ‖q'‖² / D) and of C (σ_s²); exact local keys have 0 in it. The second order
+    is too much where scores are large, so each head has a gain in [0, 1] on it, chosen in calibration.
 
-    Bidirectional attention sees all keys of a sequence at once, so there a code stands for the mean and the spread of
-    the sequence's own keys that chose it: as linear, and much closer. The codebook then decides only which keys go
-    together. In causal attention that mean would tell of the future, and codes are those of the codebook.
+    Bidirectional: each code is the mean, and carries the spread, of this sequence's keys assigned to it. The cost stays
+    linear and the result is much closer; the codebook only decides which keys share a code. Causal: the codes are the
+    calibrated codewords, because the mean of the sequence's keys would leak the future.
 
-    Keys that carry a position may be given a second time without it (`far`): then the codes are those of the second. In
-    training no query saw more than n = trained_length − W of them, and attention spread over many more would drown the
-    window: a query that has N > n far keys sees each with the weight n / N, which is one more dimension again.
+    `far` gives queries and keys a second time, without their positions; the codes then belong to these keys. With
+    `trained_length`, a query that has N > n = trained_length − W far keys gives each the weight n / N (`far_limit.py`).
+    This is one more dimension again.
 
     Args:
         num_heads: H, query heads.
         num_kv_heads: Hkv, key-value heads.
-        head_dim: D, width of a key.
+        head_dim: D.
         num_codes, window, local_keys, backend, device, dtype: see `CodebookAttention`.
-        variance_correction: whether a code accounts for the spread of its keys.
-        rotary: how positions are taken off queries and keys, for those who call; None where that isn't done.
-        trained_length: with rotary, the longest sequence of the model's training; None: far keys always count in full.
+        variance_correction: whether a code carries the spread of its keys.
+        rotary: removes the positions of queries and keys, for the caller; None if they stay.
+        trained_length: with rotary, the longest sequence of the model's training; None: far keys always count fully.
 
     Buffers:
         to_metric (Hkv, D, D) = M^½, from_metric (Hkv, D, D) = M^-½, spread (Hkv, S) = σ_s² with its moving sums
         spread_sum and spread_count (Hkv, S), spread_gain (H,), and those of `codebook`; all at least float32.
     """
+
+    to_metric: Tensor
+    from_metric: Tensor
+    spread: Tensor
+    spread_sum: Tensor
+    spread_count: Tensor
+    spread_gain: Tensor
 
     def __init__(
         self,
@@ -86,9 +96,8 @@ class SwappedAttention(KeepsFloat32, CarriesSettings, CodebookAttention):
         self.variance_correction = variance_correction
         self.rotary = rotary
         self.trained_length = None if rotary is None else trained_length
-        self.has_positions = rotary is not None  # as in `Recorder`
-        self.linear_masks = True  # whether a transformers model makes masks of linear size for it
-        self.calls: dict[int, Call] = {}
+        self.has_positions = rotary is not None
+        self.contexts = {}
         identity = torch.eye(head_dim, device=device, dtype=storage_dtype(dtype)).repeat(num_kv_heads, 1, 1)
         self.register_buffer("to_metric", identity)
         self.register_buffer("from_metric", identity.clone())
@@ -96,28 +105,51 @@ class SwappedAttention(KeepsFloat32, CarriesSettings, CodebookAttention):
             self.register_buffer(name, identity.new_zeros(num_kv_heads, num_codes))
         self.register_buffer("spread_gain", identity.new_ones(num_heads))
 
-    def forward(
+    @property
+    def sizes(self) -> tuple[int, int, int]:
+        """(H, Hkv, D)."""
+        return self.num_heads, self.num_kv_heads, self.head_dim
+
+    @property
+    def step_attention(self) -> "SwappedAttention | None":
+        """This attention in eval mode; None in training mode, in which `step` is not allowed."""
+        return None if self.training else self
+
+    # ---- attention ----------------------------------------------------------------------------------------------
+
+    def forward(  # type: ignore[override]  # packed documents (cu_seqlens) are not offered, far pairs and scale are
         self,
         q: Tensor,
         k: Tensor,
         v: Tensor,
         key_padding_mask: Tensor | None = None,
         *,
-        far: Far | None = None,
+        far: FarQueryKey | None = None,
         causal: bool = False,
         scale: float | None = None,
     ) -> Tensor:
-        """q (B, H, L, D), k (B, Hkv, L, D), v (B, Hkv, L, E), key_padding_mask (B, L) True = ignore -> (B, H, L, E).
+        """Attend; in training the codebook also learns and the commitment loss is stored.
 
-        `far`: queries and keys, shaped like q and k, for pairs outside the window; default q and k themselves. In
-        training the codebook learns from those keys and the commitment loss is stored, as in `CodebookAttention`.
-        In eval mode the gradient reaches `codebook.embedding`, `spread` and `spread_gain` where they require it.
-        Causal, the window counts tokens: padding between them is as if it weren't there, as in `step`.
+        In eval mode gradients reach `codebook.embedding`, `spread` and `spread_gain` where these require them.
+
+        Args:
+            q: (B, H, L, D).
+            k: (B, Hkv, L, D).
+            v: (B, Hkv, L, E).
+            key_padding_mask: (B, L) bool, True = ignore. In causal attention the window counts tokens, as in `step`:
+                padding between tokens takes no place.
+            far: queries and keys, shaped like q and k, of the pairs outside the window; default q and k. The codebook
+                learns from these keys.
+            causal: whether a query sees only itself and the past, default False.
+            scale: of the scores, default D ** -0.5.
+
+        Returns:
+            (B, H, L, E), dtype of v.
         """
         self.check_codes()
         if causal and key_padding_mask is not None and (order := order_without_gaps(key_padding_mask)) is not None:
             q, k, v = (reorder(x, order) for x in (q, k, v))
-            far = None if far is None else tuple(reorder(x, order) for x in far)
+            far = None if far is None else (reorder(far[0], order), reorder(far[1], order))
             output = self._attend(q, k, v, key_padding_mask.gather(1, order), far, causal, scale)
             return put_back(output, order)
         return self._attend(q, k, v, key_padding_mask, far, causal, scale)
@@ -128,40 +160,40 @@ class SwappedAttention(KeepsFloat32, CarriesSettings, CodebookAttention):
         k: Tensor,
         v: Tensor,
         key_padding_mask: Tensor | None,
-        far: Far | None,
+        far: FarQueryKey | None,
         causal: bool,
         scale: float | None,
     ) -> Tensor:
         with no_autocast(q.device):
-            far_q, far_k = (q, k) if far is None else far
-            keys = self.in_metric(far_k)
-            codes, table = self.codebook.quantize(keys, key_padding_mask)
-            self._commit(keys, codes, table, key_padding_mask)
             scale = self.head_dim**-0.5 if scale is None else scale
-            learning = self.training and not self.codebook.frozen and not recomputing()
-            if learning:
-                self.spread.copy_(self.spread_sum / self.spread_count.clamp(min=_FEW))
-            codebook = self._codewords(keys, codes, table, key_padding_mask, causal)
-            far_q = self._with_spread(far_q, scale)
-            if self.trained_length is not None:
-                seen = self._seen(key_padding_mask, q.shape[2], q.device)
-                far_q, codebook = self._with_limit(far_q, seen, scale), self._limited(codebook)
-            far_k = F.pad(far_k, (0, far_q.shape[-1] - far_k.shape[-1]))
-            if codebook.requires_grad:  # the gradient that a code collects is shared among its far keys: it adds up
-                coded = _of_codes(codebook, codes)
-                far, far_k = (q, k), far_k + (coded - coded.detach())  # pairs inside the window stay apart from it
-            if learning:
+            far_q, far_k = (q, k) if far is None else far
+            keys = self.in_metric(far_k)  # k'
+            codes, table = self.codebook.quantize(keys, key_padding_mask)  # z, C'
+            self._commit(keys, codes, table, key_padding_mask)
+            learns = self.training and not self.codebook.frozen and not recomputing()
+            if learns:
+                self.spread.copy_(code_spread.mean_spread(self.spread_sum, self.spread_count))
+            codewords = self._codewords(keys, codes, table, key_padding_mask, causal)  # C, with σ² and the limit
+            if learns:
                 self._learn_spread(keys, codes, table, key_padding_mask)
-            # Under autocast rotary positions leave q and k in float32.
-            q, k, far_q, far_k = (x.to(v.dtype) for x in (q, k, far_q, far_k))
-            pairs = (far_q, far_k) if far is None else (q, k)
-            apart = {} if far is None else {"far_q": far_q, "far_k": far_k}
-            attend = vq_attention_by_row if codebook.dim() == 4 else ops.vq_attention
+            far_q = self._extend_query(far_q, key_padding_mask, scale)
+            far_k = F.pad(far_k, (0, far_q.shape[-1] - far_k.shape[-1]))
+            has_far_qk = far is not None
+            if codewords.requires_grad:
+                # The operator adds up the gradient of a code over its far keys; this hands it on to the codeword. Near
+                # pairs need keys of their own, because they have no part in it.
+                coded = _at_codes(codewords, codes)
+                has_far_qk, far_k = True, far_k + (coded - coded.detach())
+            q, k, far_q, far_k = (x.to(v.dtype) for x in (q, k, far_q, far_k))  # float32 if rotary ran under autocast
+            near_q, near_k = (q, k) if has_far_qk else (far_q, far_k)
+            attend = vq_attention_by_sequence if codewords.dim() == 4 else ops.vq_attention
             return attend(
-                *pairs,
+                near_q,
+                near_k,
                 v,
-                codebook,
-                **apart,
+                codewords,
+                far_q=far_q if has_far_qk else None,
+                far_k=far_k if has_far_qk else None,
                 causal=causal,
                 window=self.window,
                 key_padding_mask=key_padding_mask,
@@ -171,42 +203,39 @@ class SwappedAttention(KeepsFloat32, CarriesSettings, CodebookAttention):
                 backend=self.backend,
             )
 
-    def initial_state(self, batch: int, value_dim: int) -> "SwappedState":
+    def initial_state(self, batch: int, value_dim: int) -> SwappedState:  # type: ignore[override]  # E isn't fixed here
         """The state of `batch` empty sequences, for `step`; causal attention in eval mode only."""
         self.check_codes()
-        _steps.eval_mode("longvq attention", self)
-        codebook = self._spread_out(self.codebook.embedding @ self.from_metric, self.spread)
+        _steps.eval_mode(NAME, self)
+        codebook = self._extend_codebook(self.codebook.embedding @ self.from_metric, self.spread)
         if self.rotary is not None:
-            codebook = F.pad(self._limited(codebook), (self.head_dim, 0))
+            codebook = F.pad(codebook, (self.head_dim, 0))
         past = ops.vq_attention_state(
             batch, codebook, window=self.window, value_dim=value_dim, local_keys=self.local_keys
         )
         return SwappedState(past, codebook)
 
-    def step(
+    def step(  # type: ignore[override]  # its own state, and far pairs as in `forward`
         self,
         q: Tensor,
         k: Tensor,
         v: Tensor,
-        state: "SwappedState",
+        state: SwappedState,
         key_padding_mask: Tensor | None = None,
         *,
-        far: Far | None = None,
+        far: FarQueryKey | None = None,
         scale: float | None = None,
     ) -> Tensor:
         """The next T tokens, as `forward` would attend them (causal); `state` is updated in place."""
-        _steps.eval_mode("longvq attention", self)
+        _steps.eval_mode(NAME, self)
         with no_autocast(q.device):
             scale = self.head_dim**-0.5 if scale is None else scale
             far_q, far_k = (q, k) if far is None else far
             codes = ops.vq_assign(self.in_metric(far_k), self.codebook.embedding, backend=self.backend)
-            far_q = self._with_spread(far_q, scale)
-            if self.trained_length is not None:
-                seen = state.past.lengths.unsqueeze(-1) + self._seen(key_padding_mask, q.shape[2], q.device)
-                far_q = self._with_limit(far_q, seen, scale)
+            far_q = self._extend_query(far_q, key_padding_mask, scale, past=state.past.lengths)
             if far is None:
                 q, k = far_q, F.pad(k, (0, far_q.shape[-1] - k.shape[-1]))
-            else:  # columns of pairs inside the window, then of the others
+            else:  # the columns of near pairs, then those of far pairs
                 q, k = torch.cat([q, far_q], dim=-1), F.pad(k, (0, far_q.shape[-1]))
             return ops.vq_attention_step(
                 q.to(v.dtype),
@@ -220,22 +249,77 @@ class SwappedAttention(KeepsFloat32, CarriesSettings, CodebookAttention):
                 backend=self.backend,
             )
 
+    # ---- scores outside the window, for `health` ----------------------------------------------------------------
+
     @torch.no_grad()
     def far_scores(
         self, q: Tensor, k: Tensor, key_padding_mask: Tensor | None = None, *, causal: bool, scale: float
     ) -> Tensor:
-        """What stands for q·k outside the window: q (B, H, R, D), k (B, Hkv, L, D) -> (B, H, R, L), not yet scaled."""
+        """The unscaled scores q·k outside the window: q (B, H, R, D), k (B, Hkv, L, D) -> (B, H, R, L)."""
         keys, table = self.in_metric(k), self.codebook.embedding
         codes = ops.vq_assign(keys, table, backend=self.backend)
-        codebook = self._codewords(keys, codes, table, key_padding_mask, causal).expand(len(q), -1, -1, -1)
+        codewords, spreads = self._plain_codewords(keys, codes, table, key_padding_mask, causal)
+        if self.variance_correction:
+            codewords = code_spread.extend_codebook(codewords, spreads)
+            q = code_spread.extend_query(q, self.from_metric, self.spread_gain, scale)
+        codewords = codewords.expand(len(q), -1, -1, -1)
         group = self.num_heads // self.num_kv_heads
-        codes, codebook = (x.repeat_interleave(group, dim=1) for x in (codes, codebook))
-        scores = self._with_spread(q, scale) @ codebook.to(q.dtype).transpose(-1, -2)  # (B, H, R, S)
+        codes, codewords = (x.repeat_interleave(group, dim=1) for x in (codes, codewords))
+        scores = q @ codewords.to(q.dtype).transpose(-1, -2)  # (B, H, R, S)
         return scores.gather(3, codes.unsqueeze(2).expand(-1, -1, q.shape[2], -1))
+
+    def far_log_weight(self, seen: Tensor) -> Tensor:
+        """The logarithm of the weight of far keys: seen (B, L), tokens up to and including each query -> (B, L), ≤ 0."""
+        if self.trained_length is None:
+            return torch.zeros_like(seen, dtype=self.to_metric.dtype)
+        return far_limit.far_log_weight(seen, self.trained_length, self.window, self.to_metric.dtype)
+
+    # ---- codewords and queries with their extra dimensions ------------------------------------------------------
 
     def in_metric(self, k: Tensor) -> Tensor:
         """k' = k M^½ in the dtype of the codebook: (B, Hkv, L, D) -> the same shape."""
         return k.to(self.to_metric.dtype) @ self.to_metric
+
+    def _codewords(
+        self, keys: Tensor, codes: Tensor, table: Tensor, key_padding_mask: Tensor | None, causal: bool
+    ) -> Tensor:
+        # Causal (Hkv, S, F) for all sequences, bidirectional (B, Hkv, S, F) for each.
+        return self._extend_codebook(*self._plain_codewords(keys, codes, table, key_padding_mask, causal))
+
+    def _plain_codewords(
+        self, keys: Tensor, codes: Tensor, table: Tensor, key_padding_mask: Tensor | None, causal: bool
+    ) -> tuple[Tensor, Tensor]:
+        if causal:
+            return table @ self.from_metric, self.spread
+        return self._sequence_codewords(keys, codes, table, key_padding_mask)
+
+    @torch.no_grad()
+    def _sequence_codewords(
+        self, keys: Tensor, codes: Tensor, table: Tensor, key_padding_mask: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        # (B, Hkv, S, D) and their spread (B, Hkv, S). `ops.vq_attention` gives keys the gradient of their code's mean.
+        means, spreads = sequence_means(keys, codes, table, key_padding_mask)
+        return means @ self.from_metric, spreads
+
+    def _extend_codebook(self, codebook: Tensor, spreads: Tensor) -> Tensor:
+        if self.variance_correction:
+            codebook = code_spread.extend_codebook(codebook, spreads)
+        return codebook if self.trained_length is None else far_limit.extend_codebook(codebook)
+
+    def _extend_query(
+        self, q: Tensor, key_padding_mask: Tensor | None, scale: float, past: Tensor | None = None
+    ) -> Tensor:
+        # past (B,): number of tokens before those of q
+        if self.variance_correction:
+            q = code_spread.extend_query(q, self.from_metric, self.spread_gain, scale)
+        if self.trained_length is None:
+            return q
+        seen = far_limit.tokens_seen(key_padding_mask, q.shape[2], q.device)
+        if past is not None:
+            seen = past.unsqueeze(-1) + seen
+        return far_limit.extend_query(q, self.far_log_weight(seen), scale)
+
+    # ---- fitting and learning -----------------------------------------------------------------------------------
 
     @torch.no_grad()
     def fit_(
@@ -246,10 +330,17 @@ class SwappedAttention(KeepsFloat32, CarriesSettings, CodebookAttention):
         weight: Tensor | None = None,
         generator: torch.Generator | None = None,
     ) -> None:
-        """Fit the metric and the codes: keys (Hkv, N, D), second_moment (Hkv, D, D) = E[q qᵀ].
+        """Fit the metric and the codes.
 
-        `weight` (Hkv, N) ≥ 0, default none: half of what codes are fitted to is every key once, half is keys in
-        proportion to it. All by weight would leave most keys without a code near them, for a few that it dwells on.
+        With `weight`, one half of the fitted set is every key once and the other half is keys in proportion to their
+        weight. If all keys followed the weight, most of them would have no code nearby, because a few keys get most of
+        the weight.
+
+        Args:
+            keys: (Hkv, N, D).
+            second_moment: (Hkv, D, D) = E[q qᵀ].
+            weight: (Hkv, N) ≥ 0, default none.
+            generator: of the random start, default torch's own.
         """
         to_metric, from_metric = roots(second_moment)
         self.to_metric.copy_(to_metric)
@@ -260,86 +351,31 @@ class SwappedAttention(KeepsFloat32, CarriesSettings, CodebookAttention):
         self.codebook.initialize_(keys, generator=generator)
         codes, table = self.codebook.eval().quantize(keys.unsqueeze(0))
         self._learn_spread(keys.unsqueeze(0), codes, table, None)
-        self.spread.copy_(self.spread_sum / self.spread_count.clamp(min=_FEW))
+        self.spread.copy_(code_spread.mean_spread(self.spread_sum, self.spread_count))
 
     @torch.no_grad()
-    def settle_trained(self) -> None:
-        """Let the moving averages go on from codes and spread as they are now, trained by gradient."""
+    def sync_ema(self) -> None:
+        """Let the moving averages continue from the codes and spread that gradients have trained."""
         self.codebook.ema_sum.copy_(self.codebook.embedding * self.codebook.ema_count.unsqueeze(-1))
         self.spread_sum.copy_(self.spread * self.spread_count)
 
-    def check_codes(self) -> None:
-        """Raises RuntimeError in eval mode without any codes."""
-        if not self.training and not self.codebook._ready:
-            raise RuntimeError(
-                "longvq attention: the codebook has no codes yet; call replace_attention with calibration=, run one "
-                "batch in training mode, or load a state_dict that has codes"
-            )
-
-    def _with_spread(self, q: Tensor, scale: float) -> Tensor:
-        # q (B, H, L, D) with the dimension that meets the spread of the codes.
-        if not self.variance_correction:
-            return q
-        group = self.num_heads // self.num_kv_heads
-        from_metric = self.from_metric.repeat_interleave(group, dim=0) if group > 1 else self.from_metric
-        square = (q.to(from_metric.dtype) @ from_metric).square().sum(-1, keepdim=True)  # ‖q'‖², (B, H, L, 1)
-        gain = self.spread_gain[:, None, None]
-        return torch.cat([q, (0.5 * scale / self.head_dim * gain * square).to(q.dtype)], dim=-1)
-
-    def _spread_out(self, codebook: Tensor, spread: Tensor) -> Tensor:
-        # codebook (…, Hkv, S, D) with the same dimension; spread (…, Hkv, S).
-        return torch.cat([codebook, spread.unsqueeze(-1)], dim=-1) if self.variance_correction else codebook
-
-    def far_log_weight(self, seen: Tensor) -> Tensor:
-        """What far keys have added to their scores: seen (B, L), tokens up to and with each query -> (B, L), ≤ 0."""
-        if self.trained_length is None:
-            return torch.zeros_like(seen, dtype=self.to_metric.dtype)
-        limit = max(self.trained_length - self.window, 1)
-        return -((seen - self.window).to(self.to_metric.dtype) / limit).clamp(min=1).log()
-
-    def _seen(self, key_padding_mask: Tensor | None, length: int, device: torch.device) -> Tensor:
-        # Number of tokens up to and with each, (B or 1, L).
-        if key_padding_mask is None:
-            return torch.arange(1, length + 1, device=device).unsqueeze(0)
-        return (~key_padding_mask).cumsum(1)
-
-    def _with_limit(self, far_q: Tensor, seen: Tensor, scale: float) -> Tensor:
-        # far_q (B, H, L, F) with the dimension that weighs far keys by n / N where N > n.
-        weight = self.far_log_weight(seen)[:, None, :, None] / scale
-        return torch.cat([far_q, weight.expand(*far_q.shape[:3], 1).to(far_q.dtype)], dim=-1)
-
-    def _limited(self, codebook: Tensor) -> Tensor:
-        # codebook (…, Hkv, S, F) with the same dimension.
-        return codebook if self.trained_length is None else F.pad(codebook, (0, 1), value=1.0)
-
-    def _codewords(self, keys: Tensor, codes: Tensor, table: Tensor, key_padding_mask: Tensor | None, causal: bool):
-        # (Hkv, S, D + 1) for all, or (B, Hkv, S, D + 1) for each sequence
-        if causal:
-            return self._spread_out(table @ self.from_metric, self.spread)
-        return self._of_sequence(keys, codes, table, key_padding_mask)
-
-    @torch.no_grad()
-    def _of_sequence(self, keys: Tensor, codes: Tensor, table: Tensor, key_padding_mask: Tensor | None) -> Tensor:
-        # Codewords (B, Hkv, S, D + 1) of each sequence by itself: its keys (B, Hkv, L, D) in the metric, their codes.
-        # Where a key has a gradient, `ops.vq_attention` gives it that of its code's mean.
-        means, spread = row_means(keys, codes, table, key_padding_mask)
-        return self._spread_out(means @ self.from_metric, spread)
-
     @torch.no_grad()
     def _learn_spread(self, keys: Tensor, codes: Tensor, table: Tensor, key_padding_mask: Tensor | None) -> None:
-        # Moving sums of ‖k' − C'‖² per code; keys (B, Hkv, L, D) in the metric, codes (B, Hkv, L), table (Hkv, S, D).
-        valid = keys.isfinite().all(-1)
-        if key_padding_mask is not None:
-            valid = valid & ~key_padding_mask[:, None, :]
-        keys, codes, valid = (x.transpose(0, 1).flatten(1, 2) for x in (keys, codes, valid))
-        error = (keys - pick(table, codes)).square().sum(-1, keepdim=True)
-        sums, counts = code_sums(torch.where(valid.unsqueeze(-1), error, 0), codes, valid, self.num_codes)
+        sums, counts = code_spread.spread_sums(keys, codes, table, key_padding_mask)
         sums, counts = self.codebook._group.sum(sums.squeeze(-1), counts)
         self.spread_sum.lerp_(sums, 1 - self.codebook.decay)
         self.spread_count.lerp_(counts, 1 - self.codebook.decay)
 
-    def __getstate__(self) -> dict:
-        return {**super().__getstate__(), "calls": {}}
+    def check_codes(self) -> None:
+        """Raise RuntimeError in eval mode if the codebook has no codes."""
+        if not self.training and not self.codebook._ready:
+            raise RuntimeError(
+                f"{NAME}: the codebook has no codes yet; call replace_attention with calibration=, run one batch in "
+                "training mode, or load a state_dict that has codes"
+            )
+
+    def __getstate__(self) -> dict[str, object]:
+        return {**super().__getstate__(), "contexts": {}}
 
     def extra_repr(self) -> str:
         parts = [f"{self.num_heads}, {self.num_kv_heads}, {self.head_dim}", f"num_codes={self.num_codes}"]
@@ -347,7 +383,13 @@ class SwappedAttention(KeepsFloat32, CarriesSettings, CodebookAttention):
         return ", ".join(parts)
 
 
-def _of_codes(table: Tensor, codes: Tensor) -> Tensor:
+def find_swapped(module: nn.Module) -> SwappedAttention | None:
+    """The swapped attention in the module's slot, or None."""
+    slot = find_slot(module)
+    return slot if isinstance(slot, SwappedAttention) else None
+
+
+def _at_codes(table: Tensor, codes: Tensor) -> Tensor:
     # Rows of table (Hkv, S, F) at codes (B, Hkv, L) -> (B, Hkv, L, F)
     rows = pick(table, codes.transpose(0, 1).flatten(1))
     return rows.unflatten(1, (codes.shape[0], codes.shape[2])).transpose(0, 1)

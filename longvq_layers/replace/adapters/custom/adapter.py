@@ -1,36 +1,25 @@
-"""Attention modules of your own classes, by an adapter that says what their queries, keys and values are."""
+"""Registers adapter functions; finds, swaps and puts back modules of the registered classes."""
 
-import copyreg
-import sys
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
+from longvq_layers import _checks as check
 from longvq_layers.replace.adapters.base import Site, own_forward
-from longvq_layers.replace.adapters.custom.checks import check_call, check_output
-from longvq_layers.replace.slot.context import cloned
-from longvq_layers.replace.slot.full_attention import full_attention
-from longvq_layers.replace.slot.recorder import Recorder
-
-_SEAM = "longvq"
-
-
-@dataclass(frozen=True)
-class _Adapter:
-    forward: Callable
-    sizes: Callable | None
-    check: bool
-    swapped: type[nn.Module]
-
-
-_registered: dict[type[nn.Module], _Adapter] = {}
+from longvq_layers.replace.adapters.custom import registry
+from longvq_layers.replace.adapters.custom.forward import (
+    SwappedModule,
+    original_class,
+    swapped_class,
+    swapped_class_of,
+)
+from longvq_layers.replace.slot.attention_slot import AttentionSlot, fill_slot, remove_slot
 
 
 def register_adapter(
     cls: type[nn.Module],
-    adapter: Callable,
+    adapter: Callable[..., object],
     *,
     sizes: Callable[[nn.Module], tuple[int, int, int]] | None = None,
     check: bool = True,
@@ -38,17 +27,17 @@ def register_adapter(
     """Let `replace_attention` replace attention modules of class `cls`, in every model.
 
     Args:
-        cls: the class; of its subclasses those that inherit its forward count as well.
-        adapter: ``adapter(module, attend, *args, **kwargs)`` takes the place of ``module(*args, **kwargs)``. It makes
-            q (B, H, L, D), k (B, Hkv, L, D) and v (B, Hkv, L, E) as the module does, calls ``attend(q, k, v,
-            causal=False, key_padding_mask=None, scale=None)``, with key_padding_mask (B, L) bool, True = ignore and
-            scale D ** -0.5 by default, and returns what the module would with the (B, H, L, E) it gets.
+        cls: the class; subclasses count as well if they inherit its forward.
+        adapter: ``adapter(module, attend, *args, **kwargs)`` replaces ``module(*args, **kwargs)``. It makes q
+            (B, H, L, D), k (B, Hkv, L, D) and v (B, Hkv, L, E) as the module does, calls ``attend(q, k, v,
+            causal=False, key_padding_mask=None, scale=None)`` and returns what the module would return with the
+            (B, H, L, E) that `attend` gives. key_padding_mask is (B, L) bool, True = ignore; scale None is D ** -0.5.
         sizes: ``sizes(module)`` is (H, Hkv, D). Only needed for models that start without calibration. Default none.
-        check: True (default) compares, in calibration, what the adapter returns with attention to every key with what
-            the module itself returns (the first of several), and raises ValueError if it is something else: a wrong
-            mask, scale or projection would go unnoticed. For that both are called more often, once without padding and
-            once with it (if the output begins with batch and length in some order, or both in one). False for a module
-            that attends to less, on purpose.
+        check: True (default) compares outputs in calibration: the adapter with attention to every key against the
+            module itself (its first tensor). A difference raises ValueError, because a wrong mask, scale or projection
+            would go unnoticed otherwise. Both then run more often: once without padding and once with padding (if the
+            output begins with batch and length in some order, or both in one axis). False for a module that attends to
+            fewer keys on purpose.
 
     Raises:
         TypeError: cls isn't a class of modules, adapter or sizes can't be called, check isn't a bool.
@@ -72,162 +61,88 @@ def register_adapter(
         >>> len(replace_attention(model, num_codes=16, window=8, calibration=[x]).replaced)
         2
     """
+    _check_arguments(cls, adapter, sizes, check)
+    registry.register(cls, registry.Registered(adapter, sizes, check, swapped_class(cls)))
+
+
+def _check_arguments(cls: object, adapter: object, sizes: object, compare: object) -> None:
+    name = "register_adapter"
     if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
-        raise TypeError(f"register_adapter: cls: got {cls!r}, expected a class of torch.nn.Module")
-    for name, value in (("adapter", adapter), ("sizes", sizes)):
-        if not callable(value) and not (name == "sizes" and value is None):
-            raise TypeError(f"register_adapter: {name}: got {type(value).__name__}, expected a callable")
-    if not isinstance(check, bool):
-        raise TypeError(f"register_adapter: check: got {type(check).__name__}, expected True or False")
-    _registered[cls] = _Adapter(adapter, sizes, check, _swapped_class(cls))
+        raise TypeError(f"{name}: cls must be a class of torch.nn.Module, got {cls!r}")
+    check.function(name, "adapter", adapter, optional=False)
+    check.function(name, "sizes", sizes)
+    check.flags(name, check=compare)
 
 
-def find(model: nn.Module) -> list[Site]:
-    """Every module of a registered class."""
-    return [_site(name, module) for name, module in model.named_modules() if _class_of(module) is not None]
+@dataclass(frozen=True, eq=False)
+class CustomRecord:
+    """The modules whose class is changed."""
 
+    attached: tuple[nn.Module, ...]
 
-def is_replaced(module: nn.Module) -> bool:
-    """Whether this module's attention is ours already."""
-    return isinstance(module, _Swapped)
-
-
-def original_function(module: nn.Module) -> None:
-    """None: calibration computes the original attention from queries, keys and values."""
-
-
-@dataclass
-class Installed:
-    """Swaps modules and remembers what it changed, by object, so that a deep copy of the model can undo it too."""
-
-    attached: list[nn.Module] = field(default_factory=list)
-
-    def install(self, model: nn.Module, sites: list[Site], seams: list[nn.Module], *, masks: bool) -> None:
-        """Give each module its seam and the adapter's forward.
-
-        Args:
-            masks: unused, masks come with each call.
-        """
-        for site, seam in zip(sites, seams, strict=True):
-            self.attached.append(site.module)
-            site.module.longvq = seam
-            site.module.__class__ = _swapped_of(type(site.module), _class_of(site.module))
+    def install(self, slots: Sequence[AttentionSlot]) -> None:
+        """Give each module its slot and the adapter's forward."""
+        for module, slot in zip(self.attached, slots, strict=True):
+            cls = registry.registered_class(type(module))
+            if cls is not None:
+                fill_slot(module, slot)
+                module.__class__ = swapped_class_of(type(module), cls)
 
     def undo(self) -> None:
         """Put everything back."""
         for module in self.attached:
-            module.__class__ = type(module).original
-            module._modules.pop(_SEAM, None)
+            module.__class__ = original_class(module)
+            remove_slot(module)
 
 
-class _Swapped:
-    # Mixed into the class of a replaced module; `original` is the class that it was.
-    original: type[nn.Module]
+class CustomAdapter:
+    """The `Adapter` of registered classes."""
 
-    def forward(self, *args, **kwargs):
-        seam, cls = self._modules[_SEAM], _class_of(self)
-        adapter, name = _registered[cls], f"adapter of {cls.__name__}"
-        attend = _Attend(seam, name)
-        if not isinstance(seam, Recorder):
-            return adapter.forward(self, attend, *args, **kwargs)
-        with seam.refusals():
-            if not adapter.check or seam.candidate:
-                return adapter.forward(self, attend, *args, **kwargs)
-            kept = cloned((args, kwargs))  # as the module may change its input in place
-            output = adapter.forward(self, attend, *args, **kwargs)
-            padded = any(padding is not None for _, padding in attend.calls)
-            if padded in seam.checked:
-                return output
-            seam.checked.add(padded)
+    model_makes_masks = False
 
-            def called(forward: Callable, *first) -> object:
-                args, kwargs = cloned(kept)
-                return forward(self, *first, *args, **kwargs)
+    def find(self, model: nn.Module) -> list[Site]:
+        """Every module of a registered class."""
+        sites = []
+        for name, module in model.named_modules():
+            cls = registry.registered_class(original_class(module))
+            if cls is not None:
+                sites.append(self._site(name, module, registry.entry_of(cls)))
+        return sites
 
-            check_output(
-                name,
-                lambda: called(self.original.forward),
-                output,
-                lambda: called(adapter.forward, _no_attention),
-                attend.calls,
-            )
-            return output
+    def is_replaced(self, module: nn.Module) -> bool:
+        """Whether this is a module of a registered class whose attention is replaced."""
+        return isinstance(module, SwappedModule)
 
-    def __reduce_ex__(self, protocol: int):
-        # The class is made here and has no importable name: copies and pickles name the original one.
-        return _rebuilt, (self.original,), self.__getstate__() if hasattr(self, "__getstate__") else self.__dict__
+    def original_attention(self, module: nn.Module) -> None:
+        """None: the slot computes attention to every key from queries, keys and values."""
 
+    def clamped_rotary(self, model: nn.Module, site: Site, window: int) -> str:
+        """Never: the adapter function gives one kind of queries and keys."""
+        return "a registered adapter gives queries and keys with their positions"
 
-class _Attend:
-    """What an adapter calls with queries, keys and values."""
+    def plan_record(self, model: nn.Module, sites: Sequence[Site], *, linear_masks: bool) -> CustomRecord:
+        """The record of these sites; `linear_masks` has no effect, because masks come with each call."""
+        return CustomRecord(tuple(site.module for site in sites))
 
-    def __init__(self, seam: nn.Module, name: str) -> None:
-        self.seam, self.name = seam, name
-        self.calls: list[tuple[torch.dtype, Tensor | None]] = []  # dtype of q and padding of each
-
-    def __call__(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        causal: bool = False,
-        key_padding_mask: Tensor | None = None,
-        scale: float | None = None,
-    ) -> Tensor:
-        recording = isinstance(self.seam, Recorder)
-        sizes = self.seam.sizes if recording else (self.seam.num_heads, self.seam.num_kv_heads, self.seam.head_dim)
-        check_call(self.name, q, k, v, causal, key_padding_mask, scale, sizes)
-        if not recording:
-            return self.seam(q, k, v, key_padding_mask, causal=causal, scale=scale)
-        self.calls.append((q.dtype, key_padding_mask))
-        options = {"causal": causal, "key_padding_mask": key_padding_mask, "scale": scale}
-        output = full_attention(q, k, v, **options)
-        self.seam.observe(q, k, v, output, **options)
-        return output
-
-
-def _no_attention(q: Tensor, k: Tensor, v: Tensor, *args, **kwargs) -> Tensor:
-    return v.new_zeros(*q.shape[:3], v.shape[3])
-
-
-def _swapped_class(cls: type[nn.Module]) -> type[nn.Module]:
-    return type(f"VQ{cls.__name__}", (_Swapped, cls), {"original": cls, "__doc__": cls.__doc__})
-
-
-def _rebuilt(original: type[nn.Module]) -> nn.Module:
-    kind = next((known for known in original.__mro__ if known in _registered), None)
-    if kind is None:
-        raise RuntimeError(
-            f"longvq attention: {original.__name__} has no adapter in this process; call register_adapter first"
+    def _site(self, name: str, module: nn.Module, entry: registry.Registered) -> Site:
+        kind = type(module).__name__
+        return Site(
+            name=name,
+            module=module,
+            adapter=self,
+            kind=kind,
+            new_kind=f"{kind}[longvq]",
+            causal="per call",
+            sizes=None if entry.sizes is None else _checked_sizes(kind, entry.sizes(module)),
+            refusal=own_forward(module),
         )
-    return copyreg.__newobj__(_swapped_of(original, kind))
 
 
-def _swapped_of(original: type[nn.Module], kind: type[nn.Module]) -> type[nn.Module]:
-    return _registered[kind].swapped if original is kind else _swapped_class(original)
+CUSTOM = CustomAdapter()
 
 
-def _class_of(module: nn.Module) -> type[nn.Module] | None:
-    # The registered class whose forward this module has.
-    own = getattr(type(module), "original", type(module)) if isinstance(module, _Swapped) else type(module)
-    return next((cls for cls in own.__mro__ if cls in _registered and own.forward is cls.forward), None)
-
-
-def _site(name: str, module: nn.Module) -> Site:
-    adapter, kind = _registered[_class_of(module)], type(module).__name__
-    return Site(
-        name=name,
-        module=module,
-        adapter=sys.modules[__name__],
-        kind=kind,
-        new_kind=f"{kind}[longvq]",
-        causal="per call",
-        sizes=None if adapter.sizes is None else _sizes(kind, adapter.sizes(module)),
-        refusal=own_forward(module),
-    )
-
-
-def _sizes(kind: str, sizes: object) -> tuple[int, int, int]:
+def _checked_sizes(kind: str, sizes: object) -> tuple[int, int, int]:
     if not (isinstance(sizes, tuple | list) and len(sizes) == 3 and all(type(n) is int and n > 0 for n in sizes)):
-        raise ValueError(f"register_adapter: sizes: got {sizes!r} for a {kind}, expected (H, Hkv, D), three ints")
-    return tuple(sizes)
+        raise ValueError(f"register_adapter: sizes must return (H, Hkv, D), three ints, got {sizes!r} for a {kind}")
+    heads, kv_heads, head_dim = sizes
+    return heads, kv_heads, head_dim

@@ -1,7 +1,11 @@
-"""Masks of transformers models: the linear-size mask we ask for, and reading the dense one we may be given."""
+"""Masks of transformers models: the linear-size mask that we make, and how any mask is read."""
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
+
+_ARGUMENT = "longvq attention: attention_mask"  # in errors
 
 
 def longvq_mask(
@@ -10,18 +14,18 @@ def longvq_mask(
     kv_length: int,
     q_offset: int | Tensor = 0,
     kv_offset: int | Tensor = 0,
-    mask_function=None,
+    mask_function: Callable[..., Tensor] | None = None,
     attention_mask: Tensor | None = None,
-    config=None,
+    config: object = None,
     device: torch.device | None = None,
-    **kwargs,
+    **kwargs: object,
 ) -> Tensor:
-    """The mask of a replaced model: only the padding, O(B·L) instead of O(B·L²); its rank says causal or not.
+    """The mask of a replaced model: only the padding, O(B·L) instead of O(B·L²). Its rank says causal or not.
 
-    Called by transformers (`AttentionMaskInterface`) once per forward pass.
+    Transformers calls this function (`AttentionMaskInterface`) once per forward pass.
 
     Returns:
-        bool, True = attend: (B, kv) for a causal mask, (B, 1, 1, kv) for a bidirectional one. Without padding it is
+        bool, True = attend: (B, kv) for a causal mask, (B, 1, 1, kv) for a bidirectional mask. Without padding it is
         one element expanded, which `read_mask` recognises by its strides.
 
     Raises:
@@ -32,26 +36,26 @@ def longvq_mask(
     if mask_function is not causal_mask_function and mask_function is not bidirectional_mask_function:
         name = getattr(mask_function, "__name__", str(mask_function))
         raise NotImplementedError(
-            f"longvq attention: mask: got transformers' mask function {name!r}, expected its plain causal or "
-            "bidirectional one. Packed sequences, sliding or chunked windows and overlays would be lost; pass one "
+            "longvq attention: mask must be made by transformers' plain causal or bidirectional mask function, got "
+            f"{name!r}. Packed sequences, sliding or chunked windows and overlays would be lost; pass one "
             "sequence per row with attention_mask= (under torch.compile always pass attention_mask=), or "
             "restore_attention(model)."
         )
     if isinstance(q_offset, Tensor) or isinstance(kv_offset, Tensor) or kv_offset != 0:
         raise NotImplementedError(
-            "longvq attention: past_key_values: a static or sliding cache is not supported; use the default "
-            "DynamicCache (cache_implementation=None)."
+            "longvq attention: past_key_values must be the default DynamicCache (cache_implementation=None), got a "
+            "static or sliding cache."
         )
     if kv_length != q_offset + q_length:
         raise NotImplementedError(
-            f"longvq attention: got {kv_length} keys for queries at positions {q_offset} to "
-            f"{q_offset + q_length - 1}; expected one key per position. Static caches and prefixes are not supported; "
-            "use the default DynamicCache."
+            f"longvq attention: past_key_values must give one key per position, got {kv_length} keys for queries at "
+            f"positions {q_offset} to {q_offset + q_length - 1}. Static caches and prefixes are not supported; use the "
+            "default DynamicCache."
         )
     if attention_mask is not None and tuple(attention_mask.shape) != (batch_size, kv_length):
         raise ValueError(
-            f"longvq attention: attention_mask: got shape {tuple(attention_mask.shape)}, expected "
-            f"{(batch_size, kv_length)} (batch, cached and new tokens)"
+            f"{_ARGUMENT} must have shape {(batch_size, kv_length)} (batch, cached and new tokens), got "
+            f"{tuple(attention_mask.shape)}"
         )
     if attention_mask is None:
         padding = torch.ones((), dtype=torch.bool, device=device).expand(batch_size, kv_length)
@@ -61,11 +65,11 @@ def longvq_mask(
 
 
 def read_mask(mask: Tensor | None, *, causal: bool, q_len: int, k_len: int) -> tuple[bool, Tensor | None]:
-    """Causal or not, and the padding, from whatever mask reached an attention module.
+    """Whether attention is causal, and the padding, from any mask that reached an attention module.
 
     Args:
-        mask: None, what `longvq_mask` made, or a dense (B or 1, 1, q, k) mask, bool (True = attend) or additive.
-        causal: what the module says of itself; decides where there is no mask.
+        mask: None, the result of `longvq_mask`, or a dense (B or 1, 1, q, k) mask, bool (True = attend) or additive.
+        causal: what the module says of itself; decides if there is no mask.
         q_len, k_len: number of queries and keys; the queries are the last q_len positions.
 
     Returns:
@@ -79,14 +83,13 @@ def read_mask(mask: Tensor | None, *, causal: bool, q_len: int, k_len: int) -> t
     if not isinstance(mask, Tensor) or mask.dim() not in (2, 4) or mask.shape[-1] != k_len:
         got = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
         raise NotImplementedError(
-            f"longvq attention: attention_mask: got {got}, expected None, (batch, {k_len}) or "
-            f"(batch, 1, {q_len}, {k_len})"
+            f"{_ARGUMENT} must be None or have shape (batch, {k_len}) or (batch, 1, {q_len}, {k_len}), got {got}"
         )
     if mask.dim() == 2:
         return True, _padding(mask)
     if mask.shape[1] != 1:
         raise NotImplementedError(
-            f"longvq attention: attention_mask: got one mask per head {tuple(mask.shape)}, expected one for all heads"
+            f"{_ARGUMENT} must be one mask for all heads, got one mask per head {tuple(mask.shape)}"
         )
     allowed = _allowed(mask)[:, 0]  # (B, q or 1, k)
     if allowed.shape[1] == 1 and (q_len > 1 or not causal):
@@ -95,47 +98,47 @@ def read_mask(mask: Tensor | None, *, causal: bool, q_len: int, k_len: int) -> t
 
 
 def _padding(attend: Tensor) -> Tensor | None:
-    # An element expanded over all keys is longvq_mask's way to say "no padding": no pass over the data needed.
+    # longvq_mask expands one element over all keys if there is no padding: this needs no pass over the data.
     if attend.dtype != torch.bool:
         attend = attend != 0
     return None if attend.stride(0) == 0 and attend.stride(-1) == 0 else ~attend
 
 
 def _allowed(mask: Tensor) -> Tensor:
-    # bool or additive -> bool; any other additive value would be a bias that quantised keys can't carry.
+    # bool or additive -> bool. Any other additive value is a bias that quantised keys can't carry.
     if mask.dtype == torch.bool:
         return mask
     if not mask.is_floating_point():
-        raise NotImplementedError(f"longvq attention: attention_mask: got dtype {mask.dtype}, expected bool or float")
+        raise NotImplementedError(f"{_ARGUMENT} must be bool or float, got {mask.dtype}")
     masked = mask <= torch.finfo(mask.dtype).min / 2
     if not ((mask == 0) | masked).all():
         raise NotImplementedError(
-            "longvq attention: attention_mask: an additive position bias was found in the mask (values other than 0 "
-            "and -inf); it has no linear-time form and can't be carried over"
+            f"{_ARGUMENT} must hold 0 and -inf only, got an additive position bias, which has no linear-time form"
         )
     return ~masked
 
 
 def _read_dense(allowed: Tensor, causal: bool, q_len: int, k_len: int) -> tuple[bool, Tensor]:
-    # allowed (B, q, k) must be exactly `keys not padded` (∧ causal); of the two what the module says comes first.
+    # allowed (B, q, k) must be exactly "key is no padding" (∧ causal). What the module says is tried first.
     real = allowed[:, -1]  # (B, k): the last query sees every real key, causal or not
     kinds = (causal, not causal) if q_len > 1 else (causal,)
     for kind in kinds:
         if _fits(allowed, real, kind, q_len, k_len):
             return kind, ~real
-    if causal:  # a row that lets everything through beside rows that don't: every key of it is padding
+    if causal:  # a row that lets everything through, beside rows that don't, consists of padding
         real = real & ~allowed.flatten(1).all(-1, keepdim=True)
         if _fits(allowed, real, True, q_len, k_len):
             return True, ~real
-    kind = "causal" if causal else "bidirectional"
+    kind_name = "causal" if causal else "bidirectional"
     raise NotImplementedError(
-        f"longvq attention: attention_mask: the dense mask is not exactly {kind} with padding (packed sequences, a "
-        "sliding window or a prefix?); it has no linear-time form here"
+        f"{_ARGUMENT} must be {kind_name} with padding, got a dense mask that is not exactly {kind_name} with padding "
+        "(packed sequences, a sliding window or a prefix?); it has no linear-time form here"
     )
 
 
 def _fits(allowed: Tensor, real: Tensor, causal: bool, q_len: int, k_len: int) -> bool:
-    # Whether the mask says so; rows without any key may be all False or all True.
+    # Whether allowed (B, q, k) is the mask of these real keys (B, k). Queries without any key may have any row of one
+    # value, all False or all True.
     expected = real[:, None].expand_as(allowed)
     if causal:
         position = torch.arange(k_len, device=allowed.device)
