@@ -86,6 +86,9 @@ def _calls(ops) -> Iterator[tuple]:
     """(operator, case, call) with the least tensors that take every kernel; of one element where that is enough."""
     import torch
 
+    from longvq_layers.ops._attention_inputs import AttentionInputs
+    from longvq_layers.ops._attention_options import Activation, AttentionOptions, KeyGrad, LocalKeys
+
     def empty(*sizes, dtype=torch.float32):
         return torch.empty(sizes, dtype=dtype)
 
@@ -97,12 +100,17 @@ def _calls(ops) -> Iterator[tuple]:
     for dtype, columns, values in itertools.product(dtypes, (64, 128), (64, 128)):
         q, v = empty(1, 1, length, columns, dtype=dtype), empty(1, 1, length, values, dtype=dtype)
         codebook, codes = empty(1, 1, columns), torch.zeros(1, 1, length, dtype=torch.int64)
-        for causal, window, activation in [(True, 1, "softmax"), (False, 1, "laplace"), (False, 0, "softmax")]:
-            if dtype == torch.float16 and activation == "laplace":
+        for causal, window, activation in [
+            (True, 1, Activation.SOFTMAX),
+            (False, 1, Activation.LAPLACE),
+            (False, 0, Activation.SOFTMAX),
+        ]:
+            if dtype == torch.float16 and activation == Activation.LAPLACE:
                 continue
+            options = AttentionOptions(1.0, causal, window, activation, LocalKeys.EXACT, KeyGrad.CLUSTER)
 
-            def attend(tensors=(q, q, v, codebook, codes), v=v, options=(causal, window, activation)):
-                args = (*tensors, None, None, None, 1.0, *options, "exact", "cluster", 0)
+            def attend(tensors=(q, q, v, codebook, codes), v=v, options=options):
+                args = (*AttentionInputs(*tensors, None, None, None), *options)
                 out, normalizers = ops.vq_attention(*args)
                 ops.vq_attention_backward(v, out, normalizers, *args)
 

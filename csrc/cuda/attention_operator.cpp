@@ -9,26 +9,40 @@ namespace {
 
 constexpr const char* kOp = "vq_attention";
 
-void check_sizes(
-    const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& codebook, const Tensor& codes,
-    const OptionalTensor& bias, const OptionalTensor& mask, bool causal, int64_t window, int64_t near_dim) {
+void check_sizes(const AttentionInputs& in, const AttentionOptions& options) {
+  const Tensor &q = in.q, &k = in.k, &v = in.v, &codebook = in.codebook, &codes = in.codes;
+  const OptionalTensor &bias = in.bias, &mask = in.key_padding_mask;
+  const int64_t window = options.window;
   STD_TORCH_CHECK(
       q.dim() == 4 && k.dim() == 4 && v.dim() == 4 && codebook.dim() == 3 && codes.dim() == 3, kOp,
       ": expected q (B, H, L, D), k (B, Hkv, L, D), v (B, Hkv, L, E), codebook (Hkv, S, D) and codes (B, Hkv, L)");
   const int64_t batch = q.size(0), heads = q.size(1), length = q.size(2), depth = q.size(3), kv_heads = k.size(1);
   STD_TORCH_CHECK(
       k.size(0) == batch && k.size(2) == length && k.size(3) == depth && v.size(0) == batch && v.size(1) == kv_heads &&
-          v.size(2) == length && codebook.size(0) == kv_heads && codebook.size(1) >= 1 && codebook.size(2) == depth &&
-          codes.size(0) == batch && codes.size(1) == kv_heads && codes.size(2) == length && kv_heads > 0 &&
-          heads % kv_heads == 0,
+          v.size(2) == length && codebook.size(0) == kv_heads && codebook.size(1) >= 1 &&
+          (in.far_q.has_value() || codebook.size(2) == depth) && codes.size(0) == batch && codes.size(1) == kv_heads &&
+          codes.size(2) == length && kv_heads > 0 && heads % kv_heads == 0,
       kOp, ": q, k, v, codebook and codes don't belong together");
   STD_TORCH_CHECK(
       q.scalar_type() == k.scalar_type() && q.scalar_type() == v.scalar_type(), kOp, ": q, k and v must have one type");
   STD_TORCH_CHECK(codes.scalar_type() == ScalarType::Long, kOp, ": codes must be int64");
-  STD_TORCH_CHECK(window >= 0 && near_dim >= 0 && near_dim <= depth, kOp, ": window and near_dim out of range");
+  STD_TORCH_CHECK(
+      in.far_k.has_value() == in.far_q.has_value() &&
+          (!in.far_q.has_value() || options.local_keys == LocalKeys::kExact),
+      kOp, ": far_q and far_k must be given together, with exact local_keys");
+  if (in.far_q.has_value()) {
+    const Tensor &far_q = *in.far_q, &far_k = *in.far_k;
+    const auto has_sizes = [&](const Tensor& x, int64_t of_heads) {
+      return x.dim() == 4 && x.size(0) == batch && x.size(1) == of_heads && x.size(2) == length &&
+             x.size(3) == codebook.size(2) && x.scalar_type() == q.scalar_type();
+    };
+    STD_TORCH_CHECK(
+        has_sizes(far_q, heads) && has_sizes(far_k, kv_heads), kOp,
+        ": far_q must be (B, H, L, F) and far_k (B, Hkv, L, F), with the F of the codebook and the type of q");
+  }
   STD_TORCH_CHECK(
       !bias.has_value() ||
-          (bias->dim() == 2 && bias->size(0) == heads && bias->size(1) == (causal ? window : 2 * window - 1)),
+          (bias->dim() == 2 && bias->size(0) == heads && bias->size(1) == (options.causal ? window : 2 * window - 1)),
       kOp, ": bias must be (H, W), bidirectional (H, 2 W - 1)");
   STD_TORCH_CHECK(
       !mask.has_value() || (mask->dim() == 2 && mask->size(0) == batch && mask->size(1) == length &&
@@ -62,32 +76,46 @@ struct Call {
   Attention p{};
   int64_t bias_skipped = 0;  // entries of a bidirectional bias on either side that a shorter sequence has no pairs for
 
-  Call(
-      const Tensor& q_given, const Tensor& k_given, const Tensor& v_given, const Tensor& codebook,
-      const Tensor& codes_given, const OptionalTensor& bias_given, const OptionalTensor& mask,
-      const OptionalTensor& cu_seqlens, double scale, bool causal, int64_t window, const std::string& activation,
-      const std::string& local_keys, int64_t near_dim);
+  Call(const AttentionInputs& in, const AttentionOptions& options);
 
   bool empty() const { return p.batch == 0 || p.heads == 0 || p.length == 0 || p.values == 0; }
   void prepare(const Tensor& codebook, bool logarithms, void* stream);
   FarField far_field(ElementType type, bool logarithms) const;
 };
 
-Call::Call(
-    const Tensor& q_given, const Tensor& k_given, const Tensor& v_given, const Tensor& codebook,
-    const Tensor& codes_given, const OptionalTensor& bias_given, const OptionalTensor& mask,
-    const OptionalTensor& cu_seqlens, double scale, bool causal, int64_t window, const std::string& activation,
-    const std::string& local_keys, int64_t near_dim)
-    : q(with_dense_rows(q_given)), k(with_dense_rows(k_given)), v(with_dense_rows(v_given)),
-      codes(torch::stable::contiguous(codes_given)) {
-  check_sizes(q, k, v, codebook, codes, bias_given, mask, causal, window, near_dim);
-  check_devices(kOp, q, {k, v, codebook, codes, bias_given, mask, cu_seqlens});
-  static_cast<Sequences&>(p) = sequences_of(kOp, q.size(0), q.size(2), cu_seqlens, offsets);
+// The columns of a, then those of b.
+Tensor joined(const Tensor& a, const OptionalTensor& b) {
+  if (!b.has_value()) {
+    return a;
+  }
+  Tensor both = torch::stable::new_empty(a, {a.size(0), a.size(1), a.size(2), a.size(3) + b->size(3)}, a.scalar_type());
+  Tensor first = torch::stable::narrow(both, 3, 0, a.size(3)),
+         rest = torch::stable::narrow(both, 3, a.size(3), b->size(3));
+  torch::stable::copy_(first, a);
+  torch::stable::copy_(rest, *b);
+  return both;
+}
+
+const AttentionInputs& checked(const AttentionInputs& in, const AttentionOptions& options) {
+  check_sizes(in, options);
+  check_devices(
+      kOp, in.q, {in.k, in.v, in.codebook, in.codes, in.bias, in.key_padding_mask, in.cu_seqlens, in.far_q, in.far_k});
+  return in;
+}
+
+Call::Call(const AttentionInputs& in, const AttentionOptions& options)
+    : q(with_dense_rows(joined(checked(in, options).q, in.far_q))), k(with_dense_rows(in.k)), v(with_dense_rows(in.v)),
+      codes(torch::stable::contiguous(in.codes)) {
+  const OptionalTensor &mask = in.key_padding_mask, &bias_given = in.bias;
+  const int64_t window = options.window, near_dim = in.far_q.has_value() ? in.q.size(3) : 0;
+  const bool causal = options.causal;
+  static_cast<Sequences&>(p) = sequences_of(kOp, q.size(0), q.size(2), in.cu_seqlens, offsets);
   p.type = type_of(kOp, q);
   p.heads = q.size(1), p.kv_heads = k.size(1), p.values = v.size(3);
   p.near_depth = near_dim > 0 ? near_dim : q.size(3);
   p.far_first = near_dim, p.far_depth = q.size(3) - near_dim;
-  p.exact = local_keys == "exact", p.causal = causal, p.laplace = activation == "laplace";
+  p.exact = options.local_keys == LocalKeys::kExact, p.causal = causal;
+  p.laplace = options.activation == Activation::kLaplace;
   // Weights of laplace count keys, and may leave the range of float16.
   STD_TORCH_CHECK(
       !p.laplace || p.type != ElementType::kHalf, kOp, ": the CUDA kernels take laplace in float32 and bfloat16 only");
@@ -95,7 +123,7 @@ Call::Call(
       std::max(p.near_depth, p.far_depth) <= kMaxAttentionDepth, kOp, ": the CUDA kernels take heads of up to ",
       kMaxAttentionDepth, " columns of q and k, got ", std::max(p.near_depth, p.far_depth));
   p.window = std::min(window, p.length);  // a wider one sees no more
-  p.scale = static_cast<float>(scale);
+  p.scale = options.scale;
   p.q = q.const_data_ptr(), p.k = k.const_data_ptr(), p.v = v.const_data_ptr();
   p.q_batch = q.stride(0), p.q_head = q.stride(1), p.q_length = q.stride(2);
   p.k_batch = k.stride(0), p.k_head = k.stride(1), p.k_length = k.stride(2);
@@ -127,7 +155,7 @@ FarField Call::far_field(ElementType type, bool logarithms) const {
 // Packed codebook, units, far fields.
 void Call::prepare(const Tensor& codebook, bool logarithms, void* stream) {
   const int64_t columns = padded_depth(std::max(p.near_depth, p.far_depth));
-  packed.emplace(kOp, codebook, p.type, p.far_first, columns, stream);
+  packed.emplace(kOp, codebook, p.type, 0, columns, stream);
   p.codebook = packed->codebook;
   if (p.laplace) {
     units = units_of(q, p, stream);
@@ -141,35 +169,32 @@ void Call::prepare(const Tensor& codebook, bool logarithms, void* stream) {
 
 }  // namespace
 
-std::tuple<Tensor, Tensor> vq_attention(
-    const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& codebook, const Tensor& codes,
-    const OptionalTensor& bias, const OptionalTensor& mask, const OptionalTensor& cu_seqlens, double scale, bool causal,
-    int64_t window, const std::string& activation, const std::string& local_keys, const std::string&,
-    int64_t near_dim) {
-  const OnDeviceOf device(kOp, q);
-  Call call(q, k, v, codebook, codes, bias, mask, cu_seqlens, scale, causal, window, activation, local_keys, near_dim);
+AttentionResult vq_attention(const AttentionInputs& inputs, const AttentionOptions& options) {
+  const OnDeviceOf device(kOp, inputs.q);
+  Call call(inputs, options);
+  const Tensor &q = inputs.q, &v = inputs.v;
   Attention& p = call.p;
   Tensor out = torch::stable::new_empty(v, {p.batch, p.heads, p.length, p.values}, v.scalar_type());
   Tensor normalizers = torch::stable::new_empty(q, {p.batch, p.heads, p.length, 2}, ScalarType::Float);
   if (call.empty()) {
     torch::stable::zero_(normalizers);
   } else {
-    call.prepare(codebook, true, device.stream());
+    call.prepare(inputs.codebook, true, device.stream());
     p.out = out.mutable_data_ptr(), p.normalizers = data_of<float>(normalizers);
     check_launch(kOp, longvq_cuda_attention(&p, device.stream()));
   }
   return {out, normalizers};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> vq_attention_backward(
-    const Tensor& grad_given, const Tensor& out_given, const Tensor& normalizers_given, const Tensor& q,
-    const Tensor& k, const Tensor& v, const Tensor& codebook, const Tensor& codes, const OptionalTensor& bias,
-    const OptionalTensor& mask, const OptionalTensor& cu_seqlens, double scale, bool causal, int64_t window,
-    const std::string& activation, const std::string& local_keys, const std::string& key_grad, int64_t near_dim) {
-  const OnDeviceOf device(kOp, q);
+AttentionGradientTensors vq_attention_backward(
+    const Tensor& grad_given, const Tensor& out_given, const Tensor& normalizers_given, const AttentionInputs& inputs,
+    const AttentionOptions& options) {
+  const OnDeviceOf device(kOp, inputs.q);
   void* stream = device.stream();
-  Call call(q, k, v, codebook, codes, bias, mask, cu_seqlens, scale, causal, window, activation, local_keys, near_dim);
+  Call call(inputs, options);
   Attention& p = call.p;
+  const Tensor &q = call.q, &v = inputs.v;
+  const OptionalTensor& bias = inputs.bias;
   const auto empty = [&](std::initializer_list<int64_t> sizes, ScalarType type) {
     return torch::stable::new_empty(q, sizes, type);
   };
@@ -191,14 +216,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> vq_attention_backward(
       out_given.scalar_type() == v.scalar_type() && normalizers_given.scalar_type() == ScalarType::Float, kOp,
       ": out must have the type of v, and normalizers must be float32");
   Tensor dq = empty({p.batch, p.heads, p.length, q.size(3)}, q.scalar_type());
-  Tensor dk = empty({p.batch, p.kv_heads, p.length, k.size(3)}, k.scalar_type());
+  Tensor dk = empty({p.batch, p.kv_heads, p.length, q.size(3)}, q.scalar_type());
   Tensor dv = empty({p.batch, p.kv_heads, p.length, p.values}, v.scalar_type());
   Tensor dbias = bias.has_value() ? zeros({bias->size(0), bias->size(1)}) : empty({0}, q.scalar_type());
   if (call.empty()) {
     // Of keys that no head of queries looks at, and where there are no values to weigh.
     torch::stable::zero_(dq), torch::stable::zero_(dk), torch::stable::zero_(dv);
   } else {
-    call.prepare(codebook, false, stream);
+    call.prepare(inputs.codebook, false, stream);
     const Tensor grad = with_dense_rows(as_type(grad_given, v.scalar_type()));
     const Tensor out = torch::stable::contiguous(out_given);
     const Tensor normalizers = torch::stable::contiguous(normalizers_given);
@@ -270,7 +295,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> vq_attention_backward(
     finish.code_segment = g.code_segment, finish.all_far = sum.all_far;
     finish.dk = dk.mutable_data_ptr(), finish.dv = dv.mutable_data_ptr();
     std::optional<FarFieldTensors> shared;
-    if (key_grad == "cluster") {
+    if (options.key_grad == KeyGrad::kCluster) {
       // The mean over the keys of each code: a far field that everybody sees.
       FarField mean = call.far_field(ElementType::kFloat, false);
       mean.causal = false, mean.window = 0;
@@ -289,7 +314,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> vq_attention_backward(
   if (bias.has_value()) {
     dbias = as_type(dbias, bias->scalar_type());
   }
-  return {dq, dk, dv, dbias};
+  if (!inputs.far_q.has_value()) {
+    return {dq, dk, dv, dbias, empty({0}, q.scalar_type()), empty({0}, q.scalar_type())};
+  }
+  const auto columns = [](Tensor& x, int64_t first, int64_t count) {
+    return torch::stable::contiguous(torch::stable::narrow(x, 3, first, count));
+  };
+  const int64_t near = p.near_depth, far = p.far_depth;
+  return {columns(dq, 0, near), columns(dk, 0, near), dv, dbias, columns(dq, near, far), columns(dk, near, far)};
 }
 
 }  // namespace longvq::cuda

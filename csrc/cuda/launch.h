@@ -5,7 +5,7 @@
 
 #include <cstdint>
 
-#include "../elements.h"
+#include "../common/dtype.h"
 
 namespace longvq::cuda {
 

@@ -2,7 +2,7 @@
 // operators of the same form in a namespace of their own.
 #include <torch/csrc/stable/library.h>
 
-#include "../export.h"
+#include "../common/export.h"
 #include "operators.h"
 
 #ifdef LONGVQ_ON_HOST
@@ -11,8 +11,10 @@ STABLE_TORCH_LIBRARY_IMPL(longvq_on_host, CPU, m) {
 STABLE_TORCH_LIBRARY_IMPL(longvq, CUDA, m) {
 #endif
   m.impl("vq_assign", TORCH_BOX(&longvq::cuda::vq_assign));
-  m.impl("vq_attention", TORCH_BOX(&longvq::cuda::vq_attention));
-  m.impl("vq_attention_backward", TORCH_BOX(&longvq::cuda::vq_attention_backward));
+  m.impl("vq_attention", TORCH_BOX(&longvq::vq_attention_operator<&longvq::cuda::vq_attention>));
+  m.impl(
+      "vq_attention_backward",
+      TORCH_BOX(&longvq::vq_attention_backward_operator<&longvq::cuda::vq_attention_backward>));
   m.impl("ssm_scan", TORCH_BOX(&longvq::cuda::ssm_scan));
   m.impl("ssm_scan_backward", TORCH_BOX(&longvq::cuda::ssm_scan_backward));
 }

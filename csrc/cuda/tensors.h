@@ -9,7 +9,7 @@
 
 #include <optional>
 
-#include "../element_type.h"
+#include "../common/tensor_dtype.h"
 #include "launch.h"
 
 namespace longvq::cuda {

@@ -4,8 +4,8 @@
 #include <algorithm>
 #include <cstdint>
 
-#include "../aligned.h"
-#include "../element.h"
+#include "../common/aligned_array.h"
+#include "../common/convert.h"
 
 namespace longvq {
 

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from longvq_layers import ops
+from tests.ops.vq.operator_calls import attention_arguments
 from tests.strategies import AttentionCase, attention_cases
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -19,8 +20,24 @@ def arguments(case: AttentionCase, codes, dtype, near_dim=0):
     bias = None if o["bias"] is None else o["bias"].float()
     scale = o["scale"] if o["scale"] is not None else (near_dim or case.q.shape[-1]) ** -0.5
     tensors = [torch.empty_strided(x.shape, x.stride(), dtype=dtype).copy_(x) for x in (case.q, case.k, case.v)]
-    flags = (scale, o["causal"], o["window"], o["activation"], o["local_keys"], o["key_grad"], near_dim)
-    return (*tensors, case.codebook.float(), codes, bias, o["key_padding_mask"], o.get("cu_seqlens"), *flags)
+    q, k, v = tensors
+    codebook, far = case.codebook.float(), {}
+    if near_dim:  # the first columns are those of pairs inside the window
+        (q, far["far_q"]), (k, far["far_k"]) = (x.tensor_split([near_dim], dim=-1) for x in (q, k))
+        codebook = codebook[..., near_dim:]
+    return attention_arguments(
+        q,
+        k,
+        v,
+        codebook,
+        codes,
+        bias=bias,
+        key_padding_mask=o["key_padding_mask"],
+        cu_seqlens=o.get("cu_seqlens"),
+        **far,
+        scale=scale,
+        **{name: o[name] for name in ("causal", "window", "activation", "local_keys", "key_grad")},
+    )
 
 
 def in_double(args):
@@ -30,8 +47,11 @@ def in_double(args):
 def results(namespace, args, grad):
     """Output, normalizers, and the gradients of a fixed objective."""
     out, normalizers = namespace.vq_attention(*args)
-    gradients = namespace.vq_attention_backward(grad.to(args[0].dtype), out, normalizers, *args)
-    return {"out": out, **dict(zip(("dq", "dk", "dv", "dbias"), gradients, strict=True))}, normalizers
+    *gradients, dfar_q, dfar_k = namespace.vq_attention_backward(grad.to(args[0].dtype), out, normalizers, *args)
+    found = {"out": out, **dict(zip(("dq", "dk", "dv", "dbias"), gradients, strict=True))}
+    if dfar_q.dim() == 4:
+        found |= {"dq": torch.cat([found["dq"], dfar_q], -1), "dk": torch.cat([found["dk"], dfar_k], -1)}
+    return found, normalizers
 
 
 def largest(x):
@@ -50,7 +70,7 @@ def assert_as_good_as_plain(kernels, case, codes, dtype, near_dim=0):
     keys = torch.cat(
         [case.k.to(case.codebook.dtype), case.codebook.expand(len(case.k), -1, -1, -1)], 2
     ).repeat_interleave(case.q.shape[1] // case.k.shape[1], 1)
-    scores = 1 + args[8] * largest(
+    scores = 1 + args[10] * largest(
         case.q.double() @ keys.double().transpose(2, 3)
     )  # whose rounding is a factor of the weights
     for name, value in actual.items():
@@ -259,7 +279,8 @@ def test_wrong_arguments(kernels):
         (6, torch.zeros(1, 19, dtype=torch.bool), "key_padding_mask must be"),
         (7, torch.tensor([0, 20]), r"cu_seqlens must be \(N \+ 1,\), int32"),
         (7, torch.tensor([0], dtype=torch.int32), "no document for the 20 positions"),
-        (10, -1, "out of range"),
+        (8, good[0], "far_q and far_k must be given together"),
+        (12, -1, "window must be at least 0"),
     ]:
         with pytest.raises(RuntimeError, match=message):
             kernels.vq_attention(*good[:position], wrong, *good[position + 1 :])

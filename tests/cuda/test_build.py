@@ -95,6 +95,6 @@ def test_kernels_need_neither_torch_nor_cuda_headers_to_be_called():
     """The launcher interface: what the operators include of the kernels is plain C++."""
     launch = (ROOT / "csrc" / "cuda" / "launch.h").read_text()
     includes = [line for line in launch.splitlines() if line.startswith("#include")]
-    assert includes == ["#include <cstdint>", '#include "../elements.h"']
+    assert includes == ["#include <cstdint>", '#include "../common/dtype.h"']
     for source in (ROOT / "csrc" / "cuda").glob("*.cu"):
         assert "torch" not in source.read_text(), source

@@ -10,6 +10,7 @@ import torch
 
 from longvq_layers import _extension
 from longvq_layers.ops import _cuda_limits, _dispatch
+from tests.ops.vq.operator_calls import attention_arguments
 
 CUDA = torch.device("cuda")
 
@@ -51,7 +52,7 @@ def attention(namespace, activation="softmax", **sizes):
     offsets = None if s.documents is None else torch.zeros(s.documents + 1, dtype=torch.int32)
     codes = torch.zeros(s.rows, s.heads, s.length, dtype=torch.int64)
     codebook = torch.empty(s.heads, 1, s.depth)
-    args = (q, q, v, codebook, codes, None, None, offsets, 1.0, True, 2, activation, "exact", "cluster", 0)
+    args = attention_arguments(q, q, v, codebook, codes, cu_seqlens=offsets, causal=True, activation=activation)
 
     def call():
         namespace.vq_attention_backward(v, *namespace.vq_attention(*args), *args)

@@ -13,7 +13,7 @@
 #include <utility>
 #include <vector>
 
-#include "../../export.h"
+#include "../../common/export.h"
 
 namespace on_host {
 namespace {

@@ -2,7 +2,7 @@
 #include <exception>
 #include <string>
 
-#include "../../export.h"
+#include "../../common/export.h"
 #include "machine.h"
 
 namespace longvq::cuda {

@@ -208,10 +208,10 @@ class SwappedAttention(AttentionSlot, KeepsFloat32, CarriesSettings, CodebookAtt
         self.check_codes()
         _steps.eval_mode(NAME, self)
         codebook = self._extend_codebook(self.codebook.embedding @ self.from_metric, self.spread)
-        if self.rotary is not None:
-            codebook = F.pad(codebook, (self.head_dim, 0))
+        # Without rotary positions `step` has no far pairs: near keys then have the extra dimensions too.
+        key_dim = codebook.shape[2] if self.rotary is None else self.head_dim
         past = ops.vq_attention_state(
-            batch, codebook, window=self.window, value_dim=value_dim, local_keys=self.local_keys
+            batch, codebook, window=self.window, value_dim=value_dim, key_dim=key_dim, local_keys=self.local_keys
         )
         return SwappedState(past, codebook)
 
@@ -233,16 +233,17 @@ class SwappedAttention(AttentionSlot, KeepsFloat32, CarriesSettings, CodebookAtt
             far_q, far_k = (q, k) if far is None else far
             codes = ops.vq_assign(self.in_metric(far_k), self.codebook.embedding, backend=self.backend)
             far_q = self._extend_query(far_q, key_padding_mask, scale, past=state.past.lengths)
-            if far is None:
-                q, k = far_q, F.pad(k, (0, far_q.shape[-1] - k.shape[-1]))
-            else:  # the columns of near pairs, then those of far pairs
-                q, k = torch.cat([q, far_q], dim=-1), F.pad(k, (0, far_q.shape[-1]))
+            far_k = F.pad(far_k, (0, far_q.shape[-1] - far_k.shape[-1]))
+            q, k, far_q, far_k = (x.to(v.dtype) for x in (q, k, far_q, far_k))
+            near_q, near_k = (far_q, far_k) if far is None else (q, k)
             return ops.vq_attention_step(
-                q.to(v.dtype),
-                k.to(v.dtype),
+                near_q,
+                near_k,
                 v,
                 state.codebook,
                 state.past,
+                far_q=None if far is None else far_q,
+                far_k=None if far is None else far_k,
                 key_padding_mask=key_padding_mask,
                 scale=scale,
                 codes=codes,
