@@ -46,17 +46,17 @@ def replace_attention(
         num_codes: S, codes per key-value head, default 256.
         window: W, positions attended key by key, default 64; 0 = none.
         local_keys: "exact" (default) or "quantized" keys inside the window.
-        far_positions: how rotary models treat pairs outside the window. "rectified": the relative position is clamped to
-            the window and codes stand for keys without positions, so that lengths beyond training become usable; only
-            for causal attention with exact local keys. "rotated": codes stand for keys as they arrive. "auto"
+        far_positions: how rotary models treat pairs outside the window. "rectified": the relative position is clamped
+            to the window and codes stand for keys without positions, so that lengths beyond training become usable;
+            only for causal attention with exact local keys. "rotated": codes stand for keys as they arrive. "auto"
             (default): "rectified" where that is possible; the report says which, and why.
         trained_length: for rectified models, the longest sequence of their training, in tokens. In longer sequences the
             keys outside the window together count as much as they do at this length. Default the config's
             max_position_embeddings.
         filter_fn: `filter_fn(module, name) -> bool` chooses among the attention modules; default all. A later call can
             choose others, with other options; transformers' masks then stay dense.
-        calibration: model inputs to which the codebooks are fitted; each is a tensor, a tuple of positional arguments or
-            a dict of keyword arguments. They run twice, in eval mode. May be None only if the model is in training
+        calibration: model inputs to which the codebooks are fitted; each is a tensor, a tuple of positional arguments
+            or a dict of keyword arguments. They run twice, in eval mode. May be None only if the model is in training
             mode; codebooks then start from the first training batch.
         strict: True (default) raises if a chosen module can't be replaced; False skips it and reports why.
         dry_run: True only reports what would be done; calibration doesn't run. Default False.

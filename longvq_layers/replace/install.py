@@ -90,8 +90,8 @@ def restore_attention(model: nn.Module) -> None:
     replaced = [module for module in model.modules() if _REPLACEMENTS in module.__dict__]
     if not replaced:
         raise ValueError(
-            "restore_attention: model must be the one that was given to replace_attention, or one that contains it, got "
-            "a model in which nothing is replaced"
+            "restore_attention: model must be the one that was given to replace_attention, or one that contains it, "
+            "got a model in which nothing is replaced"
         )
     for module in replaced:
         for replacement in reversed(module.__dict__.pop(_REPLACEMENTS)):

@@ -133,8 +133,8 @@ def _plan(model: nn.Module, site: Site, settings: Mapping[str, Any], backend: st
     found = site.adapter.clamped_rotary(model, site, options.window)
     if isinstance(found, str):
         raise NotImplementedError(
-            f"{_NAME}: {site.name} must allow rectified positions as in the saved model, got a module in which they are "
-            f"impossible: {found}"
+            f"{_NAME}: {site.name} must allow rectified positions as in the saved model, got a module in which they "
+            f"are impossible: {found}"
         )
     found.part = settings["rotary"]
     return dataclasses.replace(plan, has_rotary=True, rotary=found, trained_length=settings["trained_length"])

@@ -3,7 +3,7 @@
 import contextlib
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -93,12 +93,13 @@ def tensors_in(output: object) -> list[Tensor]:
 
 def clone_tensors(x: Value, memo: dict[object, Tensor] | None = None) -> Value:
     """A copy of nested tuples, lists and dicts with cloned tensors; views of the same memory become one tensor."""
-    return _clone(x, {} if memo is None else memo)  # type: ignore[return-value]  # the structure stays the same
+    copied: Value = _clone(x, {} if memo is None else memo)
+    return copied
 
 
-def _clone(x: object, memo: dict[object, Tensor]) -> object:
+def _clone(x: Any, memo: dict[object, Tensor]) -> Any:  # the same structure as x, whatever it is
     if type(x) in (tuple, list):
-        return type(x)(_clone(value, memo) for value in x)  # type: ignore[attr-defined, call-arg]  # tuple or list
+        return type(x)(_clone(value, memo) for value in x)
     if type(x) is dict:
         return {key: _clone(value, memo) for key, value in x.items()}
     if not isinstance(x, Tensor):

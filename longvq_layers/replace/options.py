@@ -4,6 +4,7 @@ import contextlib
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import SupportsIndex
 
 from torch import nn
 
@@ -60,8 +61,8 @@ def checked_options(
     check.one_of(NAME, "far_positions", far_positions, FAR_POSITIONS)
     if far_positions == "rectified" and local_keys == "quantized":
         raise ValueError(
-            f"{NAME}: local_keys must be 'exact' with far_positions='rectified', got 'quantized': inside the window keys "
-            "keep the positions that codes don't have"
+            f"{NAME}: local_keys must be 'exact' with far_positions='rectified', got 'quantized': inside the window "
+            "keys keep the positions that codes don't have"
         )
     check.one_of(NAME, "backend", backend, BACKENDS)
     check.flags(
@@ -88,8 +89,9 @@ def check_has_values(operation: str, model: nn.Module) -> None:
 
 def _integer(name: str, value: object, least: int) -> int:
     number = value
-    if not isinstance(value, bool):  # integers of other libraries (NumPy, tensors) are integers too
-        with contextlib.suppress(TypeError):
-            number = operator.index(value)  # type: ignore[arg-type]  # a TypeError says that it is none
+    if isinstance(value, SupportsIndex) and not isinstance(value, bool):  # integers of NumPy and tensors count too
+        with contextlib.suppress(TypeError):  # a tensor of floats, or of several numbers
+            number = operator.index(value)
     check.integer(NAME, name, number, least)
-    return number  # type: ignore[return-value]  # the check leaves an int
+    assert isinstance(number, int)  # for the type checker: the check raises otherwise
+    return number

@@ -94,9 +94,9 @@ def check_can_start_without_calibration(plans: Sequence[SwapPlan]) -> None:
     evaluating = [plan.site.name for plan in plans if not plan.site.module.training]
     if evaluating:
         raise ValueError(
-            f"{NAME}: calibration must be given for a model in eval mode, got None, but {shorten(evaluating)} would run "
-            "with codebooks that hold nothing; pass calibration=[batch, ...], or call model.train() first to let them "
-            "learn from the first training batch"
+            f"{NAME}: calibration must be given for a model in eval mode, got None, but {shorten(evaluating)} would "
+            "run with codebooks that hold nothing; pass calibration=[batch, ...], or call model.train() first to let "
+            "them learn from the first training batch"
         )
     unknown = [plan.site.name for plan in plans if plan.site.sizes is None]
     if unknown:
@@ -119,8 +119,8 @@ def check_not_replaced(operation: str, sites: Sequence[Site]) -> None:
 def cannot_replace(refused: Mapping[str, str]) -> NotImplementedError:
     """The error for modules that can't be replaced: name -> reason."""
     return NotImplementedError(
-        f"{NAME}: model has modules that can't be replaced; leave them out with filter_fn= or pass strict=False to skip "
-        "them:\n" + "\n".join(f"  {name}: {why}" for name, why in refused.items())
+        f"{NAME}: model has modules that can't be replaced; leave them out with filter_fn= or pass strict=False to "
+        "skip them:\n" + "\n".join(f"  {name}: {why}" for name, why in refused.items())
     )
 
 

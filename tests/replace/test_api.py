@@ -370,9 +370,9 @@ def test_integers_of_other_libraries_are_integers():
 
 
 def test_models_that_have_nothing_or_are_replaced():
-    with pytest.raises(TypeError, match="model must be a torch.nn.Module, got str"):
+    with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, got str"):
         replace_attention("bert")
-    with pytest.raises(TypeError, match="restore_attention: model must be a torch.nn.Module, got NoneType"):
+    with pytest.raises(TypeError, match=r"restore_attention: model must be a torch\.nn\.Module, got NoneType"):
         restore_attention(None)
     with pytest.raises(ValueError, match="nothing to replace in Linear"):
         replace_attention(nn.Linear(3, 3))

@@ -93,7 +93,7 @@ def test_wrong_options(options, error, message):
 
 def test_what_codes_cannot_do_is_refused_here_too():
     config = GPT2Config(**{**GPT2.to_dict(), "longvq": "fast"})
-    with pytest.raises(TypeError, match="config.longvq must be a dict of options, got str"):
+    with pytest.raises(TypeError, match=r"config\.longvq must be a dict of options, got str"):
         AutoModel.from_config(config, attn_implementation="longvq").train()(tokens())
     bert = BertConfig(hidden_size=32, num_attention_heads=4, intermediate_size=48, num_hidden_layers=1, vocab_size=101)
     bert.is_decoder = bert.add_cross_attention = True

@@ -152,7 +152,7 @@ def test_an_adapter_that_does_something_else_raises(causal, wrong):
     expected = model(X, LENGTHS)
     register_adapter(OwnAttention, wrongly(change))
     with pytest.raises(
-        ValueError, match="adapter of OwnAttention: must return the module's own output .*, got an output that differs"
+        ValueError, match=r"adapter of OwnAttention: must return the module's own output .*, got an output that differs"
     ):
         replace_attention(model, num_codes=6, window=4, calibration=[(X, LENGTHS)])
     assert torch.equal(model(X, LENGTHS), expected) and not hasattr(model.layers[0], "longvq")

@@ -394,7 +394,7 @@ def test_bad_arguments_raise_and_touch_nothing(error, message, options):
 
 
 def test_models_that_cannot_be_distilled():
-    with pytest.raises(TypeError, match="model must be a torch.nn.Module, got str"):
+    with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, got str"):
         distill_attention("bert", [tokens()] * 2)
     with pytest.raises(ValueError, match="got a model in which nothing is replaced"):
         distill_attention(gpt2(), [tokens()] * 2)
@@ -404,7 +404,7 @@ def test_models_that_cannot_be_distilled():
     ):
         distill_attention(model, data)
     model, data = replaced()
-    with pytest.raises(ValueError, match="must be the one that was given to replace_attention, .* isn't known here"):
+    with pytest.raises(ValueError, match=r"must be the one that was given to replace_attention, .* isn't known here"):
         distill_attention(model.encoder.layer[0], data, projections=True)
     empty = bert().train()
     replace_attention(empty, **COARSE)

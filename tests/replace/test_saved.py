@@ -149,7 +149,7 @@ def test_wrong_paths_and_models(tmp_path):
         load_replaced(bert(), tmp_path / "nothing")
     with pytest.raises(FileNotFoundError, match="has no weights"):
         load_replaced(bert(), tmp_path)
-    with pytest.raises(TypeError, match="model must be a torch.nn.Module"):
+    with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module"):
         load_replaced("bert", tmp_path)
     model = bert()
     replace_attention(model, **COARSE, calibration=[tokens()])

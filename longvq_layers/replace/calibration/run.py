@@ -130,8 +130,8 @@ def _fewest_keys(plans: Sequence[SwapPlan], recorders: Sequence[Recorder]) -> in
     if not all(counts):
         names = [plan.site.name for plan, count in zip(plans, counts, strict=True) if not count]
         raise ValueError(
-            f"replace_attention: calibration must reach every module with real tokens, got inputs of which no key reached "
-            f"{shorten(names)}; pass inputs that use these modules, or leave them out with filter_fn="
+            "replace_attention: calibration must reach every module with real tokens, got inputs of which no key "
+            f"reached {shorten(names)}; pass inputs that use these modules, or leave them out with filter_fn="
         )
     return min(counts)
 

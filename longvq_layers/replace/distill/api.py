@@ -38,17 +38,17 @@ def distill_attention(
                               mean over modules of the ratio of their outputs
 
     Causal attention trains its codewords, their spread and the gain on it. In bidirectional attention the codes are
-    means of the sequence's own keys, so only the gain is trained, and ``projections=True`` is what helps. Everything else
-    in the model stays, including modes and gradients. The values that were best on the held-out batches stay at the
-    end. If anything raises, the model is as it was before. `restore_attention` restores the original projections too,
-    bit by bit.
+    means of the sequence's own keys, so only the gain is trained, and ``projections=True`` is what helps. Everything
+    else in the model stays, including modes and gradients. The values that were best on the held-out batches stay at
+    the end. If anything raises, the model is as it was before. `restore_attention` restores the original projections
+    too, bit by bit.
 
     Args:
         model: a model with replaced attention (``local_keys="exact"``), or one that contains it.
         data: model inputs, as `calibration` of `replace_attention`; one batch a step, in an order that `seed` decides.
         steps: of the phase "layers", default 200; 0 leaves the phase out.
-        lr: size of the first steps relative to the root mean square of each trained tensor (Adam), default 0.01; it falls
-            to 0 along a cosine. Projections get a tenth of it.
+        lr: size of the first steps relative to the root mean square of each trained tensor (Adam), default 0.01; it
+            falls to 0 along a cosine. Projections get a tenth of it.
         projections: True also trains all parameters of the attention modules themselves. Default False.
         end_to_end: steps of the phase "end to end", default 0.
         held_out: share of the batches, the last ones, that aren't trained with; at least one batch. Default 0.1.
@@ -117,7 +117,7 @@ def distill_attention(
         return Distillation(ready, batches[:-last], batches[-last:], settings, path, progress).run()
 
 
-def _check_between(name: str, value: object, most: float) -> None:
+def _check_between(name: str, value: float, most: float) -> None:
     check.number(NAME, name, value)
-    if not 0 < value < most:  # type: ignore[operator]  # it is a number
+    if not 0 < value < most:
         raise ValueError(f"{NAME}: {name} must be more than 0 and less than {most:g}, got {value}")

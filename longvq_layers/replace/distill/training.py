@@ -105,7 +105,8 @@ class Distillation:
         optimizer = torch.optim.Adam(
             [{"params": [x], "lr": rate} for x, rate in zip(self.trained.values(), rates, strict=True)]
         )
-        step, losses = 0, []
+        step = 0
+        losses: list[float] = []
         if saved is not None:
             rates, step = saved["rates"], saved["step"]
             optimizer.load_state_dict(saved["optimizer"])

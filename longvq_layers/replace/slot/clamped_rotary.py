@@ -7,6 +7,7 @@ the unrotated keys then serve all positions, including those beyond the training
 
 import inspect
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -35,7 +36,7 @@ class ClampedRotary(KeepsFloat32, nn.Module):
     cos: Tensor
     sin: Tensor
 
-    def __init__(self, apply: Callable[..., Tensor | tuple[Tensor, Tensor]], cos: Tensor, sin: Tensor) -> None:
+    def __init__(self, apply: Callable[..., Any], cos: Tensor, sin: Tensor) -> None:
         super().__init__()
         self.apply_rotation = apply
         self.one_by_one = leading_arguments(apply) == _ONE_TENSOR
@@ -88,9 +89,10 @@ class ClampedRotary(KeepsFloat32, nn.Module):
         at = _COLUMNS[self.part](x.shape[-1], cos.shape[-1])
         columns = x[..., at].to(cos.dtype)
         if self.one_by_one:
-            turned: Tensor = self.apply_rotation(columns, cos, sin).to(x.dtype)
+            turned = self.apply_rotation(columns, cos, sin)
         else:
-            turned = self.apply_rotation(columns, columns[:, :0], cos, sin)[0].to(x.dtype)
+            turned, _ = self.apply_rotation(columns, columns[:, :0], cos, sin)
+        turned = turned.to(x.dtype)
         if turned.shape[-1] == x.shape[-1]:
             return turned
         return torch.cat([x[..., : at.start], turned, x[..., at.stop :]], dim=-1)

@@ -30,8 +30,8 @@ class ForwardRefused(NotImplementedError):
 class Recorder(AttentionSlot):
     """The slot during calibration, while the model still uses its original attention.
 
-    It first collects keys, the attention they receive, and the second moment of the queries. After `measure` it measures
-    on the same inputs how far a candidate's output is from the original one.
+    It first collects keys, the attention they receive, and the second moment of the queries. After `measure` it
+    measures on the same inputs how far a candidate's output is from the original one.
 
     Args:
         original: the attention function of a transformers module; None: attention to every key is computed here.

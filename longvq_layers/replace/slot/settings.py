@@ -7,8 +7,16 @@ from torch import Tensor, nn
 
 from longvq_layers.replace.slot.clamped_rotary import ClampedRotary
 
-_NAMES = ("num_heads", "num_kv_heads", "head_dim", "num_codes", "window", "local_keys")
-_NAMES += ("variance_correction", "trained_length")
+_NAMES = (
+    "num_heads",
+    "num_kv_heads",
+    "head_dim",
+    "num_codes",
+    "window",
+    "local_keys",
+    "variance_correction",
+    "trained_length",
+)
 EXTRA_STATE = "_extra_state"  # the name that torch gives extra state in a state dict
 
 

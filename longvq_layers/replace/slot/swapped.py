@@ -1,4 +1,4 @@
-"""The swapped attention of one module: its codebook, the metric it was fitted in, and how it attends."""
+"""The swapped attention of one module: attention over codes, in one call or token by token."""
 
 import torch
 import torch.nn.functional as F
@@ -9,21 +9,17 @@ from longvq_layers.layers import _steps
 from longvq_layers.layers._context import no_autocast, recomputing
 from longvq_layers.layers._gaps import order_without_gaps, put_back, reorder
 from longvq_layers.layers._kmeans import pick
-from longvq_layers.layers._precision import KeepsFloat32, storage_dtype
-from longvq_layers.layers.codebook_attention import CodebookAttention
 from longvq_layers.replace.slot import code_spread, far_limit
 from longvq_layers.replace.slot.attention_slot import AttentionSlot, find_slot
 from longvq_layers.replace.slot.clamped_rotary import ClampedRotary
 from longvq_layers.replace.slot.context import FarQueryKey
-from longvq_layers.replace.slot.metric import in_proportion, roots
-from longvq_layers.replace.slot.sequence_codes import sequence_means, vq_attention_by_sequence
+from longvq_layers.replace.slot.fitted_codes import NAME, FittedCodes
+from longvq_layers.replace.slot.sequence_codes import vq_attention_by_sequence
 from longvq_layers.replace.slot.settings import CarriesSettings
 from longvq_layers.replace.slot.state import SwappedState
 
-NAME = "longvq attention"  # in errors
 
-
-class SwappedAttention(AttentionSlot, KeepsFloat32, CarriesSettings, CodebookAttention):
+class SwappedAttention(AttentionSlot, CarriesSettings, FittedCodes):
     """Attention over quantised keys whose codes were fitted in the metric of the queries.
 
         M = E[q qᵀ] per key-value head,  k' = k M^½,  z_j = argmin_s ‖k'_j − C'_s‖²,  C = C' M^-½
@@ -41,7 +37,7 @@ class SwappedAttention(AttentionSlot, KeepsFloat32, CarriesSettings, CodebookAtt
     calibrated codewords, because the mean of the sequence's keys would leak the future.
 
     `far` gives queries and keys a second time, without their positions; the codes then belong to these keys. With
-    `trained_length`, a query that has N > n = trained_length − W far keys gives each the weight n / N (`far_limit.py`).
+    `trained_length`, a query that has N > n = trained_length − W far keys gives each the weight n / N (far_limit.py).
     This is one more dimension again.
 
     Args:
@@ -54,16 +50,8 @@ class SwappedAttention(AttentionSlot, KeepsFloat32, CarriesSettings, CodebookAtt
         trained_length: with rotary, the longest sequence of the model's training; None: far keys always count fully.
 
     Buffers:
-        to_metric (Hkv, D, D) = M^½, from_metric (Hkv, D, D) = M^-½, spread (Hkv, S) = σ_s² with its moving sums
-        spread_sum and spread_count (Hkv, S), spread_gain (H,), and those of `codebook`; all at least float32.
+        those of `FittedCodes`.
     """
-
-    to_metric: Tensor
-    from_metric: Tensor
-    spread: Tensor
-    spread_sum: Tensor
-    spread_count: Tensor
-    spread_gain: Tensor
 
     def __init__(
         self,
@@ -88,7 +76,6 @@ class SwappedAttention(AttentionSlot, KeepsFloat32, CarriesSettings, CodebookAtt
             num_codes=num_codes,
             window=window,
             local_keys=local_keys,
-            window_bias=False,
             backend=backend,
             device=device,
             dtype=dtype,
@@ -98,12 +85,6 @@ class SwappedAttention(AttentionSlot, KeepsFloat32, CarriesSettings, CodebookAtt
         self.trained_length = None if rotary is None else trained_length
         self.has_positions = rotary is not None
         self.contexts = {}
-        identity = torch.eye(head_dim, device=device, dtype=storage_dtype(dtype)).repeat(num_kv_heads, 1, 1)
-        self.register_buffer("to_metric", identity)
-        self.register_buffer("from_metric", identity.clone())
-        for name in ("spread", "spread_sum", "spread_count"):
-            self.register_buffer(name, identity.new_zeros(num_kv_heads, num_codes))
-        self.register_buffer("spread_gain", identity.new_ones(num_heads))
 
     @property
     def sizes(self) -> tuple[int, int, int]:
@@ -114,8 +95,6 @@ class SwappedAttention(AttentionSlot, KeepsFloat32, CarriesSettings, CodebookAtt
     def step_attention(self) -> "SwappedAttention | None":
         """This attention in eval mode; None in training mode, in which `step` is not allowed."""
         return None if self.training else self
-
-    # ---- attention ----------------------------------------------------------------------------------------------
 
     def forward(  # type: ignore[override]  # packed documents (cu_seqlens) are not offered, far pairs and scale are
         self,
@@ -172,16 +151,17 @@ class SwappedAttention(AttentionSlot, KeepsFloat32, CarriesSettings, CodebookAtt
             self._commit(keys, codes, table, key_padding_mask)
             learns = self.training and not self.codebook.frozen and not recomputing()
             if learns:
-                self.spread.copy_(code_spread.mean_spread(self.spread_sum, self.spread_count))
-            codewords = self._codewords(keys, codes, table, key_padding_mask, causal)  # C, with σ² and the limit
+                self._refresh_spread()
+            codewords, spread = self.codewords(keys, codes, table, key_padding_mask, causal)  # C, σ²
             if learns:
                 self._learn_spread(keys, codes, table, key_padding_mask)
+            codewords = self._extend_codewords(codewords, spread)
             far_q = self._extend_query(far_q, key_padding_mask, scale)
             far_k = F.pad(far_k, (0, far_q.shape[-1] - far_k.shape[-1]))
             has_far_qk = far is not None
             if codewords.requires_grad:
-                # The operator adds up the gradient of a code over its far keys; this hands it on to the codeword. Near
-                # pairs need keys of their own, because they have no part in it.
+                # The operator gives each far key a share of the gradient of its code; this sum hands all shares on to
+                # the codeword. Near pairs then need keys of their own, because they have no part in it.
                 coded = _at_codes(codewords, codes)
                 has_far_qk, far_k = True, far_k + (coded - coded.detach())
             q, k, far_q, far_k = (x.to(v.dtype) for x in (q, k, far_q, far_k))  # float32 if rotary ran under autocast
@@ -207,13 +187,13 @@ class SwappedAttention(AttentionSlot, KeepsFloat32, CarriesSettings, CodebookAtt
         """The state of `batch` empty sequences, for `step`; causal attention in eval mode only."""
         self.check_codes()
         _steps.eval_mode(NAME, self)
-        codebook = self._extend_codebook(self.codebook.embedding @ self.from_metric, self.spread)
+        codewords = self._extend_codewords(self.codebook.embedding @ self.from_metric, self.spread)
         # Without rotary positions `step` has no far pairs: near keys then have the extra dimensions too.
-        key_dim = codebook.shape[2] if self.rotary is None else self.head_dim
+        key_dim = codewords.shape[2] if self.rotary is None else self.head_dim
         past = ops.vq_attention_state(
-            batch, codebook, window=self.window, value_dim=value_dim, key_dim=key_dim, local_keys=self.local_keys
+            batch, codewords, window=self.window, value_dim=value_dim, key_dim=key_dim, local_keys=self.local_keys
         )
-        return SwappedState(past, codebook)
+        return SwappedState(past, codewords)
 
     def step(  # type: ignore[override]  # its own state, and far pairs as in `forward`
         self,
@@ -250,18 +230,16 @@ class SwappedAttention(AttentionSlot, KeepsFloat32, CarriesSettings, CodebookAtt
                 backend=self.backend,
             )
 
-    # ---- scores outside the window, for `health` ----------------------------------------------------------------
-
     @torch.no_grad()
     def far_scores(
         self, q: Tensor, k: Tensor, key_padding_mask: Tensor | None = None, *, causal: bool, scale: float
     ) -> Tensor:
-        """The unscaled scores q·k outside the window: q (B, H, R, D), k (B, Hkv, L, D) -> (B, H, R, L)."""
+        """The unscaled scores of far pairs, for `health`: q (B, H, R, D), k (B, Hkv, L, D) -> (B, H, R, L)."""
         keys, table = self.in_metric(k), self.codebook.embedding
         codes = ops.vq_assign(keys, table, backend=self.backend)
-        codewords, spreads = self._plain_codewords(keys, codes, table, key_padding_mask, causal)
+        codewords, spread = self.codewords(keys, codes, table, key_padding_mask, causal)
         if self.variance_correction:
-            codewords = code_spread.extend_codebook(codewords, spreads)
+            codewords = code_spread.extend_codebook(codewords, spread)
             q = code_spread.extend_query(q, self.from_metric, self.spread_gain, scale)
         codewords = codewords.expand(len(q), -1, -1, -1)
         group = self.num_heads // self.num_kv_heads
@@ -270,47 +248,21 @@ class SwappedAttention(AttentionSlot, KeepsFloat32, CarriesSettings, CodebookAtt
         return scores.gather(3, codes.unsqueeze(2).expand(-1, -1, q.shape[2], -1))
 
     def far_log_weight(self, seen: Tensor) -> Tensor:
-        """The logarithm of the weight of far keys: seen (B, L), tokens up to and including each query -> (B, L), ≤ 0."""
+        """The log of the weight of far keys: seen (B, L), tokens up to and including each query -> (B, L), ≤ 0."""
         if self.trained_length is None:
             return torch.zeros_like(seen, dtype=self.to_metric.dtype)
         return far_limit.far_log_weight(seen, self.trained_length, self.window, self.to_metric.dtype)
 
-    # ---- codewords and queries with their extra dimensions ------------------------------------------------------
-
-    def in_metric(self, k: Tensor) -> Tensor:
-        """k' = k M^½ in the dtype of the codebook: (B, Hkv, L, D) -> the same shape."""
-        return k.to(self.to_metric.dtype) @ self.to_metric
-
-    def _codewords(
-        self, keys: Tensor, codes: Tensor, table: Tensor, key_padding_mask: Tensor | None, causal: bool
-    ) -> Tensor:
-        # Causal (Hkv, S, F) for all sequences, bidirectional (B, Hkv, S, F) for each.
-        return self._extend_codebook(*self._plain_codewords(keys, codes, table, key_padding_mask, causal))
-
-    def _plain_codewords(
-        self, keys: Tensor, codes: Tensor, table: Tensor, key_padding_mask: Tensor | None, causal: bool
-    ) -> tuple[Tensor, Tensor]:
-        if causal:
-            return table @ self.from_metric, self.spread
-        return self._sequence_codewords(keys, codes, table, key_padding_mask)
-
-    @torch.no_grad()
-    def _sequence_codewords(
-        self, keys: Tensor, codes: Tensor, table: Tensor, key_padding_mask: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        # (B, Hkv, S, D) and their spread (B, Hkv, S). `ops.vq_attention` gives keys the gradient of their code's mean.
-        means, spreads = sequence_means(keys, codes, table, key_padding_mask)
-        return means @ self.from_metric, spreads
-
-    def _extend_codebook(self, codebook: Tensor, spreads: Tensor) -> Tensor:
+    def _extend_codewords(self, codewords: Tensor, spread: Tensor) -> Tensor:
+        # (…, Hkv, S, D) and (…, Hkv, S) -> (…, Hkv, S, F), with the dimensions of the spread and of the limit
         if self.variance_correction:
-            codebook = code_spread.extend_codebook(codebook, spreads)
-        return codebook if self.trained_length is None else far_limit.extend_codebook(codebook)
+            codewords = code_spread.extend_codebook(codewords, spread)
+        return codewords if self.trained_length is None else far_limit.extend_codebook(codewords)
 
     def _extend_query(
         self, q: Tensor, key_padding_mask: Tensor | None, scale: float, past: Tensor | None = None
     ) -> Tensor:
-        # past (B,): number of tokens before those of q
+        # (B, H, L, D) -> (B, H, L, F), the same dimensions; past (B,) is the number of tokens before these
         if self.variance_correction:
             q = code_spread.extend_query(q, self.from_metric, self.spread_gain, scale)
         if self.trained_length is None:
@@ -319,61 +271,6 @@ class SwappedAttention(AttentionSlot, KeepsFloat32, CarriesSettings, CodebookAtt
         if past is not None:
             seen = past.unsqueeze(-1) + seen
         return far_limit.extend_query(q, self.far_log_weight(seen), scale)
-
-    # ---- fitting and learning -----------------------------------------------------------------------------------
-
-    @torch.no_grad()
-    def fit_(
-        self,
-        keys: Tensor,
-        second_moment: Tensor,
-        *,
-        weight: Tensor | None = None,
-        generator: torch.Generator | None = None,
-    ) -> None:
-        """Fit the metric and the codes.
-
-        With `weight`, one half of the fitted set is every key once and the other half is keys in proportion to their
-        weight. If all keys followed the weight, most of them would have no code nearby, because a few keys get most of
-        the weight.
-
-        Args:
-            keys: (Hkv, N, D).
-            second_moment: (Hkv, D, D) = E[q qᵀ].
-            weight: (Hkv, N) ≥ 0, default none.
-            generator: of the random start, default torch's own.
-        """
-        to_metric, from_metric = roots(second_moment)
-        self.to_metric.copy_(to_metric)
-        self.from_metric.copy_(from_metric)
-        keys = self.in_metric(keys)
-        if weight is not None:
-            keys = torch.cat([keys, pick(keys, in_proportion(weight))], dim=1)
-        self.codebook.initialize_(keys, generator=generator)
-        codes, table = self.codebook.eval().quantize(keys.unsqueeze(0))
-        self._learn_spread(keys.unsqueeze(0), codes, table, None)
-        self.spread.copy_(code_spread.mean_spread(self.spread_sum, self.spread_count))
-
-    @torch.no_grad()
-    def sync_ema(self) -> None:
-        """Let the moving averages continue from the codes and spread that gradients have trained."""
-        self.codebook.ema_sum.copy_(self.codebook.embedding * self.codebook.ema_count.unsqueeze(-1))
-        self.spread_sum.copy_(self.spread * self.spread_count)
-
-    @torch.no_grad()
-    def _learn_spread(self, keys: Tensor, codes: Tensor, table: Tensor, key_padding_mask: Tensor | None) -> None:
-        sums, counts = code_spread.spread_sums(keys, codes, table, key_padding_mask)
-        sums, counts = self.codebook._group.sum(sums.squeeze(-1), counts)
-        self.spread_sum.lerp_(sums, 1 - self.codebook.decay)
-        self.spread_count.lerp_(counts, 1 - self.codebook.decay)
-
-    def check_codes(self) -> None:
-        """Raise RuntimeError in eval mode if the codebook has no codes."""
-        if not self.training and not self.codebook._ready:
-            raise RuntimeError(
-                f"{NAME}: the codebook has no codes yet; call replace_attention with calibration=, run one batch in "
-                "training mode, or load a state_dict that has codes"
-            )
 
     def __getstate__(self) -> dict[str, object]:
         return {**super().__getstate__(), "contexts": {}}

@@ -15,7 +15,7 @@ def check_attend_arguments(
     k: Tensor,
     v: Tensor,
     causal: object,
-    key_padding_mask: object,
+    key_padding_mask: Tensor | None,
     scale: object,
     sizes: tuple[int, int, int] | None,
 ) -> None:
@@ -50,8 +50,7 @@ def check_attend_arguments(
     check.flags(adapter, causal=causal)
     if key_padding_mask is not None:
         check.key_padding_mask(adapter, key_padding_mask, batch, length)
-        if isinstance(key_padding_mask, Tensor):
-            check.same_device(adapter, "q", q, key_padding_mask=key_padding_mask)
+        check.same_device(adapter, "q", q, key_padding_mask=key_padding_mask)
     if scale is not None:
         check.number(adapter, "scale", scale)
 

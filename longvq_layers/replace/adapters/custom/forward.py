@@ -1,6 +1,5 @@
 """The class that a replaced module of a registered class gets: its forward runs the adapter function."""
 
-import copyreg
 from collections.abc import Callable
 
 import torch
@@ -108,5 +107,5 @@ def _rebuilt(original: type[nn.Module]) -> nn.Module:
         raise RuntimeError(
             f"longvq attention: {original.__name__} has no adapter in this process; call register_adapter first"
         )
-    module: nn.Module = copyreg.__newobj__(swapped_class_of(original, cls))  # type: ignore[attr-defined]  # untyped
-    return module
+    swapped = swapped_class_of(original, cls)
+    return swapped.__new__(swapped)

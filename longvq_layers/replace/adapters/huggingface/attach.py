@@ -1,6 +1,7 @@
 """Gives a module its slot on its first call, in a model made with `attn_implementation="longvq"`."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +12,7 @@ from longvq_layers.replace.slot.attention_slot import fill_slot
 from longvq_layers.replace.slot.swapped import SwappedAttention
 
 IMPLEMENTATION = "longvq"  # its name in transformers' registries, and of its options in a config
-_OPTIONS: dict[str, object] = {
+_OPTIONS: dict[str, Any] = {
     "num_codes": 256,
     "window": 64,
     "local_keys": "exact",
@@ -58,7 +59,7 @@ def attach(module: nn.Module, query: Tensor, key: Tensor) -> SwappedAttention:
     return attention
 
 
-def _options(given: object) -> dict[str, object]:
+def _options(given: object) -> dict[str, Any]:
     if given is None:
         return _OPTIONS
     if not isinstance(given, Mapping):

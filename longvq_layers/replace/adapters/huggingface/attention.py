@@ -49,8 +49,8 @@ def longvq_attention(
             mask = _dense_mask(attention_mask, q_len, k_len)
             options = {"scaling": scaling, "dropout": dropout, "is_causal": is_causal, **kwargs}
             output, weights = slot.original(module, query, key, value, mask, **options)
-            call = {"causal": causal, "key_padding_mask": padding, "scale": scaling}
-            slot.observe(query, key, value, output.transpose(1, 2), far=far, **call)
+            by_head = output.transpose(1, 2)
+            slot.observe(query, key, value, by_head, far=far, causal=causal, key_padding_mask=padding, scale=scaling)
             return output, weights
         layer = context.cache_layer
         if layer is not None and not causal:
@@ -116,8 +116,8 @@ def _far_pairs(
         )
     if key.shape[2] != query.shape[2]:
         raise NotImplementedError(
-            f"longvq attention: past_key_values must be empty at first, got {query.shape[2]} queries for {k_len} keys of "
-            "a cache that grows: the positions of its keys can't be removed any more. Call the model under "
+            f"longvq attention: past_key_values must be empty at first, got {query.shape[2]} queries for {k_len} keys "
+            "of a cache that grows: the positions of its keys can't be removed any more. Call the model under "
             "torch.no_grad() in eval mode, with an empty cache at first, or use far_positions='rotated'"
         )
     return None if slot.rotary is None else slot.rotary(query, key, *context.rotation)

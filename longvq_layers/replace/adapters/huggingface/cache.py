@@ -1,6 +1,7 @@
 """A layer of a transformers cache whose memory doesn't grow."""
 
 import copy
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,8 +17,8 @@ _KEEPS = "a cache of constant size keeps sums over its past, not the tokens"
 class VQCacheLayer(CacheLayerMixin):
     """What one replaced attention keeps of the past: counts and sums of values per code, and the keys in the window.
 
-    `take_over` puts it in place of an empty `DynamicLayer`. Beams and batches are reordered as in any cache. Tokens that
-    were read can't be removed again, so there is no `crop` and no assisted decoding.
+    `take_over` puts it in place of an empty `DynamicLayer`. Beams and batches are reordered as in any cache. Tokens
+    that were read can't be removed again, so there is no `crop` and no assisted decoding.
 
     Args:
         attention: the attention that reads and updates it.
@@ -29,7 +30,7 @@ class VQCacheLayer(CacheLayerMixin):
     supports_early_init = False
 
     def __init__(self, attention: StepAttention) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # of transformers
         self.attention = attention
         self.state: SwappedState | None = None
         self.positions = 0  # read so far, padding included
@@ -39,9 +40,9 @@ class VQCacheLayer(CacheLayerMixin):
         self.next_hidden: Tensor | None = None  # the hash after the running call
         self.masks_are_known = True  # False once compiled: a compiled graph can't compare masks
 
-    def __deepcopy__(self, memo: dict[int, object]) -> "VQCacheLayer":
+    def __deepcopy__(self, memo: dict[int, Any]) -> "VQCacheLayer":
         # A copy continues with the same attention, unless that is being copied too.
-        twin = VQCacheLayer(memo.get(id(self.attention), self.attention))  # type: ignore[arg-type]  # its copy
+        twin = VQCacheLayer(memo.get(id(self.attention), self.attention))
         memo[id(self)] = twin
         own = {name: value for name, value in self.__dict__.items() if name != "attention"}
         twin.__dict__.update(copy.deepcopy(own, memo))
@@ -56,12 +57,12 @@ class VQCacheLayer(CacheLayerMixin):
     def keys(self) -> Tensor:
         """Raises NotImplementedError: there are no keys for a model to read or count."""
         raise NotImplementedError(
-            f"longvq attention: use_cache must be False for a model that looks for keys in its cache, because {_KEEPS}; "
-            "call it with use_cache=False, or restore_attention(model)"
+            "longvq attention: use_cache must be False for a model that looks for keys in its cache, got True, but "
+            f"{_KEEPS}; call it with use_cache=False, or restore_attention(model)"
         )
 
     @keys.setter
-    def keys(self, value: None) -> None:
+    def keys(self, value: Tensor | None) -> None:
         pass  # the base class initialises every layer with None
 
     values = keys
@@ -169,8 +170,8 @@ class VQCacheLayer(CacheLayerMixin):
     def crop(self, *args: object, **kwargs: object) -> None:
         """Raises NotImplementedError."""
         raise NotImplementedError(
-            f"longvq attention: crop is not offered, because {_KEEPS}, so assisted and contrastive decoding don't work; "
-            "generate without assistant_model, or with use_cache=False"
+            f"longvq attention: crop is not offered, because {_KEEPS}, so assisted and contrastive decoding don't "
+            "work; generate without assistant_model, or with use_cache=False"
         )
 
     def activate_past_recording(self) -> None:
@@ -222,8 +223,8 @@ def take_over(cache: object, index: object, attention: StepAttention) -> VQCache
         return None
     if layer.closed:
         raise NotImplementedError(
-            "longvq attention: past_key_values must be a new cache, got one that was filled by a bidirectional call, but "
-            f"{_KEEPS}; start with a new cache, or call the model with use_cache=False"
+            "longvq attention: past_key_values must be a new cache, got one that was filled by a bidirectional call, "
+            f"but {_KEEPS}; start with a new cache, or call the model with use_cache=False"
         )
     if layer.attention is not attention:
         if layer.positions:

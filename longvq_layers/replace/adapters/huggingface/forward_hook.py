@@ -1,6 +1,7 @@
 """Forward pre-hook of a replaced module: reads positions and cache from the call, for its attention function."""
 
 import inspect
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +27,7 @@ class ContextHook:
         self.eager, self.skips_masks = eager, skips_masks
         self.needs_keys = needs_keys(module) is not None
 
-    def __call__(self, module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
+    def __call__(self, module: nn.Module, args: tuple[object, ...], kwargs: dict[str, Any]) -> None:
         """Raise NotImplementedError for positions that can't be removed, ValueError if they are missing."""
         slot = slot_of(module)
         store_context(slot, ForwardContext())  # drops the context of an earlier forward that raised
@@ -41,10 +42,10 @@ class ContextHook:
             )
         layer = None if self.needs_keys else _cache_layer(module, slot, given)
         used = None if slot.rotary is None else rotation
-        store_context(slot, ForwardContext(used, layer, self.eager, self.skips_masks))  # type: ignore[arg-type]  # (cos, sin)
+        store_context(slot, ForwardContext(used, layer, self.eager, self.skips_masks))
 
 
-def _cache_layer(module: nn.Module, slot: AttentionSlot, given: dict[str, object]) -> CacheLayer | None:
+def _cache_layer(module: nn.Module, slot: AttentionSlot, given: dict[str, Any]) -> CacheLayer | None:
     cache = next((given[name] for name in _CACHES if given.get(name) is not None), None)
     attention = slot.step_attention
     if cache is None or attention is None:
@@ -59,7 +60,7 @@ def _cache_layer(module: nn.Module, slot: AttentionSlot, given: dict[str, object
     return take_over(cache, getattr(module, "layer_idx", None), attention)
 
 
-def _detect_rotation(module: nn.Module, slot: AttentionSlot, given: dict[str, object]) -> None:
+def _detect_rotation(module: nn.Module, slot: AttentionSlot, given: dict[str, Any]) -> None:
     # Run the module with its own positions and with none, and compare the keys with what ClampedRotary gives.
     rotation, why = given.get(POSITION_EMBEDDINGS), "its keys are not what its rotation says"
     if isinstance(rotation, tuple) and len(rotation) == 2 and all(isinstance(x, Tensor) for x in rotation):
@@ -81,7 +82,7 @@ def _detect_rotation(module: nn.Module, slot: AttentionSlot, given: dict[str, ob
     )
 
 
-def _keys(module: nn.Module, slot: AttentionSlot, given: dict[str, object], rotation: tuple[Tensor, Tensor]) -> Tensor:
+def _keys(module: nn.Module, slot: AttentionSlot, given: dict[str, Any], rotation: tuple[Tensor, Tensor]) -> Tensor:
     # The keys that reach the attention function with these positions.
     given = {**given, POSITION_EMBEDDINGS: rotation, **{name: None for name in _CACHES if name in given}}
     probe = KeyProbe()

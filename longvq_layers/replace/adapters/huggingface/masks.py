@@ -14,7 +14,7 @@ def longvq_mask(
     kv_length: int,
     q_offset: int | Tensor = 0,
     kv_offset: int | Tensor = 0,
-    mask_function: Callable[..., Tensor] | None = None,
+    mask_function: Callable[..., object] | None = None,
     attention_mask: Tensor | None = None,
     config: object = None,
     device: torch.device | None = None,

@@ -1,4 +1,4 @@
-"""The class that a replaced nn.MultiheadAttention gets: the same projections, with the slot's attention between them."""
+"""The class of a replaced nn.MultiheadAttention: the same projections, with the slot's attention between them."""
 
 import torch
 import torch.nn.functional as F
