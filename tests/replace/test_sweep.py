@@ -1,4 +1,4 @@
-"""The sweep over every model type of transformers: nothing replaced is anything but equal, and it can tell."""
+"""The sweep over every model type of transformers: every replaced model is equal, and a wrong one is found."""
 
 import sys
 
@@ -11,7 +11,7 @@ from longvq_layers.benchmarks import architectures, architectures_check, archite
 from longvq_layers.benchmarks.architectures_check import BUG, EQUAL, NOT_BUILT, REFUSED, Verdict
 from tests.replace.models import bert, tokens
 
-LEAST_EQUAL = 303  # of 625 in transformers 5.24 without timm and torchaudio, which some need
+LEAST_EQUAL = 303  # model types of 625, in transformers 5.24 without timm and torchaudio, which some need
 
 
 def test_two_types_are_told_apart(monkeypatch, capsys, tmp_path):

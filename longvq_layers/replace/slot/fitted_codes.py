@@ -1,5 +1,7 @@
 """The codes of a swapped attention: the metric they were fitted in, their spread, and how they learn."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -19,8 +21,8 @@ class FittedCodes(KeepsFloat32, CodebookAttention):
         M = E[q qᵀ] per key-value head,  k' = k M^½,  z_j = argmin_s ‖k'_j − C'_s‖²,  C = C' M^-½,  σ_s² = E‖k' − C'_s‖²
 
     Args:
-        num_heads, num_kv_heads, head_dim, num_codes, window, local_keys, backend, device, dtype: see
-            `CodebookAttention`; there is no bias in the window.
+        num_heads, num_kv_heads, head_dim, num_codes, device, dtype, options: of `CodebookAttention`, without
+            window_bias.
 
     Buffers:
         to_metric (Hkv, D, D) = M^½, from_metric (Hkv, D, D) = M^-½, spread (Hkv, S) = σ_s² with its moving sums
@@ -41,23 +43,19 @@ class FittedCodes(KeepsFloat32, CodebookAttention):
         head_dim: int,
         *,
         num_codes: int,
-        window: int,
-        local_keys: str,
-        backend: str,
         device: torch.device | None,
         dtype: torch.dtype | None,
+        **options: Any,
     ) -> None:
         super().__init__(
             num_heads,
             num_kv_heads,
             head_dim,
             num_codes=num_codes,
-            window=window,
-            local_keys=local_keys,
             window_bias=False,
-            backend=backend,
             device=device,
             dtype=dtype,
+            **options,
         )
         identity = torch.eye(head_dim, device=device, dtype=storage_dtype(dtype)).repeat(num_kv_heads, 1, 1)
         self.register_buffer("to_metric", identity)

@@ -111,8 +111,8 @@ def _far_pairs(
         return None
     if not causal and not slot.keep_rotated(BOTH_SIDES):
         raise NotImplementedError(
-            'longvq attention: far_positions must be "rotated" for a bidirectional call, got "rectified", which needs '
-            "causal attention"
+            'longvq attention: the attention must be causal with far_positions="rectified", got a bidirectional call; '
+            'use far_positions="rotated"'
         )
     if key.shape[2] != query.shape[2]:
         raise NotImplementedError(

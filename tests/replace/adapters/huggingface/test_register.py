@@ -1,4 +1,4 @@
-"""attn_implementation="longvq": a model that has our attention from the start, trained, saved, loaded."""
+"""attn_implementation="longvq": a model that is made with it, then trained, saved and loaded."""
 
 import pytest
 import torch
@@ -108,4 +108,4 @@ def test_what_codes_cannot_do_is_refused_here_too():
     bart = BartConfig(d_model=32, encoder_attention_heads=4, decoder_attention_heads=4, vocab_size=101, **sizes)
     bart = AutoModel.from_config(bart, attn_implementation="longvq").train()
     with pytest.raises(NotImplementedError, match=r"may come from an encoder; use replace_attention"):
-        bart(tokens(), decoder_input_ids=tokens())  # of equal lengths: keys and queries alone don't tell
+        bart(tokens(), decoder_input_ids=tokens())  # equal lengths, so that the numbers of keys and queries don't tell

@@ -10,13 +10,10 @@ from torch.utils.checkpoint import checkpoint
 from longvq_layers import commitment_loss
 from longvq_layers.replace import replace_attention, restore_attention
 from longvq_layers.replace.adapters.torch_nn.attention import VQMultiheadAttention
-from tests.replace.models import encoder
+from tests.replace.models import COARSE, FINE, encoder
 from tests.tolerances import assert_close
 
-pytestmark = pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")  # of the original encoder
-
-COARSE = {"num_codes": 8, "window": 5}
-FINE = {"num_codes": 96, "window": 64}
+pytestmark = pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")  # the original encoder warns
 
 
 def causal_mask(length: int) -> torch.Tensor:
@@ -87,7 +84,7 @@ def test_an_encoder_is_never_bypassed(training, padded):
     padding = torch.zeros(2, 31, dtype=torch.bool)
     padding[1, 20:] = True
     mask = {"src_key_padding_mask": padding} if padded else {}
-    with torch.no_grad():  # the conditions under which torch takes its fast path and nested tensors
+    with torch.no_grad():  # without gradients torch uses its fast path and nested tensors
         original = model(x, **mask)
         dense = copy.deepcopy(model)
         replace_attention(model, **COARSE, calibration=[x])
@@ -165,7 +162,7 @@ def test_gradients_go_where_each_argument_comes_from(detached):
     for swapped in (False, True):
         if swapped:
             module.train()
-            replace_attention(module, num_codes=8, window=31)  # which sees everything
+            replace_attention(module, num_codes=8, window=31)  # the window sees every key
         y = x.clone().requires_grad_()
         z = 2 * y
         key = z.detach() if detached == "key and value" else z

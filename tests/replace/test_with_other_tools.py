@@ -1,4 +1,4 @@
-"""What users do with a replaced model: PEFT, Trainer, checkpointing, compilers, dtypes, several at once."""
+"""Replaced models with other tools: PEFT, Trainer, checkpointing, compilers, dtypes, several models at once."""
 
 import copy
 
@@ -8,10 +8,9 @@ from peft import LoraConfig, get_peft_model
 from transformers import Trainer, TrainingArguments
 
 from longvq_layers.replace import distill_attention, load_replaced, replace_attention, restore_attention
-from tests.replace.models import bert, gpt2, llama, output, padded, tokens
+from tests.replace.models import COARSE, bert, gpt2, llama, output, padded, tokens
 from tests.tolerances import assert_close
 
-COARSE = {"num_codes": 8, "window": 5}
 TARGETS = {"llama": ["q_proj", "k_proj", "v_proj"], "gpt2": ["c_attn"], "bert": ["query", "key", "value"]}
 BUILDERS = {"llama": llama, "gpt2": gpt2, "bert": bert}
 
@@ -20,7 +19,9 @@ def lora(model, family):
     return get_peft_model(model, LoraConfig(r=2, target_modules=TARGETS[family], init_lora_weights=False))
 
 
-@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")  # of peft about GPT-2 and transformers
+@pytest.mark.filterwarnings(
+    "ignore::UserWarning", "ignore::FutureWarning"
+)  # peft warns about GPT-2 and about transformers
 @pytest.mark.parametrize("family", TARGETS)
 @pytest.mark.parametrize("order", ["before", "after"])
 def test_lora(family, order):
@@ -49,7 +50,7 @@ def test_lora(family, order):
         assert_close(output(model, **inputs), adapted, "restored")
 
 
-@pytest.mark.filterwarnings("ignore::FutureWarning")  # its new name is unknown to older transformers
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # older transformers don't know the new name of this option
 @pytest.mark.parametrize("family", ["llama", "bert"])
 def test_gradient_checkpointing_changes_nothing(family):
     inputs, found = padded("right"), []
@@ -158,47 +159,6 @@ def test_device_moves_take_everything_along():
     assert all(x.is_meta for x in [*model.parameters(), *model.model.layers[0].self_attn.longvq.buffers()])
 
 
-@pytest.mark.parametrize("trained_length", [20, 10_000])
-def test_far_keys_count_as_in_training_at_most(trained_length):
-    """The dense definition: outside the window a query sees N far keys with the weight n / N, n those of training."""
-    torch.manual_seed(0)
-    window, length = 6, 60
-    model = llama()
-    options = {"num_codes": 256, "window": window, "variance_correction": False}
-    replace_attention(model, **options, calibration=[tokens(2, length)], trained_length=trained_length)
-    module = model.model.layers[0].self_attn
-    slot, seen = module.longvq, {}
-    q, k, v = (torch.randn(2, heads, length, 8) for heads in (4, 2, 2))
-    far_q, far_k = torch.randn(2, 4, length, 8), tokens_as_keys(slot, 2, length)
-    mask = torch.zeros(2, length, dtype=torch.bool)
-    mask[1, :9] = True
-    out = slot(q, k, v, mask, far=(far_q, far_k), causal=True, scale=0.4)
-    k, v, far_k = (x.repeat_interleave(2, dim=1) for x in (k, v, far_k))
-    distance = torch.arange(length)[:, None] - torch.arange(length)
-    seen = (~mask).cumsum(1)
-    weight = ((trained_length - window) / (seen - window).clamp(min=1)).clamp(max=1)[:, None, :, None]
-    scores = torch.where(distance < window, 0.4 * q @ k.mT, 0.4 * far_q @ far_k.mT + weight.log())
-    allowed = (distance >= 0) & ~mask[:, None, None, :]
-    expected = torch.nan_to_num(scores.masked_fill(~allowed, -torch.inf).softmax(-1)) @ v
-    assert_close(out, expected.masked_fill(mask[:, None, :, None], 0), "limit")
-
-
-def tokens_as_keys(slot, batch, length):
-    """Keys that are codewords, so that their codes are exact."""
-    codes = torch.randint(slot.num_codes, (batch, 2, length))
-    table = slot.codebook.embedding @ slot.from_metric
-    return torch.stack([table[head][codes[:, head]] for head in range(2)], dim=1)
-
-
-def test_the_trained_length_is_that_of_the_config_and_is_reported():
-    model = llama(max_position_embeddings=99)
-    report = replace_attention(model, **COARSE, calibration=[tokens()])
-    assert model.model.layers[0].self_attn.longvq.trained_length == 99
-    assert "far keys count as in 99 tokens at most" in str(report)
-    with pytest.raises(ValueError, match="trained_length must be at least 1, got 0"):
-        replace_attention(llama(), **COARSE, calibration=[tokens()], trained_length=0)
-
-
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
 @pytest.mark.parametrize("family", BUILDERS)
 @pytest.mark.parametrize("order", ["before", "after"])
@@ -215,7 +175,7 @@ def test_dynamic_int8(family, order):
 
 
 class Features(torch.nn.Module):
-    """Passes a dict on and adds to it, as sentence encoders do."""
+    """Returns its dict of inputs with more entries, as sentence encoders do."""
 
     def __init__(self):
         super().__init__()

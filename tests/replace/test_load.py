@@ -1,4 +1,4 @@
-"""load_replaced: a replaced model, saved in any way, comes back equal; what doesn't fit changes nothing."""
+"""load_replaced: a replaced model is equal after any way of saving it; a file that doesn't fit changes nothing."""
 
 import copy
 import pickle
@@ -9,9 +9,8 @@ from safetensors.torch import save_file
 from transformers import AutoConfig, BertModel, GPT2LMHeadModel, LlamaForCausalLM
 
 from longvq_layers.replace import load_replaced, replace_attention, restore_attention
-from tests.replace.models import bert, encoder, gpt2, llama, output, padded, tokens
+from tests.replace.models import COARSE, bert, encoder, gpt2, llama, output, padded, tokens
 
-COARSE = {"num_codes": 8, "window": 5}
 CLASSES = {"bert": BertModel, "gpt2": GPT2LMHeadModel, "llama": LlamaForCausalLM}
 BUILDERS = {"bert": bert, "gpt2": gpt2, "llama": llama}
 
@@ -43,7 +42,7 @@ def test_round_trip(family, way, tmp_path):
     assert torch.equal(output(fresh, **inputs), expected)
     assert len(report.replaced) == 2 and report.replaced[0].num_codes == 8 and report.replaced[0].window == 5
     report.restore()
-    assert not torch.equal(output(fresh, **inputs), untouched)  # the saved weights, with their own attention
+    assert not torch.equal(output(fresh, **inputs), untouched)  # the saved weights, with the original attention
     restore_attention(model)
     assert torch.equal(output(fresh, **inputs), output(model, **inputs))
 
@@ -53,7 +52,7 @@ def test_a_model_made_from_its_config_alone(tmp_path):
     replace_attention(model, **COARSE, calibration=[inputs])
     model.save_pretrained(tmp_path)
     config = AutoConfig.from_pretrained(tmp_path)
-    assert "longvq" not in (tmp_path / "config.json").read_text()  # others load it as the class that it is
+    assert "longvq" not in (tmp_path / "config.json").read_text()  # so that the model loads as its own class
     fresh = LlamaForCausalLM(config).eval()
     load_replaced(fresh, tmp_path)
     assert torch.equal(output(fresh, **inputs), output(model, **inputs))
@@ -101,14 +100,6 @@ def test_codes_of_other_settings_are_refused_by_load_state_dict():
     replace_attention(other_model, num_codes=8, window=6, calibration=[tokens()])
     with pytest.raises(ValueError, match="window=5, here 6"):
         other_model.load_state_dict(model.state_dict())
-
-
-def wrong(change):
-    def changed(state):
-        change(state)
-        return state
-
-    return changed
 
 
 @pytest.mark.parametrize(
@@ -166,7 +157,7 @@ def test_as_a_context_it_restores():
     with pytest.raises(ValueError, match="already"):
         report.restore()
     with replace_attention(model, **COARSE, calibration=[inputs]) as report:
-        report.restore()  # before its end is fine
+        report.restore()  # restoring before the end of the block is allowed
     with pytest.raises(KeyError), replace_attention(model, **COARSE, calibration=[inputs]):
         raise KeyError
     assert torch.equal(output(model, **inputs), expected)
@@ -175,7 +166,7 @@ def test_as_a_context_it_restores():
 
 
 def test_saved_before_any_training():
-    """Whose positions were not looked at yet."""
+    """A rotary model that was saved before a call detected its rotated columns."""
     model = llama().train()
     replace_attention(model, **COARSE, far_positions="rectified")
     fresh = other("llama").train()
@@ -213,7 +204,7 @@ def test_a_module_in_several_places(way, tmp_path):
     model, fresh, x = build(0), build(1), torch.randn(2, 40, 32)
     replace_attention(model, **COARSE, calibration=[x])
     state = model.state_dict()
-    if way == "safetensors":  # holds each tensor once, wherever it comes first or last
+    if way == "safetensors":  # the format holds each tensor once, under its first or last name
         once = {value.data_ptr(): key for key, value in state.items()}
         save_file({key: state[key].contiguous() for key in once.values()}, tmp_path / "x.safetensors")
     report = load_replaced(fresh, state if way == "state dict" else tmp_path / "x.safetensors")

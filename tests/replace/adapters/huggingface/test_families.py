@@ -1,4 +1,4 @@
-"""The families that people use, each through its real class: equal to the original, to the definition, and put back."""
+"""Model families in use, each with its real class: equal to the original, equal to the definition, and restored."""
 
 import copy
 import math
@@ -9,25 +9,32 @@ from torch import Tensor, nn
 
 from longvq_layers import commitment_loss
 from longvq_layers.replace import replace_attention
-from tests.replace.family_models import DECODERS, FAMILIES, LENGTH, ROTARY, Family, bart, bart_inputs, t5
-from tests.replace.models import output, tokens
+from tests.replace.adapters.huggingface.families import (
+    DECODERS,
+    FAMILIES,
+    LENGTH,
+    ROTARY,
+    Family,
+    bart,
+    bart_inputs,
+    t5,
+)
+from tests.replace.models import COARSE, output, tokens
 from tests.tolerances import assert_close
 
-ALL_KEYS = 2 * LENGTH + 22  # a code for each key of both rows
+ALL_KEYS = 2 * LENGTH + 22  # one code per key of both rows
 WIDE = LENGTH + 40  # no pair is outside the window
 FINE = {"many codes": {"num_codes": ALL_KEYS, "window": 5}, "wide window": {"num_codes": 4, "window": WIDE}}
-COARSE = {"num_codes": 8, "window": 5}  # far from the original, so that a mistake shows
-
-# Rotary models take part once with each meaning of a far key.
+# Rotary models run once with each kind of far positions.
 POSITIONS = {name: ("rectified", "rotated") if name in ROTARY else ("auto",) for name in FAMILIES}
 BOTH = [(name, positions) for name in FAMILIES for positions in POSITIONS[name]]
 both = pytest.mark.parametrize(("name", "positions"), BOTH, ids=[f"{name}-{positions}" for name, positions in BOTH])
-# Without their positions far keys are not those of the original: test_rectified_positions_are_what_they_are_said_to_be.
+# Rectified far pairs differ from the original: see test_rectified_positions_are_those_of_the_definition.
 EXACT = [(*one, way) for one in BOTH for way in FINE if (one[1], way) != ("rectified", "many codes")]
 
 
 @pytest.mark.parametrize(("name", "positions", "way"), EXACT, ids=["-".join(one) for one in EXACT])
-def test_with_every_key_known_it_is_the_original(name, positions, way):
+def test_with_one_code_per_key_it_is_the_original(name, positions, way):
     family = FAMILIES[name]
     model, inputs = family.build(), family.inputs()
     expected = output(model, **inputs)
@@ -51,28 +58,29 @@ def test_equals_the_dense_definition(name, positions):
         report.restore()
     assert_close(outputs["torch"], outputs["reference"], "torch")
     assert_close(outputs["auto"], outputs["reference"], "auto")
-    assert (outputs["torch"] - family.real(expected)).abs().max() > 1e-3  # and it is not simply the original
+    assert (outputs["torch"] - family.real(expected)).abs().max() > 1e-3  # the codes change the output
 
 
 @pytest.mark.parametrize("name", ROTARY)
-def test_rectified_positions_are_what_they_are_said_to_be(name):
+def test_rectified_positions_are_those_of_the_definition(name):
     model, ids = ROTARY[name].build(), tokens(length=LENGTH)
     expected = _with_clamped_positions(model, ids, window=7)
     reports = []
-    for layer in (".0.", ".1."):  # one after the other: codes are fitted to keys behind what is replaced already
+    # One by one: the codes of the second layer are fitted to keys after the replaced first layer.
+    for layer in (".0.", ".1."):
         options = {"num_codes": ALL_KEYS, "window": 7, "variance_correction": False, "calibration": [ids]}
         choice = {"filter_fn": lambda module, name, layer=layer: layer in name}
         reports.append(replace_attention(model, **options, **choice, far_positions="rectified"))
     assert_close(output(model, ids), expected, name)
     how = [report.replaced[0].far_positions for report in reports]
-    assert how[0] == "rectified" and (how[1] == "rectified" or name == "smollm3")  # the one without positions
+    assert how[0] == "rectified" and (how[1] == "rectified" or name == "smollm3")  # its second layer has no positions
     for report in reports[::-1]:
         report.restore()
     assert (output(model, ids) - expected).abs().max() > 1e-3
 
 
 def _with_clamped_positions(model: nn.Module, ids: Tensor, window: int) -> Tensor:
-    """Logits of the model with dense attention as it is defined for clamped positions, written down anew."""
+    """Logits of the model with a second implementation of dense attention with clamped positions."""
     from transformers import AttentionInterface
 
     AttentionInterface.register("clamped_for_tests", lambda module, *args, **kwargs: attend(module, *args, **kwargs))
@@ -102,7 +110,7 @@ def _with_clamped_positions(model: nn.Module, ids: Tensor, window: int) -> Tenso
 
 
 @both
-def test_gradients_reach_what_they_reached(name, positions):
+def test_gradients_reach_the_same_parameters_as_before(name, positions):
     family = FAMILIES[name]
     model, inputs = family.build().train(), family.inputs()
     family.real(model(**inputs)[0]).square().mean().backward()
@@ -140,7 +148,7 @@ def test_generation_with_a_cache_is_the_full_forward(name, positions):
 @pytest.mark.parametrize("chosen", ["strict=False", "filter_fn"])
 def test_bart_keeps_its_cross_attention(chosen):
     model, inputs = bart(), bart_inputs()
-    real = slice(None)  # padding is on the side of the encoder only
+    real = slice(None)  # only the encoder's inputs are padded
     expected = output(model, **inputs)
     choice = {"strict": False} if chosen == "strict=False" else {"filter_fn": lambda module, name: "self_attn" in name}
     for options in FINE.values():

@@ -1,16 +1,22 @@
-"""generate() of replaced models: the same tokens as the full forward every time, with a cache of constant size."""
+"""Caches of replaced models: generation gives the tokens of the full forward, with a cache of constant size."""
 
 import copy
 import threading
 
 import pytest
 import torch
-from transformers import BartConfig, BartForConditionalGeneration, DynamicCache, EncoderDecoderCache
+from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
+    DynamicCache,
+    EncoderDecoderCache,
+)
 
 from longvq_layers.models.huggingface.cache_name import NAME
 from longvq_layers.replace import replace_attention, restore_attention
 from longvq_layers.replace.adapters.huggingface.cache import VQCacheLayer
-from tests.replace.models import gpt2, llama, output, tokens
+from tests.replace.adapters.huggingface.unusual_models import diffllama, gemma3n
+from tests.replace.models import COARSE, gpt2, llama, output, tokens
 from tests.tolerances import assert_close
 
 KINDS = {
@@ -114,7 +120,7 @@ def test_gaps_are_as_if_they_were_not_there(kind):
     mask[0, 20:26] = mask[1, :3] = mask[1, 30:31] = 0
     inputs = {"attention_mask": mask, "position_ids": (mask.cumsum(-1) - 1).clamp(min=0)}
     whole = output(model, ids, use_cache=False, **inputs)
-    assert torch.equal(output(model, ids, **inputs)[mask.bool()], whole[mask.bool()])  # the default makes a cache
+    assert torch.equal(output(model, ids, **inputs)[mask.bool()], whole[mask.bool()])
     for row in range(2):
         real = mask[row].bool()
         assert_close(whole[row, real], output(model, ids[row : row + 1, real], use_cache=False)[0], f"row {row}")
@@ -131,7 +137,7 @@ def test_the_first_token_alone_of_an_eager_model(kind):
         model, num_codes=8, window=5, calibration=[tokens(4, 60)], filter_fn=lambda m, name: ".1." in name
     )
     whole, cache = output(model, ids, use_cache=False), DynamicCache(config=model.config)
-    with torch.no_grad():  # of one token transformers makes no mask
+    with torch.no_grad():  # transformers makes no mask for one token
         pieces = [model(piece, **{NAME: cache}).logits for piece in (ids[:, :1], ids[:, 1:2], ids[:, 2:])]
     assert_close(torch.cat(pieces, 1), whole, "pieces")
 
@@ -146,7 +152,7 @@ def test_rows_of_a_cache_take_their_padding_along():
         with pytest.raises(NotImplementedError, match="each where it was"):
             model(ids[:, :1], attention_mask=more, **{NAME: cache})
         model(ids[:, :1], attention_mask=more[rows], **{NAME: cache})
-    assert [layer.positions for layer in cache.layers] == [24, 24]  # a call that raised read nothing
+    assert [layer.positions for layer in cache.layers] == [24, 24]  # the call that raised added nothing
 
 
 def test_without_padding_nothing_is_kept_of_it():
@@ -165,7 +171,7 @@ def all_visible(shape, dtype):
 @pytest.mark.parametrize("shape", [(2, 1, 1, 30), (2, 1, 30, 30), (1, 1, 30, 30)])
 @pytest.mark.parametrize("dtype", [torch.bool, torch.float])
 def test_a_bidirectional_call_is_what_it_is_with_a_cache_too(attention, shape, dtype):
-    """As decoders are used that make embeddings; such a call can't be gone on from."""
+    """Decoders that make embeddings are called like this; no later call can continue from it."""
     ids, mask = tokens(2, 30), all_visible(shape, dtype)
     for build, positions in ((gpt2, "auto"), (llama, "rotated")):
         model = build()
@@ -237,13 +243,13 @@ def test_a_cache_that_was_filled_before_the_replacement():
     with torch.no_grad():
         model(ids[:, :40], **{NAME: cache})
         replace_attention(model, num_codes=96, window=5, calibration=[ids])
-        second = model(ids[:, 40:], **{NAME: cache}).logits  # the keys are all there: as exact as ever
+        second = model(ids[:, 40:], **{NAME: cache}).logits  # the cache holds all keys, so this is exact
     assert_close(second, output(model, ids)[:, 40:], "filled before")
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "rectified"])
 def test_gradients_with_a_cache(kind):
-    """The default of many models makes a cache in training too; it must not stand between loss and parameters."""
+    """Many models make a cache in training too; it must not cut the gradient of the parameters."""
     model, ids = replaced(kind), tokens()
     expected = model(ids, labels=ids, use_cache=False).loss
     loss = model(ids, labels=ids, use_cache=True).loss
@@ -316,9 +322,30 @@ def test_a_mask_that_hides_the_past_later_is_refused(kind):
         for hidden, said in ((longer.clone(), r"\[20, "), (longer.clone(), r"\[24, 21, "), (None, "all tokens")):
             if said == r"\[20, ":
                 hidden[0, 5:9] = 0
-            elif hidden is not None:  # as many, but another one
+            elif hidden is not None:  # as many hidden tokens, but another one
                 hidden[1, 0], hidden[1, 7] = 1, 0
             with pytest.raises(
                 NotImplementedError, match=rf"attention_mask must show the .*, got {said}.*can't hide or show one later"
             ):
                 model(ids[:, :1], attention_mask=hidden, **{NAME: cache})
+
+
+@pytest.mark.parametrize("build", [lambda: gemma3n(shared=2), diffllama], ids=["shared keys", "attends twice"])
+def test_keys_that_are_needed_stay_in_the_cache(build):
+    model, ids = build(), tokens()
+    report = replace_attention(model, **COARSE, calibration=[ids], strict=False)
+    assert [layer.far_positions for layer in report.replaced] == ["rotated"] * 2
+    whole = output(model, ids)
+    with torch.no_grad():
+        first = model(ids[:, :20], use_cache=True)
+        second = model(ids[:, 20:], **{NAME: first[NAME]}, use_cache=True)
+    assert_close(second[0], whole[:, 20:], "in two pieces")
+
+
+def test_a_cache_of_sums_has_no_keys_to_look_at():
+    model, cache = gpt2(), DynamicCache()
+    replace_attention(model, **COARSE, calibration=[tokens()])
+    output(model, tokens(), **{NAME: cache}, use_cache=True)
+    for name in ("keys", "values"):
+        with pytest.raises(NotImplementedError, match="looks for keys in its cache"):
+            getattr(cache.layers[0], name)

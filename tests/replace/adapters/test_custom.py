@@ -1,4 +1,4 @@
-"""register_adapter: attention modules of other people's classes."""
+"""register_adapter: attention modules of the user's own classes."""
 
 import contextlib
 import copy
@@ -13,9 +13,11 @@ from longvq_layers.replace import load_replaced, register_adapter, replace_atten
 from longvq_layers.replace.adapters.custom import registry
 from tests.tolerances import assert_close
 
+X, LENGTHS = torch.randn(2, 40, 24, generator=torch.Generator().manual_seed(0)), torch.tensor([40, 25])
+
 
 class OwnAttention(nn.Module):
-    """Grouped queries, a scale of its own, and padding as lengths."""
+    """Attention with grouped queries, its own scale, and padding given as lengths."""
 
     def __init__(self, causal=True):
         super().__init__()
@@ -74,9 +76,6 @@ def registered(monkeypatch):
     register_adapter(OwnAttention, adapter, sizes=lambda module: (4, 2, 6))
 
 
-X, LENGTHS = torch.randn(2, 40, 24, generator=torch.Generator().manual_seed(0)), torch.tensor([40, 25])
-
-
 @pytest.mark.parametrize("kind", [OwnAttention, Inherits])
 @pytest.mark.parametrize("causal", [False, True])
 def test_equal_with_a_code_per_key_and_to_the_definition(kind, causal):
@@ -111,7 +110,7 @@ def test_copies_pickles_and_saved_states(kind):
 
 
 class ByLength(OwnAttention):
-    """Length first, as older modules have it, and something else after the output."""
+    """The length comes first, as in older modules, and the output is the first of two values."""
 
     def forward(self, x, lengths=None):
         return super().forward(x, lengths).transpose(0, 1), None
@@ -122,7 +121,7 @@ def by_length(module, attend, x, lengths=None):
 
 
 def wrongly(change):
-    """An adapter whose q, k, v and options `change` has been at."""
+    """The adapter with some arguments of `attend` changed by `change`."""
 
     def wrong(module, attend, x, lengths=None):
         padding = None if lengths is None else torch.arange(x.shape[1]) >= lengths[:, None]
@@ -144,7 +143,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize(
-    ("causal", "wrong"),  # nothing sees the padding behind a causal sequence
+    ("causal", "wrong"),  # in causal attention no token sees the padding after it
     [(causal, wrong) for causal in (False, True) for wrong in WRONG if not (causal and wrong == "padding")],
 )
 def test_an_adapter_that_does_something_else_raises(causal, wrong):
@@ -160,7 +159,7 @@ def test_an_adapter_that_does_something_else_raises(causal, wrong):
     replace_attention(model, num_codes=6, window=4, calibration=[(X, LENGTHS)])
 
 
-def test_outputs_are_compared_whatever_their_layout():
+def test_outputs_of_every_layout_are_compared():
     register_adapter(ByLength, by_length)
     for dtype in (torch.float64, torch.float32, torch.bfloat16):
         module, x = ByLength().eval().to(dtype), X.to(dtype)
@@ -190,7 +189,7 @@ def test_outputs_that_differ(wrong, message):
 
 
 class Block(OwnAttention):
-    """A block before whose attention stands a norm, with its residual: most of its output isn't attention."""
+    """A block with a norm before its attention and a residual, so that most of its output isn't attention."""
 
     def forward(self, x, lengths=None):
         return x + super().forward(nn.functional.layer_norm(x, x.shape[-1:]), lengths)
@@ -208,13 +207,13 @@ def test_a_residual_hides_nothing(size, wrong):
         replace_attention(Block().eval(), num_codes=6, window=4, calibration=[size * X])
 
 
-def test_the_newer_way_to_set_precision(monkeypatch):
+def test_precision_set_in_the_newer_way_is_accepted(monkeypatch):
     monkeypatch.setattr(torch.backends, "fp32_precision", "tf32")
     replace_attention(Model().eval(), num_codes=6, window=4, calibration=[X])
 
 
 class Three(OwnAttention):
-    """Wants its queries, keys and values to be one tensor."""
+    """Attention that needs queries, keys and values to be one tensor."""
 
     def forward(self, q, k, v):
         assert q is k and k is v
@@ -235,7 +234,7 @@ def test_one_tensor_given_three_times_stays_one():
 
 
 class Odd(OwnAttention):
-    """Does to its input and returns what it likes."""
+    """Attention that changes its input or returns its output in an unusual way."""
 
     def __init__(self, way):
         super().__init__()
@@ -264,7 +263,7 @@ def test_odd_modules_with_right_and_wrong_adapters(way, factor):
         return {"flat": out.flatten(0, 1), "second": (None, out), "first axis": out.transpose(0, 1)}.get(way, out)
 
     register_adapter(Odd, odd)
-    x, lengths = torch.randn(16, 16, 24), torch.arange(1, 17)  # as many rows as positions
+    x, lengths = torch.randn(16, 16, 24), torch.arange(1, 17)  # as many sequences as positions
     differs = pytest.raises(ValueError, match=r"got an output that differs by 0\.09")
     with differs if factor > 1 and way != "random" else contextlib.nullcontext():
         replace_attention(Odd(way).eval(), num_codes=6, window=4, calibration=[(x, lengths)])
@@ -305,7 +304,7 @@ def test_what_an_adapter_passes_is_checked(change, error, message):
 
 
 @pytest.mark.parametrize("sizes", [None, (4, 2), (4, 2, 6.0), (4, 0, 6)])
-def test_wrong_sizes(sizes):
+def test_sizes_of_the_wrong_form_are_refused(sizes):
     register_adapter(OwnAttention, adapter, sizes=lambda module: sizes)
     with pytest.raises(
         ValueError, match=r"register_adapter: sizes must return \(H, Hkv, D\), .* got .* for a OwnAttention"
@@ -343,7 +342,7 @@ def test_a_class_unknown_in_this_process_says_so(monkeypatch):
         ((OwnAttention, None), "adapter"),
     ],
 )
-def test_wrong_arguments(arguments, message):
+def test_arguments_of_the_wrong_type_are_refused(arguments, message):
     with pytest.raises(TypeError, match=f"register_adapter: {message} must be .*, got"):
         register_adapter(*arguments)
     with pytest.raises(TypeError, match="register_adapter: sizes must be a callable or None, got int"):
@@ -356,6 +355,6 @@ def test_wrong_arguments(arguments, message):
 def test_a_forward_of_the_object_itself_would_bypass_the_codes(model):
     model = model().eval()
     module = next(module for module in model.modules() if isinstance(module, OwnAttention | nn.MultiheadAttention))
-    module.forward = module.forward  # as hooks of accelerate do it
+    module.forward = module.forward  # as accelerate's hooks do
     with pytest.raises(NotImplementedError, match="its forward was replaced on the module itself"):
         replace_attention(model, calibration=[X])

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from tests.replace.models import TOKENS, VOCABULARY, padded, tokens
 
-LENGTH = 37  # of token sequences; those of images and sounds are about as long
-_WIDE = 0.3  # initial weights that give attention something to choose between
+LENGTH = 37  # of token sequences; images and sounds give about as many positions
+_WIDE = 0.3  # initial weights large enough that attention differs between keys
 _PLAIN = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
 _TEXT = {**_PLAIN, "vocab_size": VOCABULARY, "initializer_range": _WIDE, "max_position_embeddings": 256}
 _NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
@@ -22,14 +22,14 @@ _GROUPED = {**_TEXT, **TOKENS, "num_key_value_heads": 2, "head_dim": 8}
 
 @dataclass(frozen=True)
 class Family:
-    """How to build a model of one family, and what it takes and gives."""
+    """How to build a model of one family, and its inputs."""
 
-    model: str  # class
-    config: str  # class of its config
-    options: dict  # of its config
+    model: str  # the class of the model
+    config: str  # the class of its config
+    options: dict  # of the config
     inputs: Callable[[], dict[str, Tensor]]
     rotary: bool = False
-    part: str = ""  # the submodule that is meant, default all of it
+    part: str = ""  # the submodule to use, default the whole model
 
     def build(self, **changes) -> nn.Module:
         """The model, in eval mode; random weights of a fixed seed."""
@@ -38,7 +38,7 @@ class Family:
         return getattr(transformers, self.model)(config).eval().get_submodule(self.part)
 
     def real(self, output: Tensor) -> Tensor:
-        """The rows (B, L, C) -> (N, C) of the output that belong to no padding."""
+        """The rows (B, L, C) -> (N, C) of the output that are not padding."""
         mask = self.inputs().get("attention_mask")
         return output.flatten(0, 1) if mask is None else output[mask.bool()]
 
@@ -70,10 +70,9 @@ _WHISPER = {"d_model": 32, "encoder_layers": 2, "encoder_attention_heads": 4, "e
 _WHISPER |= {"decoder_layers": 1, "decoder_attention_heads": 4, "decoder_ffn_dim": 48, "num_mel_bins": 8}
 _WHISPER |= {"max_source_positions": LENGTH, "vocab_size": VOCABULARY, "init_std": _WIDE, "dropout": 0.0, **TOKENS}
 _FULL = {"layer_types": ["full_attention"] * 2}
-
 ENCODERS = {
     "bert": Family("BertModel", "BertConfig", {**_TEXT, **_NO_DROPOUT}, _padded),
-    # The ratios of all-MiniLM-L6: heads of 32 columns, four times the width inside, more layers.
+    # The proportions of all-MiniLM-L6: head_dim 32, a feed-forward of four times the width, more layers.
     "minilm": Family(
         "BertModel",
         "BertConfig",
@@ -145,7 +144,7 @@ FAMILIES = {**ENCODERS, **DECODERS}
 
 
 def bart() -> nn.Module:
-    """Two self-attentions of two kinds and a cross-attention; with it `bart_inputs`."""
+    """An encoder and a decoder with cross-attention, one layer each; takes `bart_inputs`."""
     sizes = {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 4}
     sizes |= {"decoder_attention_heads": 4, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "vocab_size": VOCABULARY}
     sizes |= {"max_position_embeddings": 128, "init_std": _WIDE, "dropout": 0.0, "decoder_start_token_id": 1}

@@ -1,4 +1,4 @@
-"""balance_codes: codes go where they help most, and no more of them are used."""
+"""balance_codes: layers get codes where these help most, and the total stays the same."""
 
 import pytest
 import torch
@@ -39,7 +39,7 @@ def test_equal_layers_share_equally_and_bad_ones_get_more():
     assert few < 64 < many and few + many == 128
 
 
-def test_the_fall_of_an_error_is_read_from_keys():
+def test_the_exponent_of_an_error_is_measured_on_keys():
     generator = torch.Generator().manual_seed(0)
     line, cube = torch.rand(1, 4000, 1), torch.rand(1, 4000, 3)  # squared errors fall as S^-2/D
     assert error_exponent(line, 64, generator) == pytest.approx(2.0, abs=0.3)
@@ -49,7 +49,7 @@ def test_the_fall_of_an_error_is_read_from_keys():
 
 def test_a_model_with_layers_of_different_codes():
     model, ids = bert(), tokens(4, 60)
-    model.encoder.layer[0].attention.self.key.weight.data.zero_()  # all of its keys are one: nothing to lose
+    model.encoder.layer[0].attention.self.key.weight.data.zero_()  # all of its keys are equal, so codes lose nothing
     report = replace_attention(model, num_codes=16, window=2, calibration=[ids], balance_codes=True)
     few, many = (layer.num_codes for layer in report.replaced)
     assert (few, many) == (4, 28)
@@ -60,7 +60,7 @@ def test_a_model_with_layers_of_different_codes():
     assert torch.equal(output(fresh, ids), output(model, ids))
 
 
-def test_it_needs_calibration():
+def test_balanced_codes_need_calibration():
     with pytest.raises(ValueError, match="balance_codes must be False without calibration, got True"):
         replace_attention(bert().train(), balance_codes=True)
     with pytest.raises(TypeError, match="balance_codes must be a bool, got 1"):
