@@ -19,7 +19,7 @@ from torch import Tensor
 
 from longvq_layers.benchmarks import results
 from longvq_layers.replace import distill_attention, replace_attention
-from longvq_layers.replace.slot import recorder as recording
+from longvq_layers.replace.calibration import recorder as recording
 from longvq_layers.replace.slot.swapped import SwappedAttention
 
 # Each name stands for itself and those before it: metric of the queries, correction by the variance of a code, gain on

@@ -9,12 +9,12 @@ from torch import nn
 
 from longvq_layers.replace.adapters.base import Record
 from longvq_layers.replace.calibration import code_budget
+from longvq_layers.replace.calibration import recorder as recording
+from longvq_layers.replace.calibration.recorder import ForwardRefused, Recorder
 from longvq_layers.replace.install import install, make_slot, undo
 from longvq_layers.replace.model_inputs import ModelInputs, run_in_eval
 from longvq_layers.replace.plan import SwapPlan
 from longvq_layers.replace.select import cannot_replace, nothing_left, shorten
-from longvq_layers.replace.slot import recorder as recording
-from longvq_layers.replace.slot.recorder import ForwardRefused, Recorder
 from longvq_layers.replace.slot.swapped import SwappedAttention
 
 _KEYS_PER_CODE = 10  # with fewer the codes fit the calibration data better than later inputs

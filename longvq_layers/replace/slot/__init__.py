@@ -1,1 +1,1 @@
-"""What stands in the slot of an attention module: the swapped attention, or what records it in calibration."""
+"""The slot of an attention module: its interface, and the swapped attention that fills it."""

@@ -8,9 +8,9 @@ from torch import nn
 
 from longvq_layers import commitment_loss
 from longvq_layers.replace import replace_attention
+from longvq_layers.replace.calibration import recorder as recording
+from longvq_layers.replace.calibration.recorder import Recorder
 from longvq_layers.replace.distill.api import distill_attention
-from longvq_layers.replace.slot import recorder as recording
-from longvq_layers.replace.slot.recorder import Recorder
 from longvq_layers.replace.slot.swapped import SwappedAttention
 from tests.replace.models import COARSE, FAMILIES, bert, encoder, output, snapshot, tokens
 

@@ -6,12 +6,12 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from longvq_layers.replace.calibration.candidate_errors import CandidateErrors
+from longvq_layers.replace.calibration.key_importance import attention_received
 from longvq_layers.replace.slot.attention_slot import AttentionSlot, OriginalAttention
-from longvq_layers.replace.slot.candidate_errors import CandidateErrors
 from longvq_layers.replace.slot.clamped_rotary import ClampedRotary
 from longvq_layers.replace.slot.context import FarQueryKey
 from longvq_layers.replace.slot.full_attention import full_attention
-from longvq_layers.replace.slot.key_importance import attention_received
 from longvq_layers.replace.slot.swapped import SwappedAttention
 
 KEYS_PER_HEAD = 20_480  # kept per layer and head for k-means; more keys only cost time and memory

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from longvq_layers.replace.slot import key_importance
-from longvq_layers.replace.slot.key_importance import attention_received
+from longvq_layers.replace.calibration import key_importance
+from longvq_layers.replace.calibration.key_importance import attention_received
 
 
 def inputs(length: int = 37) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

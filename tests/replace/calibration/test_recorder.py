@@ -2,7 +2,7 @@
 
 import torch
 
-from longvq_layers.replace.slot.recorder import Recorder
+from longvq_layers.replace.calibration.recorder import Recorder
 
 
 def test_calibration_samples_when_there_are_many_keys(monkeypatch):
