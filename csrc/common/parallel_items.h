@@ -1,4 +1,4 @@
-// Work shared out among threads so that results do not depend on how many there are.
+// Work items for all threads, with results that do not depend on the number of threads.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -8,10 +8,10 @@
 
 namespace longvq {
 
-// call(item, scratch) for items 0 .. items: threads take the next one when they are free, each with a scratch of its
-// own made by `setup`. What an item computes must not depend on who does it, nor on the scratch's past.
+// Runs call(item, scratch) for each item < items. A free thread takes the next item. Each thread has a scratch of its
+// own, made by setup(); the results of an item must not depend on the thread or on earlier contents of the scratch.
 template <typename Setup, typename Call>
-void share_out(int64_t items, const Setup& setup, const Call& call) {
+void parallel_items(int64_t items, const Setup& setup, const Call& call) {
   std::atomic<int64_t> next{0};
   torch::stable::parallel_for(0, items, 1, [&](int64_t, int64_t) {
     int64_t item = next.fetch_add(1);

@@ -16,9 +16,6 @@ _NAMESPACE = {
     "native": torch.ops.longvq.vq_attention_step.default,
     "torch": torch.ops.longvq_torch.vq_attention_step.default,
 }
-# From this number of tokens on, calls pass the codes: the compiled kernel then works in blocks, which need them. For
-# fewer tokens it finds the codes itself, from the products that the scores need anyway.
-_MIN_BLOCK_TOKENS = 16
 
 
 def vq_attention_step(
@@ -105,8 +102,7 @@ def vq_attention_step(
         refuse_forward_mode(op, q, k, v, bias, far_q, far_k)
 
     precise = state.far_sums.dtype
-    if codes is None and (chosen != "native" or q.shape[2] >= _MIN_BLOCK_TOKENS):
-        # vq_assign chooses its own backend for "auto"; a backend that the user named serves both operators.
+    if codes is None and chosen != "native":  # the compiled kernel finds the codes itself
         codes = vq.vq_assign((k if far_k is None else far_k).to(precise), codebook, backend=backend)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     bias = None if bias is None else bias.detach().to(precise)

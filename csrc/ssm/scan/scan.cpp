@@ -185,7 +185,7 @@ struct Partition {
   template <typename Call>
   void run(int64_t scratch_bytes, const Call& call) const {
     const auto setup = [&] { return aligned_array<char>(scratch_bytes); };
-    share_out(lines * blocks, setup, [&](int64_t item, const AlignedArray<char>& scratch) {
+    parallel_items(lines * blocks, setup, [&](int64_t item, const AlignedArray<char>& scratch) {
       const int64_t block = item % blocks, first_row = block * rows_per_block;
       call(item / blocks * line, first_row, std::min(rows_per_block, rows - first_row), block, scratch.get());
     });

@@ -1,6 +1,6 @@
 #include <torch/csrc/stable/ops.h>
-#include <torch/headeronly/util/Exception.h>
 
+#include "../../common/check_tensor.h"
 #include "attention.h"
 #include "backward_ranges.h"
 #include "parallel_heads.h"
@@ -10,44 +10,39 @@ namespace {
 
 using torch::headeronly::ScalarType;
 
-void check_result(const Problem& p, const Tensor& x, const char* name) {
-  STD_TORCH_CHECK(
-      x.is_cpu() && x.dim() == 4 && x.size(0) == p.batch && x.size(1) == p.heads && x.size(2) == p.length &&
-          x.size(3) == p.values && x.scalar_type() == p.v.scalar_type(),
-      "vq_attention_backward: ", name, " must be (B, H, L, E) with the dtype of v");
-}
+constexpr const char* kOp = "vq_attention_backward";
 
-// Gradients of the biases of each document and key-value head, by query head of the group.
+// Gradients of the bias from each document and key-value head, by query head of the group.
 using BiasGradients = std::vector<std::vector<std::vector<double>>>;
 
-void run(const Problem& p, const GradientTensors& tensors, BiasGradients& d_bias) {
-  const Codebooks codebooks(p, true);
-  work_through(
-      p, [&](int64_t length) { return GradientParts::parts_of(p, length); },
+void run(const AttentionCall& call, const BackwardTensors& tensors, BiasGradients& d_bias) {
+  const Codebooks codebooks(call, true);
+  for_each_work_item(
+      call, [&](int64_t length) { return BackwardRanges::count_ranges(call, length); },
       [&](const Document& document, int64_t kv_head) {
-        return std::make_unique<GradientParts>(p, codebooks, tensors, document, kv_head);
+        return std::make_unique<BackwardRanges>(call, codebooks, tensors, document, kv_head);
       },
-      [&] { return GradientScratch(p); },
-      [](GradientParts& parts, int64_t part, GradientScratch& scratch) { parts.run(part, scratch); },
-      [&](int64_t pair, GradientParts& parts) { d_bias[pair] = parts.join(); });
+      [&] { return BackwardScratch(call); },
+      [](BackwardRanges& ranges, int64_t range, BackwardScratch& scratch) { ranges.run(range, scratch); },
+      [&](int64_t pair, BackwardRanges& ranges) { d_bias[pair] = ranges.join(); });
 }
 
-Tensor bias_gradient(const Problem& p, const BiasGradients& d_bias) {
-  if (!p.bias.has_value()) {
-    return torch::stable::new_empty(p.q, {0}, p.q.scalar_type());
+Tensor bias_gradient(const AttentionCall& call, const BiasGradients& d_bias) {
+  if (!call.bias.has_value()) {
+    return torch::stable::new_empty(call.q, {0}, call.q.scalar_type());
   }
-  const int64_t columns = p.bias->size(1);
-  std::vector<double> sums(p.heads * columns, 0.0);
+  const int64_t columns = call.bias->size(1);
+  std::vector<double> sums(call.heads * columns, 0.0);
   for (int64_t item = 0; item < static_cast<int64_t>(d_bias.size()); ++item) {
     for (int64_t g = 0; g < static_cast<int64_t>(d_bias[item].size()); ++g) {
-      const std::vector<double>& of = d_bias[item][g];
-      const int64_t head = item % p.kv_heads * p.group + g;
-      for (int64_t i = 0; i < p.bias_columns(); ++i) {
-        sums[head * columns + bias_column(p, i)] += of[i];
+      const std::vector<double>& d_bias_of_head = d_bias[item][g];
+      const int64_t head = item % call.kv_heads * call.group + g;
+      for (int64_t i = 0; i < call.bias_columns(); ++i) {
+        sums[head * columns + bias_column(call, i)] += d_bias_of_head[i];
       }
     }
   }
-  Tensor result = torch::stable::new_empty(*p.bias, {p.heads, columns}, ScalarType::Float);
+  Tensor result = torch::stable::new_empty(*call.bias, {call.heads, columns}, ScalarType::Float);
   std::copy(sums.begin(), sums.end(), static_cast<float*>(result.mutable_data_ptr()));
   return result;
 }
@@ -57,28 +52,28 @@ Tensor bias_gradient(const Problem& p, const BiasGradients& d_bias) {
 AttentionGradientTensors vq_attention_backward_cpu(
     const Tensor& grad, const Tensor& out, const Tensor& normalizers, const AttentionInputs& inputs,
     const AttentionOptions& options) {
-  const Problem p(inputs, options);
-  check_result(p, grad, "grad");
-  check_result(p, out, "out");
-  STD_TORCH_CHECK(
-      normalizers.is_cpu() && normalizers.dim() == 4 && normalizers.size(0) == p.batch &&
-          normalizers.size(1) == p.heads && normalizers.size(2) == p.length && normalizers.size(3) == 2 &&
-          normalizers.scalar_type() == ScalarType::Float,
-      "vq_attention_backward: normalizers must be (B, H, L, 2), float32");
+  const AttentionCall call(inputs, options);
+  for (const auto& [name, x] : {std::pair{"grad", &grad}, std::pair{"out", &out}}) {
+    const ScalarType dtype = call.v.scalar_type();
+    check_tensor(kOp, name, *x, dtype, "(B, H, L, E)", {call.batch, call.heads, call.length, call.value_dim});
+  }
+  check_tensor(
+      kOp, "normalizers", normalizers, ScalarType::Float, "(B, H, L, 2)", {call.batch, call.heads, call.length, 2});
   const auto empty = [&](int64_t heads, int64_t columns) {
-    return torch::stable::new_empty(p.q, {p.batch, heads, p.length, columns}, p.q.scalar_type());
+    return torch::stable::new_empty(call.q, {call.batch, heads, call.length, columns}, call.q.scalar_type());
   };
-  const auto absent = [&] { return torch::stable::new_empty(p.q, {0}, p.q.scalar_type()); };
-  Tensor dq = empty(p.heads, p.near_depth), dk = empty(p.kv_heads, p.near_depth), dv = empty(p.kv_heads, p.values);
-  Tensor dfar_q = p.has_far_q ? empty(p.heads, p.far_depth) : absent();
-  Tensor dfar_k = p.has_far_q ? empty(p.kv_heads, p.far_depth) : absent();
-  BiasGradients d_bias(p.pairs());
-  if (p.empty()) {
-    for (Tensor* gradient : {&dk, &dv, &dfar_k}) {  // there may be keys without a head of queries
+  const auto absent = [&] { return torch::stable::new_empty(call.q, {0}, call.q.scalar_type()); };
+  Tensor dq = empty(call.heads, call.head_dim), dk = empty(call.kv_heads, call.head_dim),
+         dv = empty(call.kv_heads, call.value_dim);
+  Tensor dfar_q = call.has_far_q ? empty(call.heads, call.far_head_dim) : absent();
+  Tensor dfar_k = call.has_far_q ? empty(call.kv_heads, call.far_head_dim) : absent();
+  BiasGradients d_bias(call.pairs());
+  if (call.empty()) {
+    for (Tensor* gradient : {&dk, &dv, &dfar_k}) {  // there may be keys without query heads
       torch::stable::zero_(*gradient);
     }
   } else {
-    const GradientTensors tensors{
+    const BackwardTensors tensors{
         grad,
         out,
         normalizers,
@@ -87,9 +82,9 @@ AttentionGradientTensors vq_attention_backward_cpu(
         dv.mutable_data_ptr(),
         dfar_q.mutable_data_ptr(),
         dfar_k.mutable_data_ptr()};
-    run(p, tensors, d_bias);
+    run(call, tensors, d_bias);
   }
-  return {dq, dk, dv, bias_gradient(p, d_bias), dfar_q, dfar_k};
+  return {dq, dk, dv, bias_gradient(call, d_bias), dfar_q, dfar_k};
 }
 
 }  // namespace longvq

@@ -1,4 +1,4 @@
-// Sums over the keys that a block of queries sees only through their codes.
+// The far field: sums over the keys that a block of queries attends to only through their codes.
 #pragma once
 
 #include <algorithm>
@@ -9,55 +9,59 @@
 
 namespace longvq {
 
-// How the sums lie in memory: as panels of the kernels, or as plain rows, which will be packed into columns.
-enum class Sums { kPanels, kRows };
+// The memory layout of the sums: panels, as the forward kernel reads them, or plain rows, from which the backward packs
+// panels of its own.
+enum class SumLayout { kPanels, kRows };
 
-// Numbers of the far keys of each code and sums of their values.
+// For each code the number of its far keys and the sum of their values.
 struct FarField {
   Panels sums;  // (far_columns, value_columns)
   AlignedArray<float> counts, offsets;
   std::vector<float> buffer;
   int64_t keys = 0;
 
-  FarField(const Problem& p, Sums layout)
-      : sums(p.far_columns, p.value_columns, layout == Sums::kPanels ? p.kernel.panel : p.value_columns),
-        counts(aligned_array<float>(p.far_columns)), offsets(aligned_array<float>(p.far_columns)), buffer(p.values) {
-    clear(p);
+  FarField(const AttentionCall& call, SumLayout layout)
+      : sums(
+            call.far_columns, call.value_columns,
+            layout == SumLayout::kPanels ? call.kernel.panel : call.value_columns),
+        counts(aligned_array<float>(call.far_columns)), offsets(aligned_array<float>(call.far_columns)),
+        buffer(call.value_dim) {
+    clear(call);
   }
 
-  void clear(const Problem& p) {
+  void clear(const AttentionCall& call) {
     sums.clear();
-    std::fill_n(counts.get(), p.far_columns, 0.0f);
-    // Under softmax a code without a far key must not set the largest score.
-    std::fill_n(offsets.get(), p.far_columns, p.activation == Activation::kSoftmax ? -kInfinity : 0.0f);
+    std::fill_n(counts.get(), call.far_columns, 0.0f);
+    // With softmax a code without far keys must not become the largest score.
+    std::fill_n(offsets.get(), call.far_columns, call.activation == Activation::kSoftmax ? -kInfinity : 0.0f);
     keys = 0;
   }
 
-  void copy(const Problem& p, const FarField& other) {
+  void copy(const AttentionCall& call, const FarField& other) {
     std::copy_n(other.sums.data.get(), sums.depth * sums.columns, sums.data.get());
-    std::copy_n(other.counts.get(), p.far_columns, counts.get());
-    std::copy_n(other.offsets.get(), p.far_columns, offsets.get());
+    std::copy_n(other.counts.get(), call.far_columns, counts.get());
+    std::copy_n(other.offsets.get(), call.far_columns, offsets.get());
     keys = other.keys;
   }
 
-  void add(const Problem& p, const FarField& other) {
+  void add(const AttentionCall& call, const FarField& other) {
     for (int64_t i = 0; i < sums.depth * sums.columns; ++i) {
       sums.data[i] += other.sums.data[i];
     }
-    for (int64_t code = 0; code < p.far_columns; ++code) {
+    for (int64_t code = 0; code < call.far_columns; ++code) {
       counts[code] += other.counts[code];
       offsets[code] = std::max(offsets[code], other.offsets[code]);
     }
     keys += other.keys;
   }
 
-  void add(const Problem& p, const Keys& of, int64_t first, int64_t last) {
+  void add(const AttentionCall& call, const Keys& head, int64_t first, int64_t last) {
     for (int64_t j = first; j < last; ++j) {
-      if (of.ignored(j)) {
+      if (head.ignored(j)) {
         continue;
       }
-      const int64_t code = of.code(j);
-      sums.add_to_row(code, of.v.row(j, buffer.data()), p.values);
+      const int64_t code = head.code(j);
+      sums.add_to_row(code, head.v.row(j, buffer.data()), call.value_dim);
       counts[code] += 1.0f;
       offsets[code] = 0.0f;
       ++keys;
@@ -65,113 +69,116 @@ struct FarField {
   }
 };
 
-// The far keys on one side of the blocks. Step by step they grow: before block 0, 1, .. or behind the last, the last
-// but one, ...
+// The far keys on one side of the blocks: keys before block 0, 1, 2, ... or keys after the last block, the last but
+// one,
+// ... Each step only adds keys.
 struct Side {
-  bool behind;
+  bool after;
   int64_t length, reach, steps;
 
-  Side(const Problem& p, int64_t length, bool behind)
-      : behind(behind), length(length), reach(p.reach), steps((length + kBlock - 1) / kBlock) {}
+  Side(const AttentionCall& call, int64_t length, bool after)
+      : after(after), length(length), reach(call.reach), steps((length + kBlock - 1) / kBlock) {}
 
-  // Its own inverse.
-  int64_t block(int64_t step) const { return behind ? steps - 1 - step : step; }
+  // The block of a step; also the step of a block.
+  int64_t block(int64_t step) const { return after ? steps - 1 - step : step; }
 
-  // Where the far keys of a step end (or, behind, begin); of step -1, before the first, there are none.
+  // The end of the far keys of a step; on the side after the blocks their beginning.
   int64_t edge(int64_t step) const {
     const int64_t first = block(step) * kBlock;
-    return behind ? std::min(length, first + kBlock + reach) : std::max<int64_t>(0, first - reach);
+    return after ? std::min(length, first + kBlock + reach) : std::max<int64_t>(0, first - reach);
   }
 
-  // use(first, last) of the keys that are far at step `later` and were not at step `earlier`, -1 for none.
+  // Calls use(first, last) for the keys that are far at step `later` but not at step `earlier`; -1: before the first
+  // step, where no key is far.
   template <typename Use>
   void keys_between(int64_t earlier, int64_t later, const Use& use) const {
-    const int64_t start = earlier >= 0 ? edge(earlier) : behind ? length : 0, end = edge(later);
+    const int64_t start = earlier >= 0 ? edge(earlier) : after ? length : 0, end = edge(later);
     use(std::min(start, end), std::max(start, end));
   }
 };
 
-// The far fields of all blocks of a head. A few are kept; the one of a block is the last kept before it and the keys in
-// between. Nothing is ever taken out of a sum, which would leave the rounding of what is gone.
+// The far fields of all blocks of a head. Some are stored; the far field of a block is computed from the last stored
+// one and the keys since then. Values are never subtracted from a sum: their rounding errors would stay in it.
 class FarFields {
  public:
-  FarFields(const Problem& p, const Keys& keys, int64_t length, Sums layout)
-      : p_(p), keys_(keys), before_(p, length, false), behind_(p, length, true),
-        // About twice as many keys between two as there are codes: they take half the memory of the values.
-        spacing_(std::max<int64_t>(4, 2 * p.num_codes / kBlock)) {
-    if (p.everything_far()) {
-      kept_before_.push_back(std::make_unique<FarField>(p, layout));
-      kept_before_.back()->add(p, keys, 0, length);
+  FarFields(const AttentionCall& call, const Keys& keys, int64_t length, SumLayout layout)
+      : call_(call), keys_(keys), before_(call, length, false), after_(call, length, true),
+        // Between two stored fields there are about twice as many keys as codes, so the fields take half the memory of
+        // the values.
+        spacing_(std::max<int64_t>(4, 2 * call.num_codes / kBlock)) {
+    if (call.everything_far()) {
+      stored_before_.push_back(std::make_unique<FarField>(call, layout));
+      stored_before_.back()->add(call, keys, 0, length);
       return;
     }
-    kept_before_ = keep(before_, layout);
-    if (!p.causal) {
-      kept_behind_ = keep(behind_, layout);
+    stored_before_ = store_fields(before_, layout);
+    if (!call.causal) {
+      stored_after_ = store_fields(after_, layout);
     }
   }
 
-  // In `field` or, where one serves all blocks, in place.
+  // The far field of a block: `field`, filled here, or the one that all blocks share.
   const FarField& of_block(int64_t block, FarField& field) const {
-    if (p_.everything_far()) {
-      return *kept_before_.front();
+    if (call_.everything_far()) {
+      return *stored_before_.front();
     }
     field.keys = 0;
     if (!has_far_keys(block)) {
       return field;
     }
-    const FarField* before = kept_before_[block / spacing_].get();
+    const FarField* before = stored_before_[block / spacing_].get();
     if (before != nullptr) {
-      field.copy(p_, *before);
+      field.copy(call_, *before);
     } else {
-      field.clear(p_);
+      field.clear(call_);
     }
     add_since(before_, block, field);
-    if (!p_.causal) {
-      const int64_t step = behind_.block(block);
-      const FarField* behind = kept_behind_[step / spacing_].get();
-      if (behind != nullptr) {
-        field.add(p_, *behind);
+    if (!call_.causal) {
+      const int64_t step = after_.block(block);
+      const FarField* after = stored_after_[step / spacing_].get();
+      if (after != nullptr) {
+        field.add(call_, *after);
       }
-      add_since(behind_, step, field);
+      add_since(after_, step, field);
     }
     return field;
   }
 
  private:
-  using Kept = std::vector<std::unique_ptr<FarField>>;  // nullptr: no far key yet
+  using Stored = std::vector<std::unique_ptr<FarField>>;  // nullptr: no far keys yet
 
   bool has_far_keys(int64_t block) const {
-    return before_.edge(block) > 0 || (!p_.causal && behind_.edge(behind_.block(block)) < behind_.length);
+    return before_.edge(block) > 0 || (!call_.causal && after_.edge(after_.block(block)) < after_.length);
   }
 
-  Kept keep(const Side& side, Sums layout) const {
-    Kept kept;
+  Stored store_fields(const Side& side, SumLayout layout) const {
+    Stored stored;
     for (int64_t step = 0; step < side.steps; step += spacing_) {
       std::unique_ptr<FarField> field;
       side.keys_between(step > 0 ? step - spacing_ : -1, step, [&](int64_t a, int64_t b) {
-        const FarField* last = step > 0 ? kept.back().get() : nullptr;
+        const FarField* last = step > 0 ? stored.back().get() : nullptr;
         if (a < b || last != nullptr) {
-          field = std::make_unique<FarField>(p_, layout);
+          field = std::make_unique<FarField>(call_, layout);
           if (last != nullptr) {
-            field->copy(p_, *last);
+            field->copy(call_, *last);
           }
-          field->add(p_, keys_, a, b);
+          field->add(call_, keys_, a, b);
         }
       });
-      kept.push_back(std::move(field));
+      stored.push_back(std::move(field));
     }
-    return kept;
+    return stored;
   }
 
   void add_since(const Side& side, int64_t step, FarField& field) const {
-    side.keys_between(step / spacing_ * spacing_, step, [&](int64_t a, int64_t b) { field.add(p_, keys_, a, b); });
+    side.keys_between(step / spacing_ * spacing_, step, [&](int64_t a, int64_t b) { field.add(call_, keys_, a, b); });
   }
 
-  const Problem& p_;
+  const AttentionCall& call_;
   const Keys& keys_;
-  Side before_, behind_;
-  int64_t spacing_;  // blocks from one kept field to the next
-  Kept kept_before_, kept_behind_;
+  Side before_, after_;
+  int64_t spacing_;  // number of blocks between stored fields
+  Stored stored_before_, stored_after_;
 };
 
 }  // namespace longvq

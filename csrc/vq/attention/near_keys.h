@@ -1,4 +1,4 @@
-// What a block of queries sees: the codebook, the keys near it one by one, and all others through their codes.
+// The keys of a block of queries as the kernels read them: the packed codebook and the near keys.
 #pragma once
 
 #include <algorithm>
@@ -8,82 +8,86 @@
 
 namespace longvq {
 
-// The codebook of each key-value head, packed once for all documents.
+// The codebooks of all key-value heads, packed once for all documents.
 struct Codebooks {
-  std::vector<Panels> columns, rows;  // (F, far_columns); for the backward also (far_columns, far_depth_columns)
+  std::vector<Panels> columns;  // panels (F, far_columns)
+  std::vector<Panels> rows;     // panels (far_columns, far_head_columns), only for the backward
 
-  Codebooks(const Problem& p, bool backward) {
-    std::vector<float> buffer(p.far_depth);
-    for (int64_t head = 0; head < p.kv_heads; ++head) {
-      columns.emplace_back(p.far_depth, p.far_columns, p.kernel.panel).clear();
+  Codebooks(const AttentionCall& call, bool backward) {
+    std::vector<float> buffer(call.far_head_dim);
+    for (int64_t head = 0; head < call.kv_heads; ++head) {
+      columns.emplace_back(call.far_head_dim, call.far_columns, call.kernel.panel).clear();
       if (backward) {
-        rows.emplace_back(p.far_columns, p.far_depth_columns, p.kernel.panel).clear();
+        rows.emplace_back(call.far_columns, call.far_head_columns, call.kernel.panel).clear();
       }
-      const Matrix codebook = codebook_of(p, head);
-      for (int64_t code = 0; code < p.num_codes; ++code) {
+      const Matrix codebook = codebook_of(call, head);
+      for (int64_t code = 0; code < call.num_codes; ++code) {
         const float* codeword = codebook.row(code, buffer.data());
         columns[head].set_column(code, codeword);
         if (backward) {
-          rows[head].set_row(code, codeword, p.far_depth);
+          rows[head].set_row(code, codeword, call.far_head_dim);
         }
       }
     }
   }
 };
 
-// The near keys of a block as the kernels read them. Those of the backward have both layouts.
+// The near keys of a block, packed. The backward needs them both as columns and as rows of panels.
 struct NearKeys {
-  int64_t first = 0, columns = 0;  // position of the first; their padded number
+  int64_t first = 0, columns = 0;  // position of the first near key; padded number of near keys
   Panels codewords, exact_keys, values;
   Panels codeword_rows, exact_rows;
   AlignedArray<float> offsets;
   bool backward;
 
-  NearKeys(const Problem& p, int64_t most, bool backward)
-      : codewords(p.far_depth, most, p.kernel.panel), exact_keys(p.exact ? p.near_depth : 0, most, p.kernel.panel),
-        values(backward ? p.values : most, backward ? most : p.value_columns, p.kernel.panel),
-        codeword_rows(backward ? most : 0, p.far_depth_columns, p.kernel.panel),
-        exact_rows(backward && p.exact ? most : 0, p.near_depth_columns, p.kernel.panel),
-        offsets(aligned_array<float>(most)), backward(backward), rows_(most),
-        zeros_(std::max({p.near_depth, p.far_depth, p.values})),
-        converted_(aligned_array<float>(most * std::max({p.near_depth, p.far_depth, p.values}))) {}
+  NearKeys(const AttentionCall& call, int64_t max_columns, bool backward)
+      : codewords(call.far_head_dim, max_columns, call.kernel.panel),
+        exact_keys(call.uses_exact_keys ? call.head_dim : 0, max_columns, call.kernel.panel),
+        values(backward ? call.value_dim : max_columns, backward ? max_columns : call.value_columns, call.kernel.panel),
+        codeword_rows(backward ? max_columns : 0, call.far_head_columns, call.kernel.panel),
+        exact_rows(backward && call.uses_exact_keys ? max_columns : 0, call.head_columns, call.kernel.panel),
+        offsets(aligned_array<float>(max_columns)), backward(backward), rows_(max_columns),
+        zeros_(std::max({call.head_dim, call.far_head_dim, call.value_dim})),
+        converted_(aligned_array<float>(max_columns * std::max({call.head_dim, call.far_head_dim, call.value_dim}))) {}
 
-  // Of the block of queries first_query .. last_query.
-  void gather(const Problem& p, const Keys& keys, int64_t first_query, int64_t last_query, int64_t length) {
-    first = p.everything_far() ? 0 : std::max<int64_t>(0, first_query - p.reach);
-    const int64_t last = p.everything_far() ? 0 : p.causal ? last_query : std::min(length, last_query + p.reach);
+  // Packs the near keys of queries first_query .. last_query.
+  void gather(const AttentionCall& call, const Keys& keys, int64_t first_query, int64_t last_query, int64_t length) {
+    first = call.everything_far() ? 0 : std::max<int64_t>(0, first_query - call.reach);
+    const int64_t last = call.everything_far() ? 0
+                         : call.causal         ? last_query
+                                               : std::min(length, last_query + call.reach);
     const int64_t count = last - first;
-    columns = round_up(count, p.kernel.lanes);
-    codewords.resize(p.far_depth, columns);
+    columns = round_up(count, call.kernel.lanes);
+    codewords.resize(call.far_head_dim, columns);
     exact_keys.resize(exact_keys.depth, columns);
-    values.resize(backward ? p.values : columns, backward ? columns : p.value_columns);
-    codeword_rows.resize(backward ? columns : 0, p.far_depth_columns);
-    exact_rows.resize(backward && p.exact ? columns : 0, p.near_depth_columns);
+    values.resize(backward ? call.value_dim : columns, backward ? columns : call.value_columns);
+    codeword_rows.resize(backward ? columns : 0, call.far_head_columns);
+    exact_rows.resize(backward && call.uses_exact_keys ? columns : 0, call.head_columns);
     for (int64_t c = 0; c < columns; ++c) {
       offsets[c] = c < count && !keys.ignored(first + c) ? 0.0f : -kInfinity;
     }
     find_rows(keys.codebook, [&](int64_t j) { return keys.code(j); });
-    as_columns(p, codewords);
+    as_columns(call, codewords);
     if (backward) {
-      as_rows(p.far_depth, codeword_rows);
+      as_rows(call.far_head_dim, codeword_rows);
     }
-    if (p.exact) {
+    if (call.uses_exact_keys) {
       find_rows(keys.k, [](int64_t j) { return j; });
-      as_columns(p, exact_keys);
+      as_columns(call, exact_keys);
       if (backward) {
-        as_rows(p.near_depth, exact_rows);
+        as_rows(call.head_dim, exact_rows);
       }
     }
     find_rows(keys.v, [](int64_t j) { return j; });
     if (backward) {
-      as_columns(p, values);
+      as_columns(call, values);
     } else {
-      as_rows(p.values, values);
+      as_rows(call.value_dim, values);
     }
   }
 
  private:
-  // Where the rows of the near keys are; zeros for masked keys and padding.
+  // Sets rows_ to the near keys' rows of a matrix; rows of zeros for masked keys and padding.
   template <typename Index>
   void find_rows(const Matrix& matrix, const Index& index_of) {
     for (int64_t c = 0; c < columns; ++c) {
@@ -92,8 +96,8 @@ struct NearKeys {
     }
   }
 
-  void as_columns(const Problem& p, Panels& panels) const {
-    p.kernel.pack_columns(rows_.data(), columns, panels.depth, panels.data.get());
+  void as_columns(const AttentionCall& call, Panels& panels) const {
+    call.kernel.pack_columns(rows_.data(), columns, panels.depth, panels.data.get());
   }
 
   void as_rows(int64_t count, Panels& panels) const {
@@ -110,24 +114,24 @@ struct NearKeys {
   AlignedArray<float> converted_;
 };
 
-// Fills in what decides the scores of a block, except the queries' own and the bias.
-inline void see(
-    AttentionScores& block, const Problem& p, const Panels& codebook, const FarField& far, const NearKeys& near,
-    int64_t first_query) {
-  block.near_depth = p.near_depth;
-  block.far_depth = p.far_depth;
-  block.far_columns = far.keys > 0 ? p.far_columns : 0;
+// Sets the members of AttentionScores except the queries and the bias.
+inline void set_score_inputs(
+    AttentionScores& block, const AttentionCall& call, const Panels& codebook, const FarField& far,
+    const NearKeys& near, int64_t first_query) {
+  block.head_dim = call.head_dim;
+  block.far_head_dim = call.far_head_dim;
+  block.far_columns = far.keys > 0 ? call.far_columns : 0;
   block.near_columns = near.columns;
-  block.activation = p.activation;
+  block.activation = call.activation;
   block.codebook = codebook.data.get();
   block.far_offsets = far.offsets.get();
   block.far_counts = far.counts.get();
   block.codewords = near.codewords.data.get();
-  block.exact_keys = p.exact && near.columns > 0 ? near.exact_keys.data.get() : nullptr;
+  block.exact_keys = call.uses_exact_keys && near.columns > 0 ? near.exact_keys.data.get() : nullptr;
   block.near_offsets = near.offsets.get();
   block.first_key = near.first - first_query;
-  block.window = p.window;
-  block.causal = p.causal;
+  block.window = call.window;
+  block.causal = call.causal;
 }
 
 }  // namespace longvq

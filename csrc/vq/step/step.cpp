@@ -3,9 +3,11 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include "../../common/check_tensor.h"
 #include "../../common/cpu_capability.h"
 #include "../../common/parallel_items.h"
 #include "../../common/tensor_dtype.h"
+#include "../assign/assign.h"
 #include "../attention_operator.h"
 #include "block_by_block.h"
 #include "call.h"
@@ -15,7 +17,11 @@ namespace longvq {
 namespace {
 
 using torch::headeronly::ScalarType;
-constexpr int64_t kFewTokens = 16;  // below this packing the codebook costs more than it saves
+
+constexpr const char* kOp = "vq_attention_step";
+
+// Shorter inputs are processed token by token: for them, packing the codebook costs more than it saves.
+constexpr int64_t kMinBlockTokens = 16;
 
 namespace step {
 LONGVQ_DEFINE_KERNEL_OF_THIS_CPU(AttentionStepKernel, attention_step_kernel)
@@ -24,61 +30,57 @@ namespace block {
 LONGVQ_DEFINE_KERNEL_OF_THIS_CPU(AttentionKernel, attention_kernel)
 }  // namespace block
 
-bool has_sizes(const Tensor& x, std::initializer_list<int64_t> sizes) {
-  int64_t axis = 0;
-  bool same = x.is_cpu() && x.dim() == static_cast<int64_t>(sizes.size());
-  for (auto size = sizes.begin(); same && size != sizes.end(); ++size, ++axis) {
-    same = x.size(axis) == *size;
-  }
-  return same;
+void check_state(const char* name, const Tensor& x, ScalarType type, std::initializer_list<int64_t> sizes) {
+  STD_TORCH_CHECK(
+      x.is_cpu() && has_sizes(x, sizes) && x.scalar_type() == type && x.is_contiguous(), kOp, ": ", name, " must be ",
+      sizes_text(sizes), " ", dtype_name(type), " on the CPU, contiguous, got ", tensor_text(x));
 }
 
-bool is_state(const Tensor& x, ScalarType type, std::initializer_list<int64_t> sizes) {
-  return has_sizes(x, sizes) && x.scalar_type() == type && x.is_contiguous();
-}
-
-// Codes in memory that the kernel follows.
+// The kernel uses codes as addresses.
 void check_codes(const int64_t* codes, int64_t count, int64_t stride, int64_t num_codes) {
   for (int64_t i = 0; i < count; ++i) {
     const int64_t code = codes[i * stride];
-    STD_TORCH_CHECK(code >= 0 && code < num_codes, "vq_attention_step: codes must lie in [0, S), got ", code);
+    STD_TORCH_CHECK(
+        code >= 0 && code < num_codes, kOp, ": codes must lie in [0, S) = [0, ", num_codes, "), got ", code);
   }
 }
 
-void check_all_codes(const StepProblem& p) {
-  for (int64_t row = 0; row < p.batch; ++row) {
-    STD_TORCH_CHECK(p.lengths[row] >= 0, "vq_attention_step: lengths must be 0 or more, got ", p.lengths[row]);
-    for (int64_t head = 0; head < p.kv_heads; ++head) {
-      const StepHead state(p, row, head);
-      check_codes(state.ring_codes, state.in_ring(p.lengths[row]), 1, p.num_codes);
-      if (p.codes != nullptr) {
+void check_all_codes(const StepCall& call) {
+  for (int64_t row = 0; row < call.batch; ++row) {
+    STD_TORCH_CHECK(call.lengths[row] >= 0, kOp, ": lengths must be at least 0, got ", call.lengths[row]);
+    for (int64_t head = 0; head < call.kv_heads; ++head) {
+      const StepHead state(call, row, head);
+      check_codes(state.ring_codes, state.in_ring(call.lengths[row]), 1, call.num_codes);
+      if (call.codes != nullptr) {
         check_codes(
-            p.codes + row * p.codes_strides[0] + head * p.codes_strides[1], p.length, p.codes_strides[2], p.num_codes);
+            call.codes + row * call.codes_strides[0] + head * call.codes_strides[1], call.length, call.codes_strides[2],
+            call.num_codes);
       }
     }
   }
 }
 
-void run(const StepProblem& p) {
-  const int64_t pairs = p.batch * p.kv_heads;
-  if (p.length >= kFewTokens && p.codes != nullptr) {
-    share_out(
-        pairs, [&] { return StepBlockScratch(p); },
-        [&](int64_t item, StepBlockScratch& scratch) {
-          StepHead head(p, item / p.kv_heads, item % p.kv_heads);
+// Advances the state and writes the output, with all threads.
+void run(const StepCall& call) {
+  const int64_t pairs = call.batch * call.kv_heads;
+  if (call.length >= kMinBlockTokens) {
+    parallel_items(
+        pairs, [&] { return BlockScratch(call); },
+        [&](int64_t item, BlockScratch& scratch) {
+          StepHead head(call, item / call.kv_heads, item % call.kv_heads);
           BlockByBlock(head, scratch).run();
         });
   } else {
-    share_out(
-        pairs, [&] { return TokenScratch(p); },
+    parallel_items(
+        pairs, [&] { return TokenScratch(call); },
         [&](int64_t item, TokenScratch& scratch) {
-          StepHead head(p, item / p.kv_heads, item % p.kv_heads);
+          StepHead head(call, item / call.kv_heads, item % call.kv_heads);
           TokenByToken(head, scratch).run();
         });
   }
-  for (int64_t row = 0; row < p.batch; ++row) {
-    for (int64_t t = 0; t < p.length; ++t) {
-      p.lengths[row] += !p.ignored(row, t);
+  for (int64_t row = 0; row < call.batch; ++row) {
+    for (int64_t t = 0; t < call.length; ++t) {
+      call.lengths[row] += !call.ignored(row, t);
     }
   }
 }
@@ -86,76 +88,76 @@ void run(const StepProblem& p) {
 }  // namespace
 
 Tensor vq_attention_step_cpu(
-    const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& codebook, const OptionalTensor& codes,
+    const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& codebook, const OptionalTensor& given_codes,
     const OptionalTensor& bias, const OptionalTensor& key_padding_mask, const OptionalTensor& given_far_q,
     const OptionalTensor& given_far_k, const Tensor& far_sums, const Tensor& far_counts, const Tensor& ring_codes,
     const Tensor& ring_keys, const Tensor& ring_values, const Tensor& lengths, double scale, int64_t window,
     int64_t activation) {
-  // Python has checked them with better messages: these only keep wrong calls of the bare operator from memory.
+  // Python checks the same before, with better messages. Memory safety depends on these checks.
   const std::optional<ElementType> type = element_type(q);
-  STD_TORCH_CHECK(type.has_value(), "vq_attention_step: the compiled CPU kernel takes float32, bfloat16 or float16");
-  const bool has_far_q = given_far_q.has_value(), exact = ring_keys.dim() == 4 && ring_keys.size(3) != 0;
   STD_TORCH_CHECK(
-      given_far_k.has_value() == has_far_q && (!has_far_q || exact || window == 0),
-      "vq_attention_step: far_q and far_k must be given together, with a state that has exact keys");
+      type.has_value(), kOp, ": q must be float32, bfloat16 or float16 for the compiled CPU kernel, got ",
+      dtype_name(q.scalar_type()));
+  STD_TORCH_CHECK(window >= 0, kOp, ": window must be at least 0, got ", window);
+  const bool has_far_q = given_far_q.has_value(), keeps_keys = ring_keys.dim() == 4 && ring_keys.size(3) != 0;
+  STD_TORCH_CHECK(
+      given_far_k.has_value() == has_far_q && (!has_far_q || keeps_keys || window == 0), kOp,
+      ": far_q and far_k must be given together, with a state that keeps exact keys");
   const Tensor &far_q = has_far_q ? *given_far_q : q, &far_k = has_far_q ? *given_far_k : k;
-  for (const Tensor* x : {&q, &k, &v, &far_q, &far_k}) {
-    STD_TORCH_CHECK(
-        x->is_cpu() && x->dim() == 4 && x->scalar_type() == q.scalar_type(),
-        "vq_attention_step: q, k, v, far_q and far_k must have four dimensions and one dtype");
+  const ScalarType dtype = q.scalar_type();
+  check_tensor(kOp, "q", q, dtype, "(B, H, T, D)", {kAnySize, kAnySize, kAnySize, kAnySize});
+  const int64_t batch = q.size(0), heads = q.size(1), length = q.size(2), head_dim = q.size(3);
+  check_tensor(kOp, "k", k, dtype, "(B, Hkv, T, D)", {batch, kAnySize, length, head_dim});
+  const int64_t kv_heads = k.size(1), reach = std::max<int64_t>(window - 1, 0);
+  check_tensor(kOp, "v", v, dtype, "(B, Hkv, T, E)", {batch, kv_heads, length, kAnySize});
+  check_tensor(kOp, "far_q", far_q, dtype, "(B, H, T, F)", {batch, heads, length, kAnySize});
+  const int64_t value_dim = v.size(3), far_head_dim = far_q.size(3);
+  check_tensor(kOp, "far_k", far_k, dtype, "(B, Hkv, T, F)", {batch, kv_heads, length, far_head_dim});
+  check_tensor(kOp, "codebook", codebook, ScalarType::Float, "(Hkv, S, F)", {kv_heads, kAnySize, far_head_dim});
+  const int64_t num_codes = codebook.size(1);
+  STD_TORCH_CHECK(
+      kv_heads >= 1 && heads % kv_heads == 0, kOp, ": the heads of q must be a multiple of those of k, got ", heads,
+      " and ", kv_heads);
+  STD_TORCH_CHECK(
+      head_dim >= 1 && far_head_dim >= 1 && value_dim >= 1 && num_codes >= 1, kOp,
+      ": D, F, E and S must be at least 1, got ", head_dim, ", ", far_head_dim, ", ", value_dim, " and ", num_codes);
+  OptionalTensor codes = given_codes;
+  if (codes.has_value()) {
+    check_tensor(kOp, "codes", *codes, ScalarType::Long, "(B, Hkv, T)", {batch, kv_heads, length});
   }
-  STD_TORCH_CHECK(
-      codebook.is_cpu() && codebook.dim() == 3 && codebook.scalar_type() == ScalarType::Float,
-      "vq_attention_step: codebook must be (Hkv, S, D), float32");
-  const int64_t batch = q.size(0), heads = q.size(1), length = q.size(2), depth = q.size(3);
-  const int64_t far_depth = far_q.size(3);
-  const int64_t kv_heads = k.size(1), values = v.size(3), num_codes = codebook.size(1);
-  const int64_t reach = std::max<int64_t>(window - 1, 0);
-  STD_TORCH_CHECK(
-      kv_heads >= 1 && heads % kv_heads == 0 && depth >= 1 && far_depth >= 1 && values >= 1 && num_codes >= 1 &&
-          window >= 0,
-      "vq_attention_step: wrong sizes");
-  STD_TORCH_CHECK(
-      has_sizes(k, {batch, kv_heads, length, depth}) && has_sizes(v, {batch, kv_heads, length, values}) &&
-          has_sizes(far_q, {batch, heads, length, far_depth}) &&
-          has_sizes(far_k, {batch, kv_heads, length, far_depth}) &&
-          has_sizes(codebook, {kv_heads, num_codes, far_depth}),
-      "vq_attention_step: shapes of q, k, v, codebook, far_q and far_k do not fit each other");
-  STD_TORCH_CHECK(
-      !codes.has_value() || (has_sizes(*codes, {batch, kv_heads, length}) && codes->scalar_type() == ScalarType::Long),
-      "vq_attention_step: codes must be (B, Hkv, T), int64");
-  STD_TORCH_CHECK(
-      !bias.has_value() || (has_sizes(*bias, {heads, window}) && bias->scalar_type() == ScalarType::Float),
-      "vq_attention_step: bias must be (H, W), float32");
-  STD_TORCH_CHECK(
-      !key_padding_mask.has_value() ||
-          (has_sizes(*key_padding_mask, {batch, length}) && key_padding_mask->scalar_type() == ScalarType::Bool),
-      "vq_attention_step: key_padding_mask must be (B, T), bool");
-  STD_TORCH_CHECK(
-      is_state(far_sums, ScalarType::Float, {batch, kv_heads, num_codes, values}) &&
-          is_state(far_counts, ScalarType::Long, {batch, kv_heads, num_codes}) &&
-          is_state(ring_codes, ScalarType::Long, {batch, kv_heads, reach}) &&
-          is_state(ring_keys, ScalarType::Float, {batch, kv_heads, reach, exact ? depth : 0}) &&
-          is_state(ring_values, ScalarType::Float, {batch, kv_heads, reach, values}) &&
-          is_state(lengths, ScalarType::Long, {batch}),
-      "vq_attention_step: the state does not fit q, k, v, codebook and window, or is not contiguous");
+  if (bias.has_value()) {
+    check_tensor(kOp, "bias", *bias, ScalarType::Float, "(H, W)", {heads, window});
+  }
+  if (key_padding_mask.has_value()) {
+    check_tensor(kOp, "key_padding_mask", *key_padding_mask, ScalarType::Bool, "(B, T)", {batch, length});
+  }
+  check_state("far_sums", far_sums, ScalarType::Float, {batch, kv_heads, num_codes, value_dim});
+  check_state("far_counts", far_counts, ScalarType::Long, {batch, kv_heads, num_codes});
+  check_state("ring_codes", ring_codes, ScalarType::Long, {batch, kv_heads, reach});
+  check_state("ring_keys", ring_keys, ScalarType::Float, {batch, kv_heads, reach, keeps_keys ? head_dim : 0});
+  check_state("ring_values", ring_values, ScalarType::Float, {batch, kv_heads, reach, value_dim});
+  check_state("lengths", lengths, ScalarType::Long, {batch});
 
-  const Tensor out = torch::stable::new_empty(v, {batch, heads, length, values}, q.scalar_type());
+  const Tensor out = torch::stable::new_empty(v, {batch, heads, length, value_dim}, q.scalar_type());
   if (batch == 0 || heads == 0 || length == 0) {
     return out;
+  }
+  // Token by token, the codes are found along with the scores.
+  if (!codes.has_value() && length >= kMinBlockTokens) {
+    codes = vq_assign_cpu(far_k, codebook);
   }
   const Tensor table = codebook.stride(2) == 1 ? codebook : torch::stable::contiguous(codebook);
   OptionalTensor biases;
   if (bias.has_value() && window > 0) {
     biases = torch::stable::contiguous(*bias);
   }
-  StepProblem p{
+  StepCall call{
       StepInput(q, *type),
       StepInput(k, *type),
       StepInput(v, *type),
       StepInput(far_q, *type),
       StepInput(far_k, *type),
-      {out.mutable_data_ptr(), *type, values},
+      {out.mutable_data_ptr(), *type, value_dim},
       static_cast<const float*>(table.const_data_ptr()),
       table.stride(0),
       table.stride(1),
@@ -173,38 +175,38 @@ Tensor vq_attention_step_cpu(
       static_cast<float>(scale),
       window,
       reach,
-      choice_of<Activation>("vq_attention_step", "activation", activation),
-      exact && window > 0,
+      choice_of<Activation>(kOp, "activation", activation),
+      keeps_keys && window > 0,
       has_far_q,
       batch,
       heads,
       kv_heads,
       heads / kv_heads,
       length,
-      depth,
-      far_depth,
-      values,
+      head_dim,
+      far_head_dim,
+      value_dim,
       num_codes,
       0,
       step::kernel_of_this_cpu(),
       block::kernel_of_this_cpu()};
   if (codes.has_value()) {
-    p.codes = static_cast<const int64_t*>(codes->const_data_ptr());
+    call.codes = static_cast<const int64_t*>(codes->const_data_ptr());
     std::copy_n(
         std::initializer_list<int64_t>{codes->stride(0), codes->stride(1), codes->stride(2)}.begin(), 3,
-        p.codes_strides);
+        call.codes_strides);
   }
   if (biases.has_value()) {
-    p.bias = static_cast<const float*>(biases->const_data_ptr());
+    call.bias = static_cast<const float*>(biases->const_data_ptr());
   }
   if (key_padding_mask.has_value()) {
-    p.mask = static_cast<const bool*>(key_padding_mask->const_data_ptr());
-    p.mask_strides[0] = key_padding_mask->stride(0);
-    p.mask_strides[1] = key_padding_mask->stride(1);
+    call.mask = static_cast<const bool*>(key_padding_mask->const_data_ptr());
+    call.mask_strides[0] = key_padding_mask->stride(0);
+    call.mask_strides[1] = key_padding_mask->stride(1);
   }
-  check_all_codes(p);
-  p.most_near = std::min(reach, *std::max_element(p.lengths, p.lengths + batch) + length);
-  run(p);
+  check_all_codes(call);
+  call.max_ring = std::min(reach, *std::max_element(call.lengths, call.lengths + batch) + length);
+  run(call);
   return out;
 }
 

@@ -1,4 +1,4 @@
-// Compiled once per instruction set, with LONGVQ_ISA set to its name; see simd.h for what it may include.
+// Compiled once per instruction set, with LONGVQ_ISA set to its name; common/simd.h says what such a file may include.
 #include "step_kernel.h"
 
 #include "../../common/simd.h"
@@ -9,21 +9,22 @@ namespace {
 
 constexpr float kInfinity = __builtin_inff();
 
-// Sums of neighbouring lanes: of each four of a, then of the same four of b. Nothing crosses 128 bits, which is slow.
+// Sums of pairs of neighbouring lanes: for each four lanes those of a, then those of b. No lane crosses a 128-bit
+// border, which would be slow.
 template <std::size_t... I>
 inline Floats sums_of_pairs(Floats a, Floats b, std::index_sequence<I...>) {
   return lanes_of(a, b, std::index_sequence<(I / 4 * 4 + I % 2 * 2 + (I % 4 < 2 ? 0 : kLanes))...>{}) +
          lanes_of(a, b, std::index_sequence<(I / 4 * 4 + I % 2 * 2 + 1 + (I % 4 < 2 ? 0 : kLanes))...>{});
 }
 
-// Sums of neighbouring fours of lanes, those of a before those of b.
+// Sums of neighbouring groups of four lanes, those of a before those of b.
 template <std::size_t... I>
 inline Floats sums_of_fours(Floats a, Floats b, std::index_sequence<I...>) {
   return lanes_of(a, b, std::index_sequence<(I / 4 * 8 + I % 4)...>{}) +
          lanes_of(a, b, std::index_sequence<(I / 4 * 8 + 4 + I % 4)...>{});
 }
 
-// Lane i of the result is the sum of the lanes of x[i]; overwrites x.
+// Lane i of the result is the sum of all lanes of x[i]. Overwrites x.
 inline Floats sums_of_lanes(Floats* x) {
   constexpr std::make_index_sequence<kLanes> kAll{};
   for (int left = kLanes / 2; left >= kLanes / 4; left /= 2) {
@@ -39,7 +40,7 @@ inline Floats sums_of_lanes(Floats* x) {
   return x[0];
 }
 
-// The first `count` numbers, zeros behind them.
+// A register with the first `count` numbers, then zeros.
 inline Floats load_part(const float* memory, int64_t count) {
   float part[kLanes] = {};
   for (int64_t i = 0; i < count; ++i) {
@@ -50,12 +51,12 @@ inline Floats load_part(const float* memory, int64_t count) {
 
 constexpr int kTogether = 2;  // rows that share each load of the vectors
 
-// A register of rows, at most, with VECTORS vectors. Every row goes through the same operations, wherever it stands.
+// Products of at most one register of rows with VECTORS vectors. Every row takes the same operations at every index.
 template <int VECTORS, bool SQUARES>
 inline void products_of_rows(
-    const float* rows, int64_t row_stride, int64_t count, int64_t depth, const float* vectors, float* out,
+    const float* rows, int64_t row_stride, int64_t count, int64_t dim, const float* vectors, float* out,
     int64_t out_stride, float* squares) {
-  const int64_t padded = (depth + kLanes - 1) / kLanes * kLanes, whole = depth / kLanes * kLanes;
+  const int64_t padded = (dim + kLanes - 1) / kLanes * kLanes, whole = dim / kLanes * kLanes;
   Floats partial[VECTORS + 1][kLanes];
   for (int64_t first = 0; first < kLanes; first += kTogether) {
     Floats sums[kTogether][VECTORS] = {}, square[kTogether] = {};
@@ -76,8 +77,8 @@ inline void products_of_rows(
         add(i, d, load<Floats>(row[i] + d));
       }
     }
-    for (int i = 0; whole < depth && i < kTogether; ++i) {
-      add(i, whole, load_part(row[i] + whole, depth - whole));
+    for (int i = 0; whole < dim && i < kTogether; ++i) {
+      add(i, whole, load_part(row[i] + whole, dim - whole));
     }
     for (int i = 0; i < kTogether; ++i) {
       const bool present = first + i < count;
@@ -97,19 +98,19 @@ inline void products_of_rows(
 
 template <int VECTORS>
 inline void products_and_squares(
-    const float* rows, int64_t row_stride, int64_t count, int64_t depth, const float* vectors, float* out,
+    const float* rows, int64_t row_stride, int64_t count, int64_t dim, const float* vectors, float* out,
     int64_t out_stride, float* squares) {
   if (squares != nullptr) {
-    products_of_rows<VECTORS, true>(rows, row_stride, count, depth, vectors, out, out_stride, squares);
+    products_of_rows<VECTORS, true>(rows, row_stride, count, dim, vectors, out, out_stride, squares);
   } else {
-    products_of_rows<VECTORS, false>(rows, row_stride, count, depth, vectors, out, out_stride, nullptr);
+    products_of_rows<VECTORS, false>(rows, row_stride, count, dim, vectors, out, out_stride, nullptr);
   }
 }
 
 void products(
-    const float* rows, int64_t row_stride, int64_t count, int64_t depth, const float* vectors, int64_t vector_count,
+    const float* rows, int64_t row_stride, int64_t count, int64_t dim, const float* vectors, int64_t vector_count,
     float* out, int64_t out_stride, float* squares) {
-  const int64_t padded = (depth + kLanes - 1) / kLanes * kLanes;
+  const int64_t padded = (dim + kLanes - 1) / kLanes * kLanes;
   for (int64_t first = 0; first < count; first += kLanes) {
     const float* some = rows + first * row_stride;
     const int64_t n = count - first < kLanes ? count - first : kLanes;
@@ -117,11 +118,11 @@ void products(
     int64_t v = 0;
     for (; v + 2 <= vector_count; v += 2, square = nullptr) {
       products_and_squares<2>(
-          some, row_stride, n, depth, vectors + v * padded, out + v * out_stride + first, out_stride, square);
+          some, row_stride, n, dim, vectors + v * padded, out + v * out_stride + first, out_stride, square);
     }
     if (v < vector_count) {
       products_and_squares<1>(
-          some, row_stride, n, depth, vectors + v * padded, out + v * out_stride + first, out_stride, square);
+          some, row_stride, n, dim, vectors + v * padded, out + v * out_stride + first, out_stride, square);
     }
   }
 }
@@ -130,26 +131,26 @@ float softmax(float* scores, const float* counts, int64_t far, int64_t near) {
   Floats best = Floats{} - kInfinity;
   for (int64_t c = 0; c < far + near; c += kLanes) {
     Floats x = load<Floats>(scores + c);
-    if (c < far) {  // a code without a far key must not set the largest score
+    if (c < far) {  // a code without far keys must not become the largest score
       x = load<Floats>(counts + c) > 0.0f ? x : Floats{} - kInfinity;
       store(scores + c, x);
     }
     best = x > best ? x : best;
   }
-  float top = best[0];
+  float max_score = best[0];
   for (int i = 1; i < kLanes; ++i) {
-    top = best[i] > top ? best[i] : top;
+    max_score = best[i] > max_score ? best[i] : max_score;
   }
-  top = top == -kInfinity ? 0.0f : top;
-  Floats total{};
+  max_score = max_score == -kInfinity ? 0.0f : max_score;
+  Floats weight_sum{};
   for (int64_t c = 0; c < far + near; c += kLanes) {
-    const Floats weight = exp_negative(load<Floats>(scores + c) - top);
+    const Floats weight = exp_negative(load<Floats>(scores + c) - max_score);
     store(scores + c, weight);
-    total += c < far ? weight * load<Floats>(counts + c) : weight;
+    weight_sum += c < far ? weight * load<Floats>(counts + c) : weight;
   }
-  float sum = total[0];
+  float sum = weight_sum[0];
   for (int i = 1; i < kLanes; ++i) {
-    sum += total[i];
+    sum += weight_sum[i];
   }
   return sum;
 }
@@ -167,18 +168,18 @@ inline void weighted_columns(const float* const* rows, const float* weights, int
   }
 }
 
-void weighted_sum(const float* const* rows, const float* weights, int64_t count, int64_t width, float* out) {
+void weighted_sum(const float* const* rows, const float* weights, int64_t count, int64_t columns, float* out) {
   int64_t e = 0;
-  for (; e + 8 * kLanes <= width; e += 8 * kLanes) {
+  for (; e + 8 * kLanes <= columns; e += 8 * kLanes) {
     weighted_columns<8>(rows, weights, count, e, out);
   }
-  for (; e + 4 * kLanes <= width; e += 4 * kLanes) {
+  for (; e + 4 * kLanes <= columns; e += 4 * kLanes) {
     weighted_columns<4>(rows, weights, count, e, out);
   }
-  for (; e + kLanes <= width; e += kLanes) {
+  for (; e + kLanes <= columns; e += kLanes) {
     weighted_columns<1>(rows, weights, count, e, out);
   }
-  for (; e < width; ++e) {
+  for (; e < columns; ++e) {
     float sum = 0.0f;
     for (int64_t i = 0; i < count; ++i) {
       sum += weights[i] * rows[i][e];

@@ -1,7 +1,8 @@
-// What attention_step_head.h and the kernels in attention_step_kernel.cpp, compiled once per instruction set, agree on.
+// The interface between token_by_token.h and the kernels in step_kernel.cpp, which are compiled once per instruction
+// set.
 //
-// One token costs a pass over the codes and a pass over the sums of their values, as they lie in memory: packing either
-// would take longer than reading it.
+// A token takes one pass over the codewords and one over the sums of values, without packing, which would take longer
+// than the passes.
 #pragma once
 
 #include <cstdint>
@@ -12,18 +13,19 @@ struct AttentionStepKernel {
   int64_t lanes;  // columns and vectors are padded to multiples of this
 
   // out[v * out_stride + r] = vectors[v] . rows[r], and squares[r] = |rows[r]|^2 unless nullptr.
-  // rows: (count, depth), row_stride apart; vectors: (vector_count, depth), each padded with zeros to whole registers.
-  // Writes whole registers, zeros behind the last row. Equal rows get equal results.
+  // rows: (count, dim), row_stride apart; vectors: (vector_count, dim), each padded with zeros to whole registers.
+  // Writes whole registers, with zeros after the last row. Equal rows give equal results.
   void (*products)(
-      const float* rows, int64_t row_stride, int64_t count, int64_t depth, const float* vectors, int64_t vector_count,
+      const float* rows, int64_t row_stride, int64_t count, int64_t dim, const float* vectors, int64_t vector_count,
       float* out, int64_t out_stride, float* squares);
 
-  // Scores of `far` codes, of which counts[c] >= 0 keys each, and of `near` keys become weights, up to a common factor;
-  // returns the sum of those of all keys. Both numbers padded: no key has count 0 or score -infinity.
+  // Replaces the scores of `far` codes, which stand for counts[c] keys each, and of `near` keys by weights, up to a
+  // common factor. Returns the sum of the weights of all keys. Padding has count 0 (codes) or score -infinity (near
+  // keys).
   float (*softmax)(float* scores, const float* counts, int64_t far, int64_t near);
 
-  // out (width,) = sum over i < count of weights[i] * rows[i]
-  void (*weighted_sum)(const float* const* rows, const float* weights, int64_t count, int64_t width, float* out);
+  // out (columns,) = sum over i < count of weights[i] * rows[i]
+  void (*weighted_sum)(const float* const* rows, const float* weights, int64_t count, int64_t columns, float* out);
 };
 
 extern const AttentionStepKernel attention_step_kernel_default;

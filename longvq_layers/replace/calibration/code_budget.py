@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from longvq_layers.layers._kmeans import kmeans
+from longvq_layers.layers.codebook.kmeans import kmeans
 
 _KEYS = 4096  # per head, from which the exponent is measured
 _STEPS = 8  # equal shares that a layer's codes are divided into

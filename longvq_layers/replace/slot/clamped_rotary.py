@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from longvq_layers.layers._precision import KeepsFloat32
+from longvq_layers.layers.common.precision import KeepsFloat32
 
 _ONE_TENSOR, _QUERY_AND_KEY = ("x", "cos", "sin"), ("q", "k", "cos", "sin")  # known signatures of rotations
 _COLUMNS: dict[str, Callable[[int, int], slice]] = {  # which columns of head_dim are rotated; cos has n of them

@@ -8,7 +8,7 @@ The second term is the product of (½ scale ‖q'‖² / D), a dimension of the 
 import torch
 from torch import Tensor
 
-from longvq_layers.layers._kmeans import code_sums, pick
+from longvq_layers.layers.codebook.operations import code_sums, pick
 
 _FEW_KEYS = 1e-6  # a code with a smaller moving count has no spread yet
 

@@ -5,9 +5,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longvq_layers.layers._kmeans import pick
-from longvq_layers.layers._precision import KeepsFloat32, storage_dtype
-from longvq_layers.layers.codebook_attention import CodebookAttention
+from longvq_layers.layers.attention.codebook_attention import CodebookAttention
+from longvq_layers.layers.codebook.operations import pick
+from longvq_layers.layers.common.precision import KeepsFloat32, storage_dtype
 from longvq_layers.replace.slot import code_spread
 from longvq_layers.replace.slot.metric import in_proportion, roots
 from longvq_layers.replace.slot.sequence_codes import sequence_means
@@ -145,7 +145,7 @@ class FittedCodes(KeepsFloat32, CodebookAttention):
     def _learn_spread(self, keys: Tensor, codes: Tensor, table: Tensor, key_padding_mask: Tensor | None) -> None:
         # Updates the moving sums. `spread` follows in the next call, so that a recomputed forward sees the same one.
         sums, counts = code_spread.spread_sums(keys, codes, table, key_padding_mask)
-        sums, counts = self.codebook._group.sum(sums.squeeze(-1), counts)
+        sums, counts = self.codebook.group.sum(sums.squeeze(-1), counts)
         self.spread_sum.lerp_(sums, 1 - self.codebook.decay)
         self.spread_count.lerp_(counts, 1 - self.codebook.decay)
 

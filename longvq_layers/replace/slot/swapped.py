@@ -5,10 +5,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from longvq_layers import ops
-from longvq_layers.layers import _steps
-from longvq_layers.layers._context import no_autocast, recomputing
-from longvq_layers.layers._gaps import order_without_gaps, put_back, reorder
-from longvq_layers.layers._kmeans import pick
+from longvq_layers.layers.codebook.operations import pick
+from longvq_layers.layers.common.context import no_autocast, recomputing
+from longvq_layers.layers.streaming import step_checks
+from longvq_layers.layers.streaming.gaps import order_without_gaps, put_back, reorder
 from longvq_layers.replace.slot import code_spread, far_limit
 from longvq_layers.replace.slot.attention_slot import AttentionSlot, find_slot
 from longvq_layers.replace.slot.clamped_rotary import ClampedRotary
@@ -148,7 +148,7 @@ class SwappedAttention(AttentionSlot, CarriesSettings, FittedCodes):
             far_q, far_k = (q, k) if far is None else far
             keys = self.in_metric(far_k)  # k'
             codes, table = self.codebook.quantize(keys, key_padding_mask)  # z, C'
-            self._commit(keys, codes, table, key_padding_mask)
+            self.store_commitment(keys, codes, table, key_padding_mask)
             learns = self.training and not self.codebook.frozen and not recomputing()
             if learns:
                 self._refresh_spread()
@@ -186,7 +186,7 @@ class SwappedAttention(AttentionSlot, CarriesSettings, FittedCodes):
     def initial_state(self, batch: int, value_dim: int) -> SwappedState:  # type: ignore[override]  # E isn't fixed here
         """The state of `batch` empty sequences, for `step`; causal attention in eval mode only."""
         self.check_codes()
-        _steps.eval_mode(NAME, self)
+        step_checks.eval_mode(NAME, self)
         codewords = self._extend_codewords(self.codebook.embedding @ self.from_metric, self.spread)
         # Without rotary positions `step` has no far pairs: near keys then have the extra dimensions too.
         key_dim = codewords.shape[2] if self.rotary is None else self.head_dim
@@ -207,7 +207,7 @@ class SwappedAttention(AttentionSlot, CarriesSettings, FittedCodes):
         scale: float | None = None,
     ) -> Tensor:
         """The next T tokens, as `forward` would attend them (causal); `state` is updated in place."""
-        _steps.eval_mode(NAME, self)
+        step_checks.eval_mode(NAME, self)
         with no_autocast(q.device):
             scale = self.head_dim**-0.5 if scale is None else scale
             far_q, far_k = (q, k) if far is None else far

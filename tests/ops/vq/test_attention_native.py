@@ -170,8 +170,12 @@ def test_wrong_direct_calls_raise():
     torch.ops.longvq.vq_attention(*right)
     for place, wrong, message in (
         (0, q.double(), "float32"),
-        (1, torch.randn(1, 1, 6, 4), "do not fit"),
-        (3, torch.randn(2, 6, 4), "do not fit"),
+        (
+            1,
+            torch.randn(1, 1, 6, 4),
+            r"k must be \(B, Hkv, L, D\) = \(1, any, 5, 4\) float32 on the CPU, got \(1, 1, 6, 4\)",
+        ),
+        (3, torch.randn(2, 6, 4), "codebook must be"),
         (4, codes + 6, r"codes must lie in \[0, S\)"),
         (4, codes.int(), "int64"),
         (5, torch.randn(2, 2), "bias must be"),

@@ -1,4 +1,5 @@
-// Panels of a matrix whose columns lie in memory as rows: keys, values, sums of values. For attention_kernel.cpp.
+// Packs a matrix whose columns are contiguous in memory, such as keys and values, into panels. For
+// attention_kernel.cpp.
 #pragma once
 
 #include "products.h"
@@ -6,7 +7,8 @@
 namespace longvq {
 namespace {
 
-// Of two registers of a square: a keeps its lanes outside HALF and takes, HALF lanes higher, those of b; b the rest.
+// One step of a transposition: of registers a and b, exchanges the lanes of a with the bit HALF set in their index with
+// the lanes of b without it.
 template <int HALF, std::size_t... I>
 inline void swap_lanes(Floats& a, Floats& b, std::index_sequence<I...>) {
   const Floats old = a;
@@ -14,20 +16,20 @@ inline void swap_lanes(Floats& a, Floats& b, std::index_sequence<I...>) {
   b = lanes_of(old, b, std::index_sequence<((I & HALF) != 0 ? kLanes + I : I + HALF)...>{});
 }
 
-// A square of numbers, a register a row, turned over its diagonal: halves change places, then quarters, ...
+// Transposes a square of numbers, one register per row: exchanges halves, then quarters, ...
 template <int HALF>
-inline void turn(Floats (&square)[kLanes]) {
+inline void transpose(Floats (&square)[kLanes]) {
   for (int i = 0; i < kLanes; ++i) {
     if ((i & HALF) == 0) {
       swap_lanes<HALF>(square[i], square[i + HALF], std::make_index_sequence<kLanes>{});
     }
   }
   if constexpr (HALF > 1) {
-    turn<HALF / 2>(square);
+    transpose<HALF / 2>(square);
   }
 }
 
-// rows[c] becomes column c of panels (depth, columns).
+// rows[c] becomes column c of the panels (depth, columns).
 inline void pack_columns(const float* const* rows, int64_t columns, int64_t depth, float* panels) {
   for (int64_t first = 0; first < columns; first += kPanel) {
     const int64_t width = columns - first < kPanel ? columns - first : kPanel;
@@ -40,7 +42,7 @@ inline void pack_columns(const float* const* rows, int64_t columns, int64_t dept
         for (int i = 0; i < kLanes; ++i) {
           square[i] = load<Floats>(from[i] + d);
         }
-        turn<kHalf>(square);
+        transpose<kHalf>(square);
         for (int i = 0; i < kLanes; ++i) {
           store(out + (d + i) * width, square[i]);
         }

@@ -1,4 +1,4 @@
-// The products of the attention: one number of the left matrix is broadcast against a panel of the right one.
+// Matrix products: each number of the left matrix is multiplied by a row of a panel of the right matrix.
 #pragma once
 
 #include "../../../common/simd.h"
@@ -15,7 +15,7 @@ constexpr int kRows = 4, kVectors = 2;  // 8 + 2 + 1 and a product of 16
 #endif
 constexpr int kPanel = kVectors * kLanes;
 
-// The left matrix of a product: (rows, depth), or stored as (depth, rows).
+// The left matrix (rows, depth) of a product; TRANSPOSED: stored as (depth, rows).
 template <bool TRANSPOSED>
 struct Left {
   const float* data;
@@ -25,7 +25,7 @@ struct Left {
   Left from_row(int64_t row) const { return {data + (TRANSPOSED ? row : row * stride), stride}; }
 };
 
-// Rows first .. first + depth of a matrix in panels with `panel_depth` rows.
+// The right matrix of a product: rows first .. first + depth of a matrix in panels that has `panel_depth` rows.
 struct Right {
   const float* data;
   int64_t panel_depth, first, depth;
@@ -77,7 +77,7 @@ inline void panel_product(int64_t rows, const Left<TRANSPOSED>& a, const Right& 
   }
 }
 
-// out (rows, columns) becomes, or with ADD grows by, a times b
+// out (rows, columns) = a b, with ADD out += a b.
 template <bool ADD, bool TRANSPOSED>
 inline void product(int64_t rows, const Left<TRANSPOSED>& a, const Right& b, int64_t columns, const Out& out) {
   int64_t c = 0;
