@@ -201,7 +201,7 @@ def install_and_verify(
 
 
 def _has_other_replacement(model: nn.Module, sites: Sequence[Site]) -> bool:
-    # Whether an earlier replacement stands in the model; its masks can't be shared.
+    # Whether the model has an earlier replacement as well; the two can't share masks.
     ours = {id(site.module) for site in sites}
     mask_makers = [adapter for adapter in ADAPTERS if adapter.model_makes_masks]
     others = (module for module in model.modules() if id(module) not in ours)

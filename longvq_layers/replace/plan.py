@@ -58,7 +58,7 @@ class SwapPlan:
 
     @property
     def far_positions(self) -> str | None:
-        """ "rectified", "rotated", or None without rotary positions."""
+        """How far pairs are treated: "rectified" or "rotated"; None without rotary positions."""
         if not self.has_rotary:
             return None
         return "rotated" if self.rotary is None else "rectified"
@@ -77,6 +77,6 @@ class SwapPlan:
 
 
 def device_and_dtype(module: nn.Module) -> tuple[torch.device, torch.dtype]:
-    """Those of the module's first parameter; torch's defaults for a module without parameters."""
+    """Device and dtype of the module's first parameter; torch's defaults for a module without parameters."""
     parameter = next(module.parameters(), torch.empty(0))
     return parameter.device, parameter.dtype

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from longvq_layers.replace.adapters.base import Site
+from longvq_layers.replace.adapters.base import BOTH_SIDES, Site
 from longvq_layers.replace.slot.clamped_rotary import ClampedRotary
 
 FAR_POSITIONS = ("auto", "rectified", "rotated")
@@ -45,7 +45,7 @@ def decide(
 
 def _rotary(model: nn.Module, site: Site, window: int, local_keys: str) -> ClampedRotary | str:
     if site.causal != "yes":
-        return "bidirectional attention has far keys on both sides"
+        return BOTH_SIDES
     if local_keys != "exact":
         return "it needs local_keys='exact'"
     return site.adapter.clamped_rotary(model, site, window)

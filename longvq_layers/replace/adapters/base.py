@@ -11,6 +11,7 @@ from longvq_layers.replace.slot.clamped_rotary import ClampedRotary
 
 DROPOUT_NOTE = "attention dropout is not applied to the probabilities in training"
 CROSS_ATTENTION = "cross-attention: the keys come from another sequence"
+BOTH_SIDES = "bidirectional attention has far keys on both sides"  # so their positions can't be clamped
 
 
 @dataclass(frozen=True, eq=False)

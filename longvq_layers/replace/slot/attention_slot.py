@@ -1,4 +1,4 @@
-"""The interface of what stands in the slot of an attention module, and the slot's name."""
+"""The interface of the module in the slot of an attention module, and the slot's name."""
 
 import contextlib
 from collections.abc import Callable

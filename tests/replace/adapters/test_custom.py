@@ -9,7 +9,13 @@ import torch
 from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from longvq_layers.replace import load_replaced, register_adapter, replace_attention, restore_attention
+from longvq_layers.replace import (
+    distill_attention,
+    load_replaced,
+    register_adapter,
+    replace_attention,
+    restore_attention,
+)
 from longvq_layers.replace.adapters.custom import registry
 from tests.tolerances import assert_close
 
@@ -318,6 +324,13 @@ def test_training_without_calibration_and_gradients():
     model(X).square().sum().backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
     assert model.layers[0].longvq.codebook.initialized
+
+
+def test_registered_classes_are_distilled():
+    model = Model().eval()
+    replace_attention(model, num_codes=6, window=4, calibration=[X])
+    report = distill_attention(model, [X, X], steps=6, evaluate_every=2, projections=True)
+    assert all(report.after[name] < error for name, error in report.before.items())
 
 
 def test_other_forwards_are_left_alone():

@@ -14,7 +14,7 @@ from longvq_layers.replace.adapters.custom.forward import (
     swapped_class,
     swapped_class_of,
 )
-from longvq_layers.replace.slot.attention_slot import AttentionSlot, fill_slot, remove_slot
+from longvq_layers.replace.slot.attention_slot import SLOT, AttentionSlot, fill_slot, remove_slot
 
 
 def register_adapter(
@@ -131,7 +131,7 @@ class CustomAdapter:
             module=module,
             adapter=self,
             kind=kind,
-            new_kind=f"{kind}[longvq]",
+            new_kind=f"{kind}[{SLOT}]",
             causal="per call",
             sizes=None if entry.sizes is None else _checked_sizes(kind, entry.sizes(module)),
             refusal=own_forward(module),

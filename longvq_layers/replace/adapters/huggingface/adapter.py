@@ -6,7 +6,6 @@ from torch import nn
 
 from longvq_layers.replace.adapters.base import Site
 from longvq_layers.replace.adapters.huggingface import record, support
-from longvq_layers.replace.adapters.huggingface.attach import IMPLEMENTATION
 from longvq_layers.replace.adapters.huggingface.rotary import clamped_rotary
 from longvq_layers.replace.slot.attention_slot import OriginalAttention
 from longvq_layers.replace.slot.clamped_rotary import ClampedRotary
@@ -29,7 +28,7 @@ class HuggingFaceAdapter:
         """The attention function that this module calls by itself."""
         scope = support.forward_of(module).__globals__
         name = support.config_of(module)._attn_implementation
-        name = "sdpa" if name == IMPLEMENTATION else name
+        name = "sdpa" if name == support.IMPLEMENTATION else name
         function: OriginalAttention = scope["ALL_ATTENTION_FUNCTIONS"].get_interface(
             name, scope.get("eager_attention_forward")
         )
@@ -50,7 +49,7 @@ class HuggingFaceAdapter:
             module=module,
             adapter=self,
             kind=f"{kind}[{support.config_of(module)._attn_implementation}]",
-            new_kind=f"{kind}[{IMPLEMENTATION}]",
+            new_kind=f"{kind}[{support.IMPLEMENTATION}]",
             causal="yes" if getattr(module, "is_causal", True) else "no",
             sizes=support.sizes(module),
             refusal=support.refusal(name, module),

@@ -7,11 +7,15 @@ import torch
 from torch import Tensor, nn
 
 from longvq_layers.replace.adapters.huggingface.forward_hook import ContextHook
-from longvq_layers.replace.adapters.huggingface.support import config_of, may_be_cross_attention, refusal
+from longvq_layers.replace.adapters.huggingface.support import (
+    IMPLEMENTATION,
+    config_of,
+    may_be_cross_attention,
+    refusal,
+)
 from longvq_layers.replace.slot.attention_slot import fill_slot
 from longvq_layers.replace.slot.swapped import SwappedAttention
 
-IMPLEMENTATION = "longvq"  # its name in transformers' registries, and of its options in a config
 _OPTIONS: dict[str, Any] = {
     "num_codes": 256,
     "window": 64,

@@ -3,13 +3,12 @@
 import torch
 from torch import Tensor, nn
 
+from longvq_layers.replace.adapters.base import BOTH_SIDES
 from longvq_layers.replace.adapters.huggingface.attach import attach
 from longvq_layers.replace.adapters.huggingface.masks import read_mask
 from longvq_layers.replace.adapters.huggingface.support import check_keywords
 from longvq_layers.replace.slot.attention_slot import AttentionSlot, find_slot
 from longvq_layers.replace.slot.context import FarQueryKey, ForwardContext, claim_context
-
-BOTH_SIDES = "bidirectional attention has far keys on both sides"  # why its positions can't be removed
 
 
 def longvq_attention(

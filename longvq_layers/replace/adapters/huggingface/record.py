@@ -8,10 +8,15 @@ from typing import Any
 
 from torch import nn
 
-from longvq_layers.replace.adapters.huggingface.attach import IMPLEMENTATION, ReplacedImplementation
+from longvq_layers.replace.adapters.huggingface.attach import ReplacedImplementation
 from longvq_layers.replace.adapters.huggingface.forward_hook import ContextHook
 from longvq_layers.replace.adapters.huggingface.register import register_attn_implementation
-from longvq_layers.replace.adapters.huggingface.support import NO_ATTENTION_WEIGHTS, config_of, takes_part
+from longvq_layers.replace.adapters.huggingface.support import (
+    IMPLEMENTATION,
+    NO_ATTENTION_WEIGHTS,
+    config_of,
+    takes_part,
+)
 from longvq_layers.replace.slot.attention_slot import AttentionSlot, fill_slot, find_slot, remove_slot
 
 

@@ -1,8 +1,8 @@
 """Makes `attn_implementation="longvq"` known to transformers."""
 
-from longvq_layers.replace.adapters.huggingface.attach import IMPLEMENTATION
 from longvq_layers.replace.adapters.huggingface.attention import longvq_attention
 from longvq_layers.replace.adapters.huggingface.masks import longvq_mask
+from longvq_layers.replace.adapters.huggingface.support import IMPLEMENTATION
 
 
 def register_attn_implementation() -> None:

@@ -8,6 +8,7 @@ from torch import nn
 
 from longvq_layers.replace.adapters.base import CROSS_ATTENTION, DROPOUT_NOTE
 
+IMPLEMENTATION = "longvq"  # our name in transformers' registries, and of our options in a config
 BIAS_NAMES = frozenset(
     {
         "alibi",
@@ -71,7 +72,7 @@ def refusal(name: str, module: nn.Module) -> str | None:
     """Why this module keeps its attention, or None if it can be replaced."""
     config = config_of(module)
     implementation = config._attn_implementation
-    if implementation not in ("eager", "sdpa", "longvq"):
+    if implementation not in ("eager", "sdpa", IMPLEMENTATION):
         return f"its attention is {implementation!r}; load the model with attn_implementation='sdpa'"
     if getattr(config, "output_attentions", False):
         return "config.output_attentions is True, but attention weights are never formed; set it to False"

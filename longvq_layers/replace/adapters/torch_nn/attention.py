@@ -4,10 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from longvq_layers.replace.adapters.torch_nn.masks import read_attn_mask, read_padding
+from longvq_layers.replace.adapters.torch_nn.masks import NAME, read_attn_mask, read_padding
 from longvq_layers.replace.slot.attention_slot import slot_of
-
-NAME = "VQMultiheadAttention"  # in errors
 
 
 class VQMultiheadAttention(nn.MultiheadAttention):

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-_NAME = "VQMultiheadAttention"  # in errors
+NAME = "VQMultiheadAttention"  # in errors
 
 
 def read_attn_mask(attn_mask: Tensor, is_causal: bool, length: int) -> bool:
@@ -16,7 +16,7 @@ def read_attn_mask(attn_mask: Tensor, is_causal: bool, length: int) -> bool:
         NotImplementedError: a mask that is neither causal nor empty.
     """
     if attn_mask.shape[-2:] != (length, length):
-        raise ValueError(f"{_NAME}: attn_mask must have shape ({length}, {length}), got {tuple(attn_mask.shape)}")
+        raise ValueError(f"{NAME}: attn_mask must have shape ({length}, {length}), got {tuple(attn_mask.shape)}")
     if torch.compiler.is_compiling() and is_causal:
         return True
     blocked = _blocked("attn_mask", attn_mask)
@@ -25,7 +25,7 @@ def read_attn_mask(attn_mask: Tensor, is_causal: bool, length: int) -> bool:
         return is_causal
     if not (blocked == future).all():
         raise NotImplementedError(
-            f"{_NAME}: attn_mask must be None or the causal mask, got a mask that is not exactly causal; other masks "
+            f"{NAME}: attn_mask must be None or the causal mask, got a mask that is not exactly causal; other masks "
             "have no linear-time form"
         )
     return True
@@ -39,7 +39,7 @@ def read_padding(mask: Tensor | None, batch: int, length: int) -> Tensor | None:
     if mask.dim() == 1:
         mask = mask.unsqueeze(0)
     if tuple(mask.shape) != (batch, length):
-        raise ValueError(f"{_NAME}: key_padding_mask must have shape {(batch, length)}, got {tuple(mask.shape)}")
+        raise ValueError(f"{NAME}: key_padding_mask must have shape {(batch, length)}, got {tuple(mask.shape)}")
     return mask
 
 
@@ -48,7 +48,7 @@ def _blocked(name: str, mask: Tensor) -> Tensor:
     if mask.dtype == torch.bool:
         return mask
     if not mask.is_floating_point():
-        raise TypeError(f"{_NAME}: {name} must be bool or float, got {mask.dtype}")
+        raise TypeError(f"{NAME}: {name} must be bool or float, got {mask.dtype}")
     if torch.compiler.is_compiling():
         return _blocked_when_run(mask.detach(), name)
     return _blocked_by_float(mask, name)
@@ -58,7 +58,7 @@ def _blocked_by_float(mask: Tensor, name: str) -> Tensor:
     blocked = mask == -torch.inf
     if not (blocked | (mask == 0)).all():
         raise NotImplementedError(
-            f"{_NAME}: {name} must hold 0 and -inf only, got other values; an additive bias has no linear-time form"
+            f"{NAME}: {name} must hold 0 and -inf only, got other values; an additive bias has no linear-time form"
         )
     return blocked
 
