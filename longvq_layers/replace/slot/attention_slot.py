@@ -6,7 +6,7 @@ from collections.abc import Callable
 from torch import Tensor, nn
 
 from longvq_layers.replace.slot.clamped_rotary import ClampedRotary
-from longvq_layers.replace.slot.context import FarQueryKey, ForwardContext, StepAttention
+from longvq_layers.replace.slot.context import ForwardContext, StepAttention
 
 SLOT = "longvq"  # name of the submodule; it is part of the names in state dicts
 
@@ -17,13 +17,21 @@ OriginalAttention = Callable[..., tuple[Tensor, Tensor | None]]
 class AttentionSlot(nn.Module):
     """Base of the modules that stand at ``module._modules[SLOT]`` and answer for the module's attention.
 
-    Adapters call the slot with queries, keys and values. The methods below are the only other questions they ask.
+    Adapters call the slot with queries, keys and values. The attributes and methods below are the only other questions
+    that they ask.
+
+        forward(q, k, v, key_padding_mask=None, *, far=None, causal=False, scale=None) -> output
+
+    with q (B, H, L, D), k (B, Hkv, L, D), v (B, Hkv, L, E), key_padding_mask (B, L) bool, True = ignore, and output
+    (B, H, L, E). `far` are the queries and keys of pairs outside the window, shaped like q and k; default q and k.
 
     Attributes:
         rotary: removes the positions of queries and keys; None if far pairs use queries and keys as they arrive.
         has_positions: False once a forward has shown that the keys do not depend on their positions.
         linear_masks: True if a transformers model makes masks of linear size for this slot.
         original: the transformers attention function that must still produce the output (calibration); else None.
+        observe: with `original`, called as ``observe(q, k, v, output, far=, causal=, key_padding_mask=, scale=)`` with
+            the output (B, H, L, E) of the original.
         contexts: the context of the running forward, per thread.
     """
 
@@ -31,6 +39,7 @@ class AttentionSlot(nn.Module):
     has_positions: bool = False
     linear_masks: bool = True
     original: OriginalAttention | None = None
+    observe: Callable[..., None]
     contexts: dict[int, ForwardContext]
 
     @property
@@ -42,38 +51,6 @@ class AttentionSlot(nn.Module):
     def step_attention(self) -> StepAttention | None:
         """What attends with a cache of constant size, or None if the slot can't do that now."""
         return None
-
-    def forward(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        key_padding_mask: Tensor | None = None,
-        *,
-        far: FarQueryKey | None = None,
-        causal: bool = False,
-        scale: float | None = None,
-    ) -> Tensor:
-        """q (B, H, L, D), k (B, Hkv, L, D), v (B, Hkv, L, E), key_padding_mask (B, L) True = ignore -> (B, H, L, E).
-
-        `far`: queries and keys of the pairs outside the window, shaped like q and k; default q and k.
-        """
-        raise NotImplementedError
-
-    def observe(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        output: Tensor,
-        *,
-        far: FarQueryKey | None = None,
-        causal: bool,
-        key_padding_mask: Tensor | None,
-        scale: float | None,
-    ) -> None:
-        """Take note of `output` (B, H, L, E), which `original` gave for the inputs of `forward`."""
-        raise NotImplementedError
 
     def refusals(self) -> contextlib.AbstractContextManager[None]:
         """The context of a call: calibration adds the module's name to a NotImplementedError raised in it."""

@@ -1,6 +1,7 @@
 """What an attention slot is told about one call of its module: positions, cache, and how to read a missing mask."""
 
 import threading
+from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
 import torch
@@ -17,18 +18,12 @@ class StepAttention(Protocol):
     def initial_state(self, batch: int, value_dim: int) -> SwappedState:
         """The state of `batch` empty sequences."""
 
-    def step(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        state: SwappedState,
-        key_padding_mask: Tensor | None = None,
-        *,
-        far: FarQueryKey | None = None,
-        scale: float | None = None,
-    ) -> Tensor:
-        """The output (B, H, T, E) of the next T tokens; `state` is updated in place."""
+    @property
+    def step(self) -> Callable[..., Tensor]:
+        """``step(q, k, v, state, key_padding_mask, far=, scale=)``: the output (B, H, T, E) of the next T tokens.
+
+        `state` is updated in place.
+        """
 
 
 class CacheLayer(Protocol):
@@ -39,22 +34,11 @@ class CacheLayer(Protocol):
     def close(self, positions: int) -> None:
         """Refuse later calls, after a bidirectional call over `positions` tokens."""
 
-    def attend(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        padding: Tensor | None,
-        mask: Tensor | None,
-        *,
-        far: FarQueryKey | None,
-        scale: float | None,
-    ) -> Tensor:
-        """The output (B, H, T, E) of the new positions.
+    @property
+    def attend(self) -> Callable[..., Tensor]:
+        """``attend(q, k, v, padding, mask, far=, scale=)``: the output (B, H, T, E) of the T new positions.
 
-        Args:
-            padding: (B, positions + T) bool, True = ignore, or None.
-            mask: the mask that the padding was read from.
+        `padding` is (B, positions + T) bool, True = ignore, or None; `mask` is the mask that it was read from.
         """
 
 

@@ -21,8 +21,8 @@ class FittedCodes(KeepsFloat32, CodebookAttention):
         M = E[q qᵀ] per key-value head,  k' = k M^½,  z_j = argmin_s ‖k'_j − C'_s‖²,  C = C' M^-½,  σ_s² = E‖k' − C'_s‖²
 
     Args:
-        num_heads, num_kv_heads, head_dim, num_codes, device, dtype, options: of `CodebookAttention`, without
-            window_bias.
+        sizes: H, Hkv, D.
+        num_codes, device, dtype, options: of `CodebookAttention`, without window_bias.
 
     Buffers:
         to_metric (Hkv, D, D) = M^½, from_metric (Hkv, D, D) = M^-½, spread (Hkv, S) = σ_s² with its moving sums
@@ -37,26 +37,10 @@ class FittedCodes(KeepsFloat32, CodebookAttention):
     spread_gain: Tensor
 
     def __init__(
-        self,
-        num_heads: int,
-        num_kv_heads: int,
-        head_dim: int,
-        *,
-        num_codes: int,
-        device: torch.device | None,
-        dtype: torch.dtype | None,
-        **options: Any,
+        self, *sizes: int, num_codes: int, device: torch.device | None, dtype: torch.dtype | None, **options: Any
     ) -> None:
-        super().__init__(
-            num_heads,
-            num_kv_heads,
-            head_dim,
-            num_codes=num_codes,
-            window_bias=False,
-            device=device,
-            dtype=dtype,
-            **options,
-        )
+        super().__init__(*sizes, num_codes=num_codes, window_bias=False, device=device, dtype=dtype, **options)
+        num_heads, num_kv_heads, head_dim = sizes
         identity = torch.eye(head_dim, device=device, dtype=storage_dtype(dtype)).repeat(num_kv_heads, 1, 1)
         self.register_buffer("to_metric", identity)
         self.register_buffer("from_metric", identity.clone())
