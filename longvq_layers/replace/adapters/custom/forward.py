@@ -18,7 +18,7 @@ class SwappedModule(nn.Module):
 
     def forward(self, *args: object, **kwargs: object) -> object:
         """Run the adapter function; in calibration compare it with the original forward."""
-        slot, cls = slot_of(self), _registered_class_of(self.original)
+        slot, cls = slot_of(self), _known(registry.registered_class(self.original), self.original)
         entry, name = registry.entry_of(cls), f"adapter of {cls.__name__}"
         attend = Attend(slot, name)
         with slot.refusals():
@@ -92,20 +92,14 @@ def _attend_to_nothing(q: Tensor, k: Tensor, v: Tensor, *args: object, **kwargs:
     return v.new_zeros(*q.shape[:3], v.shape[3])
 
 
-def _registered_class_of(original: type[nn.Module]) -> type[nn.Module]:
-    cls = registry.registered_class(original)
+def _rebuilt(original: type[nn.Module]) -> nn.Module:
+    swapped = swapped_class_of(original, _known(registry.registered_base(original), original))
+    return swapped.__new__(swapped)
+
+
+def _known(cls: type[nn.Module] | None, original: type[nn.Module]) -> type[nn.Module]:
     if cls is None:
         raise RuntimeError(
             f"longvq attention: {original.__name__} has no adapter in this process; call register_adapter first"
         )
     return cls
-
-
-def _rebuilt(original: type[nn.Module]) -> nn.Module:
-    cls = registry.registered_base(original)
-    if cls is None:
-        raise RuntimeError(
-            f"longvq attention: {original.__name__} has no adapter in this process; call register_adapter first"
-        )
-    swapped = swapped_class_of(original, cls)
-    return swapped.__new__(swapped)
