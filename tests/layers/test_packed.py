@@ -74,7 +74,7 @@ def test_bad_offsets_are_named_before_anything_is_learned(name):
         layer(x, cu_seqlens=OFFSETS[:-1])
     with pytest.raises(TypeError, match=f"{who}: cu_seqlens must be int32"):
         layer(x, cu_seqlens=OFFSETS.long())
-    with pytest.raises(ValueError, match=f"{who}: .* the batch of {argument} must be 1, got 2"):
+    with pytest.raises(ValueError, match=f"{who}: {argument} must have a batch of 1 with cu_seqlens, .* got 2"):
         layer(x.expand(2, -1, -1), cu_seqlens=OFFSETS)
     for key, value in layer.state_dict().items():
         assert torch.equal(value, before[key]), key
