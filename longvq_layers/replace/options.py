@@ -9,12 +9,12 @@ from typing import SupportsIndex
 from torch import nn
 
 from longvq_layers import _checks as check
+from longvq_layers.ops._attention_options import LOCAL_KEYS
 from longvq_layers.ops._dispatch import BACKENDS
 from longvq_layers.replace.plan import SlotOptions
 from longvq_layers.replace.rotary_policy import FAR_POSITIONS
 
 NAME = "replace_attention"  # in errors
-LOCAL_KEYS = ("exact", "quantized")
 Filter = Callable[[nn.Module, str], bool]
 
 

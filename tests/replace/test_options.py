@@ -15,7 +15,7 @@ from tests.replace.models import bert, llama, snapshot, tokens
         (ValueError, "num_codes must be at least 1, got 0", {"num_codes": 0}),
         (ValueError, "window must be at least 0, got -1", {"window": -1}),
         (TypeError, "window must be an int, got bool", {"window": True}),
-        (ValueError, "local_keys must be one of 'exact', 'quantized', got 'precise'", {"local_keys": "precise"}),
+        (ValueError, "local_keys must be one of 'quantized', 'exact', got 'precise'", {"local_keys": "precise"}),
         (ValueError, "backend must be one of .*, got 'cuda'", {"backend": "cuda"}),
         (TypeError, "filter_fn must be a callable or None, got str", {"filter_fn": "layer"}),
         (
