@@ -51,6 +51,7 @@ def load_replaced(
         NotImplementedError: an attention module that can't be replaced here.
 
     Example:
+        >>> import torch
         >>> from longvq_layers import replace_attention
         >>> layer = torch.nn.TransformerEncoderLayer(32, 4, batch_first=True).eval()
         >>> _ = replace_attention(layer, num_codes=16, window=8, calibration=[torch.randn(2, 100, 32)])

@@ -68,6 +68,7 @@ def distill_attention(
         NotImplementedError: ``local_keys="quantized"``.
 
     Example:
+        >>> import torch
         >>> from longvq_layers import replace_attention
         >>> layer = torch.nn.TransformerEncoderLayer(32, 4, batch_first=True).eval()
         >>> data = [torch.randn(2, 100, 32) for _ in range(4)]

@@ -18,6 +18,7 @@ def register_attn_implementation() -> None:
         ImportError: transformers isn't installed.
 
     Example:
+        >>> import torch
         >>> from transformers import AutoModel, GPT2Config
         >>> register_attn_implementation()
         >>> config = GPT2Config(n_embd=32, n_head=4, n_layer=2, longvq={"num_codes": 16, "window": 8})
