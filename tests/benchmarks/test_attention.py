@@ -1,4 +1,4 @@
-"""The benchmark of attention runs, proves equality, judges its targets; what it measures is not asserted."""
+"""The benchmark of attention runs, refuses wrong results and judges its targets; its measurements are not asserted."""
 
 import csv
 import sys
@@ -9,19 +9,19 @@ import torch
 
 from longvq_layers import ops
 from longvq_layers.benchmarks import __main__ as command
-from longvq_layers.benchmarks import attention, attention_cases, attention_decode, attention_memory, attention_report
-from longvq_layers.benchmarks.attention_cases import FULL, QUICK
-from longvq_layers.benchmarks.attention_report import Row
-from longvq_layers.benchmarks.attention_work import PARTS, step_work, work
-from longvq_layers.benchmarks.break_even import faster_from
+from longvq_layers.benchmarks.attention import checks, decode, measure, memory, targets
+from longvq_layers.benchmarks.attention.problem import FULL, QUICK
+from longvq_layers.benchmarks.attention.rows import PEERS, Row
+from longvq_layers.benchmarks.attention.work import PARTS, step_work, work
+from longvq_layers.benchmarks.common.break_even import faster_from
 
 BIDIRECTIONAL, CAUSAL = QUICK.forms
 
 
 @pytest.fixture
 def quick(monkeypatch, tmp_path):
-    """Runs `attention --quick` with more options, without the processes that measure memory; returns the rows."""
-    monkeypatch.setattr(attention_memory, "extra_bytes", lambda *args: 1000)
+    """A function that runs `attention --quick` with more options and a fixed memory, and returns the rows."""
+    monkeypatch.setattr(memory, "extra_bytes", lambda *args: 1000)
 
     def call(*options):
         arguments = ["attention", "--quick", "--repeats", "1", "--threads", "1", "--out", str(tmp_path), *options]
@@ -81,10 +81,10 @@ def test_a_backend_without_bfloat16_says_so(quick, monkeypatch, capsys):
         if dtype == torch.bfloat16:
             raise NotImplementedError("there is no such kernel")
 
-    monkeypatch.setattr(attention_cases, "check", refuse)
+    monkeypatch.setattr(checks, "check", refuse)
     rows = quick("--cases", "bfloat16", "assign")
     assert [row["note"] for row in rows if row["case"] == "bfloat16"] == ["not measured, there is no such kernel"]
-    monkeypatch.setattr(attention, "CASES", {"assign": lambda *args: refuse(*args, None, torch.bfloat16)})
+    monkeypatch.setattr(measure, "CASES", {"assign": lambda *args: refuse(None, None, None, torch.bfloat16)})
     with pytest.raises(SystemExit, match="nothing to measure: there is no such kernel"):
         quick("--cases", "assign")
 
@@ -92,7 +92,7 @@ def test_a_backend_without_bfloat16_says_so(quick, monkeypatch, capsys):
 @pytest.mark.parametrize("form", QUICK.forms, ids=lambda form: form.name)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_refuses_to_time_a_wrong_result(monkeypatch, form, dtype):
-    assert attention_cases.check(QUICK, form, "torch", dtype) < attention_cases.TOLERANCE[dtype]
+    assert checks.check(QUICK, form, "torch", dtype) < checks.TOLERANCE[dtype]
     right = ops.vq_attention
     changes = [lambda out, q, v: out * 1.1, lambda out, q, v: out + 0.1 * (q - q.detach())]
     changes += [lambda out, q, v: out + 0.1 * (v - v.detach()), lambda out, q, v: out * torch.nan]
@@ -100,20 +100,20 @@ def test_refuses_to_time_a_wrong_result(monkeypatch, form, dtype):
         wrong = lambda q, k, v, *args, change=change, **options: change(right(q, k, v, *args, **options), q, v)  # noqa: E731
         monkeypatch.setattr(ops, "vq_attention", wrong)
         with pytest.raises(AssertionError, match=f"{name}: ours differs"):
-            attention_cases.check(QUICK, form, "torch", dtype)
+            checks.check(QUICK, form, "torch", dtype)
 
 
 def test_refuses_to_time_wrong_decoding(monkeypatch):
-    decoder = attention_decode.Decoder(QUICK, "auto")
-    attention_decode.check(decoder)
+    decoder = decode.Decoder(QUICK, "auto")
+    decode.check(decoder)
     right = ops.vq_attention_step
     monkeypatch.setattr(ops, "vq_attention_step", lambda *args, **options: right(*args, **options) + 0.1)
     with pytest.raises(AssertionError, match="decoding differs"):
-        attention_decode.check(decoder)
+        decode.check(decoder)
 
 
 def test_operations_of_a_size_by_hand():
-    sizes = replace(FULL, heads=1, width=2, codes=3, window=4)
+    sizes = replace(FULL, num_heads=1, head_dim=2, num_codes=3, window=4)
     bidirectional, causal = sizes.forms
     length = 5
     assert work(("assignment",), sizes, causal, length) == (2 * 5 * 3 * 2, 4 * 5 * 2)
@@ -125,24 +125,24 @@ def test_operations_of_a_size_by_hand():
 
 def rows_for_targets(factor):
     """All targets, each met by `factor` if that is above 1."""
-    for (case, form, length), least in attention_report.SPEED_TARGETS.items():
-        yield Row(case, form, length, "ours", 1.0, gflops=attention_report.ASSIGN_RATE_TARGET * factor)
-        yield Row(case, form, length, attention_report.PEERS[case], least * factor)
+    for (case, form, length), least in targets.SPEED_TARGETS.items():
+        yield Row(case, form, length, "ours", 1.0, gflops=targets.ASSIGN_RATE_TARGET * factor)
+        yield Row(case, form, length, PEERS[case], least * factor)
     yield Row("assign", "both", 16384, "matmul", 1.0, gflops=1.0)
     yield from (Row("forward", "bidirectional", n, "ours", 1.0) for n in (512, 2048))
     # crosses at 1024 for a factor of 1
     yield from (Row("forward", "bidirectional", n, "sdpa", s * factor) for n, s in ((512, 0.5), (2048, 2.0)))
     yield Row("decode", "causal", 1024, "ours", 1.0)
-    yield Row("decode", "causal", 16384, "ours", attention_report.POSITION_TARGET / factor)
-    yield Row("decode", "causal", 16384, "sdpa", 20 * attention_report.POSITION_TARGET * factor)
-    array = 4 * FULL.heads * FULL.width * 16384
-    for case, most in attention_report.MEMORY_TARGETS.items():
+    yield Row("decode", "causal", 16384, "ours", targets.POSITION_TARGET / factor)
+    yield Row("decode", "causal", 16384, "sdpa", 20 * targets.POSITION_TARGET * factor)
+    array = 4 * FULL.num_heads * FULL.head_dim * 16384
+    for case, most in targets.MEMORY_TARGETS.items():
         yield Row(case, "causal", 16384, "ours", extra_bytes=int(most * array / factor))
 
 
 def test_calls_targets_met_or_not():
-    good, bad = (list(attention_report.targets(list(rows_for_targets(factor)), FULL)) for factor in (1.02, 0.98))
-    assert len(good) == len(bad) == len(attention_report.SPEED_TARGETS) + 1 + 2 + 2 + 1
+    good, bad = (list(targets.targets(list(rows_for_targets(factor)), FULL)) for factor in (1.02, 0.98))
+    assert len(good) == len(bad) == len(targets.SPEED_TARGETS) + 1 + 2 + 2 + 1
     assert {line[-1] for line in good} == {"met"} and {line[-1] for line in bad} == {"not met"}
 
 
@@ -153,14 +153,14 @@ def test_what_was_not_measured_is_not_called_met():
         Row("memory of forward", "causal", 16384, "ours"),
         Row("bfloat16", "bidirectional", 16384, "ours", note="no kernel"),
     ]
-    assert [line[-1] for line in attention_report.targets(rows, FULL)] == ["not measured", "not measured"]
+    assert [line[-1] for line in targets.targets(rows, FULL)] == ["not measured", "not measured"]
 
 
 def test_the_break_even_length_needs_short_lengths():
     def compared(lengths, times):
         rows = [Row("forward", "bidirectional", n, "ours", 1.0) for n in lengths]
         rows += [Row("forward", "bidirectional", n, "sdpa", s) for n, s in zip(lengths, times, strict=True)]
-        return [line[2] for line in attention_report.targets(rows, FULL) if "from L" in line[0]]
+        return [line[2] for line in targets.targets(rows, FULL) if "from L" in line[0]]
 
     assert compared([4096, 16384], [5.0, 20.0]) == []
     assert compared([512, 1024], [2.0, 4.0]) == ["512"]
@@ -179,7 +179,7 @@ def test_memory_beyond_the_results_of_a_known_call():
         result, scratch = torch.ones(2**26, dtype=torch.uint8), torch.ones(2**26, dtype=torch.uint8)
         return result + scratch[0]  # a second buffer of that size is freed
 
-    extra = attention_memory.beyond_results(call, 2**26)
+    extra = memory.beyond_results(call, 2**26)
     if extra is not None:  # three buffers at once, one of them the result
         assert extra == pytest.approx(2**27, rel=0.25)
 
@@ -187,6 +187,6 @@ def test_memory_beyond_the_results_of_a_known_call():
 @pytest.mark.parametrize("case", ["forward", "backward"])
 def test_memory_is_measured_in_a_process_of_its_own(case):
     """The dense reference has to hold all scores."""
-    sizes = replace(QUICK, heads=1, long=2048)
-    extra = attention_memory.extra_bytes(case, sizes, BIDIRECTIONAL, "reference", 1)
+    sizes = replace(QUICK, num_heads=1, long=2048)
+    extra = memory.extra_bytes(case, sizes, BIDIRECTIONAL, "reference", 1)
     assert extra is None or 4 * 2048**2 <= extra < 2**28

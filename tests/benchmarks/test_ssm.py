@@ -1,4 +1,4 @@
-"""The benchmarks run, prove equality and print their table; what they measure is not asserted."""
+"""The benchmark of the scan runs, refuses wrong results and judges its targets; its measurements are not asserted."""
 
 import csv
 import subprocess
@@ -9,30 +9,14 @@ import torch
 
 from longvq_layers import ops
 from longvq_layers.benchmarks import __main__ as command
-from longvq_layers.benchmarks import assign, ssm_memory, ssm_peers, ssm_report, timing
-
-
-def test_assign_prints_one_table(monkeypatch, capsys):
-    sizes = ["--heads", "2", "--lengths", "64", "128", "--codes", "32", "--repeats", "1"]
-    monkeypatch.setattr(assign, "MATMUL_SIZE", 64)
-    monkeypatch.setattr(sys, "argv", ["benchmarks", "assign", *sizes])
-    command.main()
-    table = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
-    assert len(table) == 4 and table[2].startswith("| 64 | 32 |") and table[3].startswith("| 128 | 32 |")
-
-
-def test_assign_refuses_to_time_a_wrong_result():
-    k, codebook = torch.randn(1, 1, 5, 4, generator=torch.Generator().manual_seed(0)), torch.eye(4)[None]
-    right = (k @ codebook.mT).argmax(-1)
-    assign._check_equal(k, codebook, right, right)
-    with pytest.raises(AssertionError):
-        assign._check_equal(k, codebook, (right + 1) % 4, right)
+from longvq_layers.benchmarks.ssm import memory, peers, targets
+from longvq_layers.benchmarks.ssm.rows import PEERS, TIMED, Row
 
 
 @pytest.fixture
 def quick(monkeypatch, tmp_path):
-    """Runs `ssm --quick` with more options, without the process that measures memory; returns the folder it wrote."""
-    monkeypatch.setattr(ssm_memory, "peak_of_backward", lambda *args: 1000)
+    """A function that runs `ssm --quick` with more options and a fixed memory, and returns its folder."""
+    monkeypatch.setattr(memory, "peak_of_backward", lambda *args: 1000)
 
     def call(*options):
         arguments = ["ssm", "--quick", "--repeats", "1", "--backend", "torch", "--out", str(tmp_path), *options]
@@ -59,9 +43,9 @@ def test_ssm_prints_tables_and_writes_csv_and_a_plot(quick, capsys):
         rows = list(csv.DictReader(file))
     columns = "case B H L method seconds rounds gflops gbytes difference extra_bytes note backend threads torch"
     assert list(rows[0]) == columns.split()
-    for case in ssm_report.TIMED:
+    for case in TIMED:
         methods = {row["method"] for row in rows if row["case"] == case}
-        assert methods == {"ours", *ssm_report.PEERS, "matmul"}
+        assert methods == {"ours", *PEERS, "matmul"}
     assert [row["L"] for row in rows if row["case"] == "scaling"] == ["64", "256", "1024"]
     assert all(float(row["seconds"]) > 0 for row in rows if row["case"] not in ("memory", "step memory"))
 
@@ -73,8 +57,6 @@ def test_ssm_respects_the_longest_length(quick, capsys):
 
 def test_ssm_without_matplotlib_says_so(quick, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    monkeypatch.delitem(sys.modules, "longvq_layers.benchmarks.ssm_plot", raising=False)
-    monkeypatch.delattr("longvq_layers.benchmarks.ssm_plot", raising=False)
     out = quick("--max-length", "64")
     assert "no plot" in capsys.readouterr().out and (out / "results.csv").exists() and not (out / "ssm.png").exists()
 
@@ -88,10 +70,10 @@ def test_ssm_names_what_is_missing(quick, monkeypatch):
         quick("--backend", "native")
 
 
-@pytest.mark.parametrize("case", ssm_report.TIMED)
+@pytest.mark.parametrize("case", TIMED)
 @pytest.mark.parametrize("wrong", ["vandermonde", "fft", "torch"])
 def test_ssm_refuses_to_time_a_wrong_result(case, wrong):
-    problem = ssm_peers.Problem(2, 3, 20, "torch")
+    problem = peers.Problem(2, 3, 20, "torch")
     calls, skipped = problem.peers(case)
     assert not skipped
     assert problem.differences(calls, case).keys() == {"vandermonde", "fft", "torch"}
@@ -117,39 +99,30 @@ def test_ssm_refuses_to_time_a_wrong_result(case, wrong):
 
 
 def test_ssm_skips_a_peer_that_needs_too_much_memory(monkeypatch):
-    monkeypatch.setattr(ssm_peers, "MOST_BYTES", 1000)
-    calls, skipped = ssm_peers.Problem(1, 2, 50, "torch").peers("forward")
+    monkeypatch.setattr(peers, "MOST_BYTES", 1000)
+    calls, skipped = peers.Problem(1, 2, 50, "torch").peers("forward")
     assert "vandermonde" not in calls and "would take about" in skipped["vandermonde"]
 
 
 def test_ssm_calls_targets_met_or_not():
     def rows(factor, step, ratio, multiple):
         timed = {"ours": 1.0, "vandermonde": factor * 100, "fft": factor * 4}
-        yield from (ssm_report.Row("forward", 1, 2, 4096, name, seconds) for name, seconds in timed.items())
-        yield ssm_report.Row("step", 1, 2, 1, "ours", step)
-        yield from (
-            ssm_report.Row("scaling", 1, 2, length, "ours", length * s) for length, s in ((8, 1.0), (32, ratio))
-        )
-        yield ssm_report.Row("memory", 1, 2, 10, "ours", extra_bytes=int(multiple * 80))
+        yield from (Row("forward", 1, 2, 4096, name, seconds) for name, seconds in timed.items())
+        yield Row("step", 1, 2, 1, "ours", step)
+        yield from (Row("scaling", 1, 2, length, "ours", length * s) for length, s in ((8, 1.0), (32, ratio)))
+        yield Row("memory", 1, 2, 10, "ours", extra_bytes=int(multiple * 80))
 
-    good = list(ssm_report._targets(list(rows(1.01, 49e-6, 1.29, 2.9))))
-    bad = list(ssm_report._targets(list(rows(0.99, 51e-6, 1.31, 3.1))))
+    good = list(targets.targets(list(rows(1.01, 49e-6, 1.29, 2.9))))
+    bad = list(targets.targets(list(rows(0.99, 51e-6, 1.31, 3.1))))
     assert [line[-1] for line in good] == ["met"] * 5 and [line[-1] for line in bad] == ["not met"] * 5
 
 
-def test_ssm_memory_is_measured_in_a_process_of_its_own():
-    peak = ssm_memory.peak_of_backward(1, 16, 8192, "torch", 1)
+def test_memory_is_measured_in_a_process_of_its_own():
+    peak = memory.peak_of_backward(1, 16, 8192, "torch", 1)
     assert peak is None or 2 * 4 * 16 * 8192 <= peak < 2**28  # y and the gradient of u at least
 
 
-def test_ssm_memory_shows_why_the_process_failed(monkeypatch):
+def test_memory_shows_why_the_process_failed(monkeypatch):
     monkeypatch.setattr(subprocess, "run", lambda command, **_: subprocess.CompletedProcess(command, 1, "", "no room"))
     with pytest.raises(RuntimeError, match="no room"):
-        ssm_memory.peak_of_backward(1, 2, 8, "torch", 1)
-
-
-def test_a_slow_candidate_sits_out_rounds():
-    calls = []
-    times = timing.interleaved_times({"slow": lambda: calls.append(1), "none": lambda: None}, 6, budget=0.0)
-    assert len(times["slow"]) == 3 and len(calls) == 4
-    assert len(timing.interleaved_times({"slow": lambda: None}, 6)["slow"]) == 6
+        memory.peak_of_backward(1, 2, 8, "torch", 1)

@@ -5,11 +5,13 @@ import sys
 import pytest
 
 from longvq_layers.benchmarks import __main__ as command
-from longvq_layers.benchmarks import step, step_memory
+from longvq_layers.benchmarks.step import command as step
+from longvq_layers.benchmarks.step import memory
+from longvq_layers.benchmarks.step.models import MODELS, Sizes, build
 
 
 def test_it_prints_a_table_and_writes_csv_and_a_plot(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(step_memory, "peak_of_step", lambda name, *args: 3_000_000 if name == "dense" else 1_000_000)
+    monkeypatch.setattr(memory, "peak_of_step", lambda name, *args: 3_000_000 if name == "dense" else 1_000_000)
     sizes = ["--lengths", "32", "64", "--dense-up-to", "32", "--d-model", "16", "--depth", "1", "--codes", "8"]
     monkeypatch.setattr(sys, "argv", ["benchmarks", "step", *sizes, "--repeats", "1", "--out", str(tmp_path)])
     command.main()
@@ -36,21 +38,21 @@ def test_targets_are_judged():
 
 
 def test_every_model_is_trained_by_its_step():
-    for name in step.MODELS:
-        model = step.build(name, 16, 2, 8, 4)
+    for name in MODELS:
+        model = build(name, Sizes(16, 2, 8, 4))
         before = [parameter.clone() for parameter in model.parameters()]
         step.training_step(model.train(), 40)()
         assert all((new != old).any() for new, old in zip(model.parameters(), before, strict=True)), name
 
 
 def test_sizes_are_about_equal():
-    sizes = {name: sum(p.numel() for p in step.build(name, 256, 4, 256, 64).parameters()) for name in step.MODELS}
+    sizes = {name: sum(p.numel() for p in build(name, Sizes(256, 4, 256, 64)).parameters()) for name in MODELS}
     assert max(sizes.values()) < 1.15 * min(sizes.values()), sizes
 
 
 @pytest.mark.slow
 def test_memory_is_that_of_the_step():
-    few, many = (step_memory.peak_of_step("dense", (32, 1, 8, 4), length, 1) for length in (512, 2048))
+    few, many = (memory.peak_of_step("dense", Sizes(32, 1, 8, 4), length, 1) for length in (512, 2048))
     if few is None:
         pytest.skip("memory can't be read here")
     assert many > 4 * 2048 * 2048 * 4  # a row of weights for each of the four heads

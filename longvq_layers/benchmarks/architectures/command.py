@@ -1,14 +1,14 @@
 """Every model type of the installed transformers: built tiny, replaced, compared; prints a Markdown table.
 
-A type counts as "replaced and equal" if the replaced model equals the dense definition, and the original where the
-window is as long as the sequence, without and with padding and through its cache. Random weights; no speed is measured.
+A type counts as "replaced and equal" if the replaced model equals the dense definition and, with a window as long as
+the sequence, the original model; without and with padding, and through its cache. Weights are random; no speed is
+measured.
 """
 
 import argparse
 import contextlib
 import io
 import signal
-import sys
 import time
 import warnings
 from collections.abc import Iterable, Iterator
@@ -17,7 +17,10 @@ from pathlib import Path
 
 import torch
 
-from longvq_layers.benchmarks.architectures_check import BUG, EQUAL, NOT_BUILT, REFUSED, Verdict, said, verdict
+from longvq_layers.benchmarks.architectures.verdict import BUG, EQUAL, NOT_BUILT, REFUSED, Verdict, in_short, verdict
+from longvq_layers.benchmarks.common import arguments
+from longvq_layers.benchmarks.common.markdown import line
+from longvq_layers.benchmarks.common.results import say
 
 KINDS = (EQUAL, REFUSED, NOT_BUILT, BUG)
 
@@ -35,7 +38,7 @@ class Row:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--types", nargs="+", metavar="TYPE", help="model types, default all of transformers")
     parser.add_argument("--seconds", type=int, default=12, help="processor time for one type, default %(default)s")
-    parser.add_argument("--threads", type=int, default=1, help="default %(default)s")
+    arguments.add_threads(parser, 1)
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the table there too")
 
 
@@ -44,7 +47,7 @@ def run(args: argparse.Namespace) -> None:
     rows = []
     for row in sweep(args.types, args.seconds):
         rows.append(row)
-        print(f"{row.seconds:5.1f} s  {row.model_type}: {row.verdict.kind} {row.verdict.detail}", file=sys.stderr)
+        say(f"{row.seconds:5.1f} s  {row.model_type}: {row.verdict.kind} {row.verdict.detail}")
     text = table(rows)
     print(text)
     if args.out:
@@ -56,7 +59,7 @@ def sweep(types: Iterable[str] | None = None, seconds: int = 12) -> Iterator[Row
 
     Args:
         types: model types as in `config.model_type`.
-        seconds: of processor time for one type.
+        seconds: processor time for one type.
 
     Raises:
         ValueError: a type that the installed transformers doesn't have.
@@ -64,7 +67,10 @@ def sweep(types: Iterable[str] | None = None, seconds: int = 12) -> Iterator[Row
     known = model_types()
     for model_type in known if types is None else types:
         if model_type not in known:
-            raise ValueError(f"types: got {model_type!r}, expected one of the {len(known)} of this transformers")
+            raise ValueError(
+                f"sweep: types must be model types of the installed transformers, which has {len(known)}, got "
+                f"{model_type!r}"
+            )
         start = time.perf_counter()
         with _quiet():
             name, result = _verdict(model_type, seconds)
@@ -79,7 +85,7 @@ def model_types() -> list[str]:
 
 
 def _classes(model_type: str) -> Iterator[tuple[type, type]]:
-    # The base class first, the causal language model where there is none or it can't be built.
+    """The config class with the base class, then with the causal language model."""
     from transformers import CONFIG_MAPPING
     from transformers.models.auto import modeling_auto as auto
 
@@ -87,7 +93,9 @@ def _classes(model_type: str) -> Iterator[tuple[type, type]]:
     for mapping in (auto.MODEL_MAPPING, auto.MODEL_FOR_CAUSAL_LM_MAPPING):
         if config_class in mapping:
             found = mapping[config_class]
-            yield config_class, found[0] if isinstance(found, (tuple, list)) else found
+            model_class = found[0] if isinstance(found, (tuple, list)) else found
+            if model_class is not None:
+                yield config_class, model_class
 
 
 def _verdict(model_type: str, seconds: int) -> tuple[str, Verdict]:
@@ -103,18 +111,18 @@ def _verdict(model_type: str, seconds: int) -> tuple[str, Verdict]:
     except _TimeUp:
         first = Verdict(NOT_BUILT, f"it takes more than {seconds} s")
     except Exception as error:  # an import that needs another package
-        first = Verdict(NOT_BUILT, said(error))
+        first = Verdict(NOT_BUILT, in_short(error))
     return name, first
 
 
 class _TimeUp(BaseException):
-    """The alarm rang; no ordinary exception, so that nobody on the way takes it for one."""
+    """The time limit is over; not an Exception, so that no `except Exception` on the way catches it."""
 
 
 @contextlib.contextmanager
 def _time_limit(seconds: int) -> Iterator[None]:
-    # Of processor time: on a busy machine the verdicts are the same.
-    def ring(*args) -> None:
+    # Processor time, so that the verdicts do not depend on the load of the machine.
+    def ring(*args: object) -> None:
         raise _TimeUp
 
     before = signal.signal(signal.SIGPROF, ring)
@@ -141,9 +149,9 @@ def _quiet() -> Iterator[None]:
 
 
 def table(rows: list[Row]) -> str:
-    """Markdown: one line for each result, with the types that it holds for, and a line of counts.
+    """Markdown: one line for each result with its model types, and a line of counts.
 
-    (n of m) says how many of the attention modules that the inputs reach were replaced, where that isn't all.
+    (n of m) after a type: n of the m attention modules that the inputs reach were replaced; missing where n = m.
     """
     import transformers
 
@@ -154,11 +162,14 @@ def table(rows: list[Row]) -> str:
             groups.setdefault(_text(row.verdict), []).append(row)
         for text, group in sorted(groups.items(), key=lambda item: -len(item[1])):
             types, classes = ", ".join(map(_name, group)), ", ".join(row.model_class for row in group)
-            lines.append(f"| {types} | {classes} | {text.replace('|', '/')} |")
+            lines.append(line(types, classes, text.replace("|", "/")))
     counts = ", ".join(f"{sum(row.verdict.kind == kind for row in rows)} {kind}" for kind in KINDS)
-    classes = sum(row.verdict.replaced for row in rows)
-    lines += ["", f"transformers {transformers.__version__}, {len(rows)} model types: {counts}; {classes} attention "]
-    lines[-1] += f"modules replaced, {sum(row.seconds for row in rows):.0f} s."
+    replaced, seconds = sum(row.verdict.replaced for row in rows), sum(row.seconds for row in rows)
+    lines += [
+        "",
+        f"transformers {transformers.__version__}, {len(rows)} model types: {counts}; {replaced} attention modules "
+        f"replaced, {seconds:.0f} s.",
+    ]
     return "\n".join(lines)
 
 

@@ -1,25 +1,26 @@
 """A tiny random model of any class of transformers: its default config, shrunk by the names of its numbers.
 
-No list of models: what is called `..._heads` counts heads wherever it stands. Layers of every kind that the default
-has stay (windowed and full, dense and sparse, with and without positions), one of each.
+There is no list of models: a number that is called `..._heads` counts heads in every config. One layer of every kind
+that the default config has is kept (windowed and full, dense and sparse, with and without positions).
 """
 
 import dataclasses
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import nn
 
 VOCABULARY = 101
-FIRST_SPECIAL = 61  # ids from here on mean images, sounds and the like; inputs stay below
+FIRST_SPECIAL = 61  # ids from here on mark images, sounds and the like; inputs use smaller ids
 WIDTH, INNER, HEADS, LAYERS = 32, 48, 4, 2
 _ROPE = {"rope_type": "default", "rope_theta": 10_000.0}
 _COUNTS = ("num_hidden_layers", "n_layer", "num_layers")
-_PARAMETERS = 35_000_000  # at most, where a number that matters has an unknown name
+_MOST_PARAMETERS = 35_000_000  # a larger model has a size under a name that no pattern matches
 
-# The first pattern that a name matches decides. A function gets the default.
-_NUMBERS: list[tuple[str, object]] = [
+# The first pattern that a name matches gives its new value: a number, a function of the default, or None to keep it.
+_NUMBERS: list[tuple[str, int | Callable[[int], int] | None]] = [
     (r"vocab_size|vocab_size_per_layer_input|num_embeddings$", VOCABULARY),
     (r"mask_feature|mask_time|audio_channels|num_channels|n_channels|in_channels|input_channels", None),
     (r"(num|n)_(group|groups)$|topk_group$|n_shared_experts|num_shared_experts|moe_num_shared", 1),
@@ -54,10 +55,10 @@ _SPECIAL = re.compile(r"_(id|index)$")
 
 @dataclasses.dataclass(frozen=True)
 class _Attempt:
-    """What to do about numbers that depend on each other."""
+    """How to choose numbers that depend on each other."""
 
     grouped: bool = True  # fewer key-value heads than heads
-    sections: tuple[int, ...] = ()  # how many rotated pairs each of three coordinates gets; else as they are
+    sections: tuple[int, ...] = ()  # rotated pairs of each of three coordinates; empty: as in the config
     keep_widths: bool = False
 
 
@@ -70,8 +71,8 @@ _ATTEMPTS = (
 )
 
 
-def tiny_configs(config_class: type) -> Iterator:
-    """Configs of that class, the smallest first; an exception in place of one that can't be."""
+def tiny_configs(config_class: type) -> Iterator[Any]:
+    """Configs of that class, the smallest first; for a config that can't be made, its exception."""
     for attempt in _ATTEMPTS:
         try:
             yield _shrunk(config_class(), attempt)
@@ -79,33 +80,37 @@ def tiny_configs(config_class: type) -> Iterator:
             yield error
 
 
-def build(model_class: type, config, *, stir: bool) -> nn.Module:
+def build(model_class: type, config: Any, *, stir: bool) -> nn.Module:
     """The model, in eval mode, with random weights.
 
     Args:
-        stir: draw weights that make attention choose, biases and norms that are no zeros and ones.
+        model_class: of transformers.
+        config: of the model.
+        stir: draw large weights, so that attention is not uniform, and random biases and norms instead of zeros and
+            ones.
 
     Raises:
-        ValueError: it would be too large.
+        ValueError: the model would be too large.
     """
     with torch.device("meta"):
         try:
             size = sum(p.numel() for p in model_class(config).parameters())
-        except Exception:  # some models can't be made there; they are made where they can
+        except Exception:  # some models can't be made on the meta device
             size = 0
-    if size > _PARAMETERS:
+    if size > _MOST_PARAMETERS:
         raise ValueError(f"its {size / 1e6:.0f} million parameters are too many")
     torch.manual_seed(0)
-    model = model_class(config).eval()
+    model: nn.Module = model_class(config).eval()
     if stir:
         _stir(model)
     return model
 
 
-def _shrunk(config, attempt: _Attempt):
-    values, special = {}, iter(range(VOCABULARY - 1, FIRST_SPECIAL - 1, -1))
+def _shrunk(config: Any, attempt: _Attempt) -> Any:
+    values: dict[str, object] = {}
+    special = iter(range(VOCABULARY - 1, FIRST_SPECIAL - 1, -1))
     if _read(config, "num_key_value_heads") == _read(config, "num_attention_heads"):
-        attempt = dataclasses.replace(attempt, grouped=False)  # some read the one number, some the other
+        attempt = dataclasses.replace(attempt, grouped=False)  # models read one number or the other
     layers = _layers(config)
     count = max((len(value) for value in _per_layer(config).values()), default=0)
     for name in _names(config):
@@ -150,26 +155,26 @@ def _number(name: str, value: int, attempt: _Attempt) -> int:
     return value
 
 
-def _names(config) -> list[str]:
+def _names(config: Any) -> list[str]:
     return [field.name for field in dataclasses.fields(config) if field.init]
 
 
-def _read(config, name: str):
+def _read(config: Any, name: str) -> Any:
     try:
         return getattr(config, name, None)
-    except Exception:  # of numbers that differ from layer to layer some configs don't tell the usual one
+    except Exception:  # some configs refuse to give one number where the layers have different ones
         return vars(config).get(name)
 
 
-def _per_layer(config) -> dict[str, list]:
-    # Lists that say something of every layer.
+def _per_layer(config: Any) -> dict[str, Sequence[Any]]:
+    """The lists of the config that have an item for every layer."""
     count = next((n for n in map(lambda name: _read(config, name), _COUNTS) if isinstance(n, int)), 0)
     lists = {name: _read(config, name) for name in _names(config)} if count > 1 else {}
     return {name: value for name, value in lists.items() if isinstance(value, (list, tuple)) and len(value) == count}
 
 
-def _layers(config) -> list[int]:
-    # One layer of every kind, in their order; two at least. Where layers read the keys of others, the kinds twice.
+def _layers(config: Any) -> list[int]:
+    """The layers to keep: one of every kind in their order, at least two; twice that if layers read others' keys."""
     lists = {name: value for name, value in _per_layer(config).items() if all(type(x) in (str, int) for x in value)}
     if not lists:
         return []
@@ -180,8 +185,8 @@ def _layers(config) -> list[int]:
     return first * 2 if _read(config, "num_kv_shared_layers") else first
 
 
-def _rope(parameters, attempt: _Attempt):
-    # Those of each kind of layers may stand in a dict of their own.
+def _rope(parameters: Any, attempt: _Attempt) -> Any:
+    # Each kind of layers may have a dict of its own.
     if not isinstance(parameters, dict):
         return parameters
     new = {name: _ROPE.get(name) if value is None else _rope(value, attempt) for name, value in parameters.items()}

@@ -1,18 +1,21 @@
-"""Memory of attention, in a process of its own: `python -m longvq_layers.benchmarks.attention_memory` is the child.
+"""Memory of attention, in a process of its own: `python -m longvq_layers.benchmarks.attention.memory` is the child.
 
-The baseline holds everything that the caller has: q, k, v, codebook and bias; for backward, which is measured alone,
-also out, its gradient and all that forward saved. The results, out or the gradients of q, k, v and bias, are subtracted
-from the peak, so what is left is what the method needs for itself: codes, log-sum-exp, sums by code, scratch space.
-How it is read: `memory.py`.
+The baseline holds everything that the caller has: q, k, v, codebook and bias. Backward is measured alone; its baseline
+also holds out, the gradient of out and all that forward saved. The results (out, or the gradients of q, k, v and bias)
+are subtracted from the peak. What remains is what the method itself needs: codes, log-sum-exp, sums by code, scratch
+space. `common/memory.py` reads the memory.
 """
 
-import json
-import sys
 from collections.abc import Callable
 from dataclasses import asdict
+from typing import Any
 
-from longvq_layers.benchmarks.attention_cases import Form, Problem, Sizes
-from longvq_layers.benchmarks.memory import in_own_process, peak_of
+import torch
+from torch import Tensor
+
+from longvq_layers.benchmarks.attention.problem import Form, Problem, Sizes
+from longvq_layers.benchmarks.common.child_process import answer
+from longvq_layers.benchmarks.common.memory import peak_in_child, peak_of
 
 
 def extra_bytes(case: str, sizes: Sizes, form: Form, backend: str, threads: int) -> int | None:
@@ -21,20 +24,22 @@ def extra_bytes(case: str, sizes: Sizes, form: Form, backend: str, threads: int)
     Raises:
         RuntimeError: the measuring process failed.
     """
-    return in_own_process(__name__, [case, asdict(sizes), asdict(form), backend, threads])
+    return peak_in_child(__name__, [case, asdict(sizes), asdict(form), backend, threads])
 
 
 def beyond_results(call: Callable[[], object], result_bytes: int) -> int | None:
+    """The peak of a call without its results."""
     peak = peak_of(call)
     return None if peak is None else max(peak - result_bytes, 0)
 
 
-def _child(case: str, sizes: dict, form: dict, backend: str, threads: int) -> int | None:
-    import torch
-
+def _measure(case: str, sizes: dict[str, Any], form: dict[str, Any], backend: str, threads: int) -> int | None:
     torch.set_num_threads(threads)
-    sizes, form = Sizes(**sizes), Form(**form)
-    # Threads, kernels and caches of the first call.
+    return _extra_bytes(case, Sizes(**sizes), Form(**form), backend)
+
+
+def _extra_bytes(case: str, sizes: Sizes, form: Form, backend: str) -> int | None:
+    # The first call makes threads, kernels and caches.
     torch.autograd.grad(*_graph(Problem(sizes, form, min(sizes.long, 256), backend)))
     problem = Problem(sizes, form, sizes.long, backend)
     if case == "forward":
@@ -44,10 +49,10 @@ def _child(case: str, sizes: dict, form: dict, backend: str, threads: int) -> in
     return beyond_results(lambda: torch.autograd.grad(out, leaves, grad), sum(x.nbytes for x in leaves))
 
 
-def _graph(problem: Problem) -> tuple:
+def _graph(problem: Problem) -> tuple[Tensor, list[Tensor], Tensor]:
     leaves = problem.leaves()
     return problem.ours(*leaves), leaves, problem.grad
 
 
 if __name__ == "__main__":
-    print(json.dumps(_child(*json.loads(sys.argv[1]))))
+    answer(_measure)

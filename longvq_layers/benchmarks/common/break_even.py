@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 
 def faster_from(lengths: Sequence[int], speed_ups: Sequence[float]) -> int | None:
-    """The length at which ours becomes and stays faster, interpolated between measured lengths; None: never."""
+    """The length from which every longer sequence is faster, interpolated between measured lengths; None: never."""
     slower = [index for index, speed_up in enumerate(speed_ups) if speed_up < 1]
     if not slower:
         return lengths[0]

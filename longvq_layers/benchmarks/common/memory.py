@@ -1,45 +1,41 @@
 """Peak memory of one call, best measured in a process of its own.
 
-Linux: the kernel's high-water mark of resident memory is reset before the call (`/proc/self/clear_refs`), and the
-allocator of a child process is told to map every larger buffer by itself, so that freed memory leaves the process at
-once. Elsewhere: the process's maximum so far, which only ever grows.
+Linux: the kernel's high-water mark of resident memory is reset before the call (`/proc/self/clear_refs`). The allocator
+of a child process maps every larger buffer separately, so that freed memory returns to the system at once. On other
+systems only the maximum since the start of the process is known, which never falls.
 """
 
 import ctypes
-import json
 import os
-import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-_ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}  # bytes; glibc, ignored elsewhere
+from longvq_layers.benchmarks.common.child_process import in_child_process
+
+_ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}  # bytes; only glibc reads them
+_RESET = Path("/proc/self/clear_refs")
+
+NOT_READABLE = "not readable here"  # stands in tables where `peak_of` returned None
 
 
-def in_own_process(module: str, arguments: object) -> object:
-    """What `python -m MODULE ARGUMENTS` prints as its last line; both are JSON.
+def peak_in_child(module: str, arguments: Sequence[object]) -> int | None:
+    """Bytes that `module` measures with `peak_of` in a process of its own, see `in_child_process`; None as there."""
+    peak: int | None = in_child_process(module, arguments, **_ALLOCATOR)
+    return peak
 
-    Raises:
-        RuntimeError: that process failed.
-    """
-    package_parent = str(Path(__file__).resolve().parents[2])
-    path = os.pathsep.join(filter(None, [package_parent, os.environ.get("PYTHONPATH")]))
-    child = subprocess.run(
-        [sys.executable, "-m", module, json.dumps(arguments)],
-        env={**os.environ, **_ALLOCATOR, "PYTHONPATH": path},
-        capture_output=True,
-        text=True,
-    )
-    if child.returncode != 0:
-        raise RuntimeError(f"the process that measures memory failed:\n{child.stderr[-2000:]}")
-    return json.loads(child.stdout.splitlines()[-1])
+
+def peaks_in_child(module: str, arguments: Sequence[object]) -> list[list[int]]:
+    """The same for a module that measures several peaks: lists of numbers."""
+    peaks: list[list[int]] = in_child_process(module, arguments, **_ALLOCATOR)
+    return peaks
 
 
 def peak_of(call: Callable[[], object]) -> int | None:
-    """Bytes of resident memory that one call needs on top of what is there before; None where that can't be read."""
+    """Peak bytes of resident memory during one call, above those before the call; None where they can't be read."""
     _return_freed()
-    if Path("/proc/self/clear_refs").exists():
-        Path("/proc/self/clear_refs").write_text("5")  # proc(5): resets the high-water mark VmHWM
+    if high_water_mark_resets():
+        _RESET.write_text("5")  # proc(5): resets the high-water mark VmHWM
         before = _status("VmHWM")
         call()
         return max(_status("VmHWM") - before, 0)
@@ -53,14 +49,19 @@ def peak_of(call: Callable[[], object]) -> int | None:
     return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * unit
 
 
+def high_water_mark_resets() -> bool:
+    """False: `peak_of` reads a maximum that never falls, and so misses a call that needs less than an earlier one."""
+    return _RESET.exists()
+
+
 def resident() -> int | None:
-    """Bytes of resident memory of this process now; None where `/proc` doesn't tell."""
+    """Bytes of resident memory of this process; None where `/proc` doesn't exist."""
     status = Path("/proc/self/statm")
     return int(status.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if status.exists() else None
 
 
 def _return_freed() -> None:
-    """Memory that earlier calls have freed goes back to the system, so that it can't serve this one unnoticed."""
+    """Give memory that earlier calls freed back to the system; a call that reused it would seem to need none."""
     if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)):  # glibc has it
         trim(0)
 

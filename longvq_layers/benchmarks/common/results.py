@@ -1,16 +1,22 @@
-"""What the benchmarks have in common in what they print and write."""
+"""What the benchmarks print about themselves, and the files that they write."""
 
 import csv
-import importlib
+import math
 import platform
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
 import longvq_layers
 from longvq_layers import _extension
+from longvq_layers.benchmarks.common import plot
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 
 def machine(threads: int) -> str:
@@ -20,30 +26,50 @@ def machine(threads: int) -> str:
     )
 
 
+def say(line: object) -> None:
+    """Progress, on stderr, so that stdout holds the report alone."""
+    print(line, file=sys.stderr, flush=True)
+
+
 def met(met: bool) -> str:
     return "met" if met else "not met"
 
 
-def write(name: str, folder: Path, rows: Sequence, **everywhere: object) -> None:
-    """results.csv and, with matplotlib, the picture of `NAME_plot.draw`; says where they are."""
+def write(
+    name: str,
+    folder: Path,
+    rows: Sequence["DataclassInstance"],
+    panels: Sequence[plot.Panel],
+    **everywhere: object,
+) -> None:
+    """Write results.csv and, with matplotlib, a picture; print their paths.
+
+    Args:
+        name: of the benchmark; the picture is NAME.png.
+        folder: made if it does not exist.
+        rows: of one dataclass; at least one.
+        panels: of the picture.
+        everywhere: columns with the same value in every row.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     table, picture = folder / "results.csv", folder / f"{name}.png"
-    write_csv(rows, table, **everywhere)
+    _write_csv(rows, table, **everywhere)
     print(f"Written: {table}", end="")
     try:
-        import matplotlib  # noqa: F401
-
-        plot = importlib.import_module(f"longvq_layers.benchmarks.{name}_plot")
+        plot.save(picture, panels)
     except ImportError as error:
         print(f"; no plot: {error} (pip install matplotlib)")
         return
-    plot.draw(picture, rows)
     print(f", {picture}")
 
 
-def write_csv(rows: Sequence, path: Path, **everywhere: object) -> None:
-    """One line per row, all of one dataclass; `everywhere` are columns with the same value in all of them."""
+def _write_csv(rows: Sequence["DataclassInstance"], path: Path, **everywhere: object) -> None:
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, [*(field.name for field in fields(rows[0])), *everywhere])
         writer.writeheader()
-        writer.writerows({**asdict(row), **everywhere} for row in rows)
+        for row in rows:
+            writer.writerow({name: _cell(value) for name, value in (asdict(row) | everywhere).items()})
+
+
+def _cell(value: object) -> object:
+    return None if isinstance(value, float) and math.isnan(value) else value  # NaN: not measured

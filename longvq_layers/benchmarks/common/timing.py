@@ -1,23 +1,29 @@
-"""Interleaved timing: the candidates take turns, so that a busy moment of the machine hits all of them."""
+"""Interleaved timing: the candidates take turns, so that other load on the machine slows all of them."""
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
-_LEAST_ROUNDS = 3  # of a candidate that runs over its budget
+Calls = dict[str, Callable[[], object]]
+"""What is timed: name -> call."""
+
+_LEAST_ROUNDS = 3  # of a candidate whose time budget is spent
 
 
-def interleaved_medians(candidates: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
-    """Median seconds of each candidate over `repeats` rounds, after one round that is not counted."""
+def interleaved_medians(candidates: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, float]:
+    """Median seconds of each candidate over `repeats` rounds, after one warm-up round."""
     return {name: statistics.median(times) for name, times in interleaved_times(candidates, repeats).items()}
 
 
 def interleaved_times(
-    candidates: dict[str, Callable[[], object]], repeats: int, budget: float = float("inf")
+    candidates: Mapping[str, Callable[[], object]], repeats: int, budget: float = float("inf")
 ) -> dict[str, list[float]]:
-    """Seconds of each call, one list per candidate, after one round that is not counted.
+    """Seconds of each call, one list per candidate, after one warm-up round.
 
-    A candidate whose calls took more than `budget` seconds in all sits out the rounds after its third.
+    Args:
+        candidates: name -> call.
+        repeats: rounds.
+        budget: seconds. A candidate that has spent them is timed in three rounds only.
     """
     times: dict[str, list[float]] = {name: [] for name in candidates}
     spent = dict.fromkeys(candidates, 0.0)
@@ -32,3 +38,8 @@ def interleaved_times(
             if round_ > 0:
                 times[name].append(seconds)
     return times
+
+
+def note_of_rounds(rounds: int, repeats: int, budget: float) -> str:
+    """A note for a result of fewer rounds than were asked for, else empty."""
+    return "" if rounds == repeats else f"{rounds} rounds, {budget:g} s were up"

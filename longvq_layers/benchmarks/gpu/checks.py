@@ -1,25 +1,29 @@
-"""The CUDA kernels against the PyTorch backend in float64, and layers against the CPU, without any test package."""
+"""The CUDA kernels against the PyTorch backend in float64, on random calls; needs no test package."""
 
-import copy
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from longvq_layers import LongVQBlock, S4DLayer, VQAttention
+Pairs = dict[str, tuple[Tensor, Tensor]]
+"""Name of a result -> actual and expected."""
 
-# Relative to the largest number of the right result: some roundings of 8, 11 or 24 bits.
+# Of a difference, relative to 1 + the largest value: some roundings of 24, 11 or 8 bits.
 _BOUNDS = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
 
-def run(device: str, count: int, namespace: object = None) -> str:
-    """Check `count` calls of every operator; raises AssertionError with those that are wrong.
+def run(device: str, count: int, namespace: Any = None) -> str:
+    """A table of the largest differences over `count` random calls of every operator.
 
     Args:
         device: of the tensors.
         count: of calls.
-        namespace: of the operators, default those of the compiled kernels, `torch.ops.longvq`.
+        namespace: of the operators, default that of the compiled kernels, `torch.ops.longvq`.
+
+    Raises:
+        AssertionError: results are wrong; lists the calls.
     """
     namespace = torch.ops.longvq if namespace is None else namespace
     worst: dict[str, float] = {}
@@ -32,7 +36,7 @@ def run(device: str, count: int, namespace: object = None) -> str:
             what, results = check(draw, dtype, device, namespace)
             for result, (actual, expected) in results.items():
                 key = f"{name} {result} {str(dtype).removeprefix('torch.')}"
-                error = _error(actual, expected)
+                error = error_of(actual, expected)
                 worst[key] = max(worst.get(key, 0.0), error)
                 if not error <= _BOUNDS[dtype]:
                     wrong.append(f"{key}: {error:.3g} in call {number}: {what}")
@@ -44,51 +48,8 @@ def run(device: str, count: int, namespace: object = None) -> str:
     return "\n".join(lines)
 
 
-def layers(device: str) -> str:
-    """The layers with their default backend on that device against the CPU, in float64: outputs and gradients.
-
-    Raises:
-        AssertionError: they differ; says where.
-    """
-    torch.manual_seed(0)
-    width, options = 32, {"num_codes": 16, "window": 8, "dtype": torch.float64}
-    cases = {
-        "VQAttention": VQAttention(width, 4, num_kv_heads=2, **options),
-        "VQAttention, causal, exact": VQAttention(width, 4, causal=True, local_keys="exact", **options),
-        "S4DLayer": S4DLayer(width, dtype=torch.float64),
-        "S4DLayer, causal": S4DLayer(width, causal=True, dtype=torch.float64),
-        "LongVQBlock": LongVQBlock(width, **options),
-        "LongVQBlock, causal, laplace, recompute": LongVQBlock(
-            width, causal=True, activation="laplace", recompute=True, **options
-        ),
-    }
-    x = torch.randn(2, 70, width, dtype=torch.float64)
-    padding = torch.zeros(2, 70, dtype=torch.bool)
-    padding[1, 60:] = True
-    lines, wrong = ["| layer | difference of outputs | of gradients |", "|:---|---:|---:|"], []
-    for name, layer in cases.items():
-        layer(x)  # in training mode, for codebooks to have codes
-        layer.eval()
-        results = [_run_layer(copy.deepcopy(layer).to(there), x, padding, there) for there in ("cpu", device)]
-        errors = [_error(actual, expected) for expected, actual in zip(*results, strict=True)]
-        lines.append(f"| {name} | {errors[0]:.2g} | {max(errors[1:]):.2g} |")
-        if not max(errors) <= 1e-9:
-            wrong.append(lines[-1])
-    if wrong:
-        raise AssertionError("layers differ from the CPU:\n" + "\n".join(wrong))
-    return "\n".join(lines)
-
-
-def _run_layer(layer: nn.Module, x: Tensor, padding: Tensor, device: str) -> list[Tensor]:
-    """Output, and the gradients of the input and of each parameter, on the CPU."""
-    x = x.to(device).requires_grad_()
-    y = layer(x, key_padding_mask=padding.to(device))
-    inputs = [x, *(parameter for parameter in layer.parameters() if parameter.requires_grad)]
-    gradients = torch.autograd.grad(y.square().sum(), inputs, allow_unused=True)
-    return [y.detach().cpu(), *(g.cpu() for g in gradients if g is not None)]
-
-
-def _error(actual: Tensor, expected: Tensor) -> float:
+def error_of(actual: Tensor, expected: Tensor) -> float:
+    """The largest difference over 1 + the largest expected value; infinity for NaN."""
     if not expected.numel():
         return 0.0
     difference = (actual.to(expected.dtype) - expected).abs().max() / (1 + expected.abs().max())
@@ -101,71 +62,75 @@ def _precise(x: object) -> object:
     return x.to(torch.complex128) if x.is_complex() else x.double() if x.is_floating_point() else x
 
 
-def _pairs(call: Callable, arguments: tuple, names: tuple[str, ...]) -> dict[str, tuple[Tensor, Tensor]]:
-    actual, expected = (call(*each) for each in ((False, *arguments), (True, *map(_precise, arguments))))
-    return {name: pair for name, *pair in zip(names, actual, expected, strict=True)}
+def _pairs(call: Callable[..., tuple[Tensor, ...]], arguments: Sequence[object], names: Sequence[str]) -> Pairs:
+    """Results of the kernels, and of the PyTorch backend in double precision."""
+    actual, expected = call(False, *arguments), call(True, *map(_precise, arguments))
+    return dict(zip(names, zip(actual, expected, strict=True), strict=True))
 
 
 def _documents(draw: random.Random, length: int, device: str) -> Tensor | None:
-    """Offsets of some documents, empty ones too, or None."""
+    """Offsets of some documents, of which some may be empty, or None."""
     if draw.random() < 0.7:
         return None
     inner = sorted(draw.randint(0, length) for _ in range(draw.choice([0, 1, 5, 40])))
     return torch.tensor([0, *inner, length], dtype=torch.int32, device=device)
 
 
-def _assign(draw: random.Random, dtype: torch.dtype, device: str, namespace: object) -> tuple[str, dict]:
-    depth, codes, length = draw.choice([8, 64, 100, 128]), draw.choice([1, 33, 200, 512]), draw.choice([1, 65, 300])
-    k = torch.randn(2, 2, length, depth, device=device).to(dtype)
-    codebook = torch.randn(2, codes, depth, device=device)
+def _assign(draw: random.Random, dtype: torch.dtype, device: str, namespace: Any) -> tuple[str, Pairs]:
+    head_dim, num_codes = draw.choice([8, 64, 100, 128]), draw.choice([1, 33, 200, 512])
+    length = draw.choice([1, 65, 300])
+    k = torch.randn(2, 2, length, head_dim, device=device).to(dtype)
+    codebook = torch.randn(2, num_codes, head_dim, device=device)
     found = namespace.vq_assign(k, codebook)
     distances = torch.cdist(k.double(), codebook.double().expand(2, -1, -1, -1))
     nearest = distances.amin(-1)
-    return f"depth {depth}, codes {codes}, length {length}", {
+    return f"D {head_dim}, S {num_codes}, L {length}", {
         "distance": (distances.gather(-1, found[..., None])[..., 0], nearest)
     }
 
 
-def _attention(draw: random.Random, dtype: torch.dtype, device: str, namespace: object) -> tuple[str, dict]:
-    kv_heads, group, length = (
+def _attention(draw: random.Random, dtype: torch.dtype, device: str, namespace: Any) -> tuple[str, Pairs]:
+    num_kv_heads, group, length = (
         draw.choice([1, 2]),
         draw.choice([1, 2]),
         draw.choice([1, 64, 129, 300, 2200 if device == "cuda" else 200]),
     )
-    depth, values, codes = draw.choice([16, 64, 128]), draw.choice([24, 64, 128, 200]), draw.choice([1, 60, 300])
+    head_dim, value_dim = draw.choice([16, 64, 128]), draw.choice([24, 64, 128, 200])
+    num_codes = draw.choice([1, 60, 300])
     causal, window = draw.random() < 0.5, draw.choice([0, 3, 64, 150])
     laplace = draw.random() < 0.2 and dtype != torch.float16
     exact, near_dim = draw.random() < 0.5, 0
     if exact and causal and draw.random() < 0.3:
-        near_dim = depth // 2
-    q = torch.randn(1, kv_heads * group, length, depth, device=device).to(dtype)
-    k = torch.randn(1, kv_heads, length, depth, device=device).to(dtype)
-    v = torch.randn(1, kv_heads, length, values, device=device).to(dtype)
-    codebook = torch.randn(kv_heads, codes, depth, device=device).to(dtype).float()
+        near_dim = head_dim // 2
+    q = torch.randn(1, num_kv_heads * group, length, head_dim, device=device).to(dtype)
+    k = torch.randn(1, num_kv_heads, length, head_dim, device=device).to(dtype)
+    v = torch.randn(1, num_kv_heads, length, value_dim, device=device).to(dtype)
+    codebook = torch.randn(num_kv_heads, num_codes, head_dim, device=device).to(dtype).float()
     codebook[..., :near_dim] = 0
-    z = torch.randint(codes, (1, kv_heads, length), device=device)
+    z = torch.randint(num_codes, (1, num_kv_heads, length), device=device)
     bias = None
     if window and draw.random() < 0.5:
-        bias = torch.randn(kv_heads * group, window if causal else 2 * window - 1, device=device)
+        bias = torch.randn(num_kv_heads * group, window if causal else 2 * window - 1, device=device)
     mask = torch.rand(1, length, device=device) < 0.1 if draw.random() < 0.5 else None
-    options = (depth**-0.5, causal, window, "laplace" if laplace else "softmax", "exact" if exact else "quantized")
+    options = (head_dim**-0.5, causal, window, "laplace" if laplace else "softmax", "exact" if exact else "quantized")
     documents = _documents(draw, length, device)
-    grad = torch.randn(*q.shape[:3], values, device=device).to(dtype)
+    grad = torch.randn(*q.shape[:3], value_dim, device=device).to(dtype)
 
-    def call(precise: bool, q, k, v, codebook, z, bias, mask, grad):
-        ops = torch.ops.longvq_torch if precise else namespace
-        arguments = (q, k, v, codebook, z, bias, mask, documents, *options, "cluster", near_dim)
+    def call(precise: bool, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+        ops: Any = torch.ops.longvq_torch if precise else namespace
+        *inputs, grad = tensors
+        arguments = (*inputs, documents, *options, "cluster", near_dim)
         out, normalizers = ops.vq_attention(*arguments)
         return out, *ops.vq_attention_backward(grad, out, normalizers, *arguments)
 
     what = (
-        f"H {kv_heads * group}, Hkv {kv_heads}, L {length}, D {depth}, E {values}, S {codes}, {options}, "
-        f"near {near_dim}, bias {bias is not None}, mask {mask is not None}, documents {documents}"
+        f"H {num_kv_heads * group}, Hkv {num_kv_heads}, L {length}, D {head_dim}, E {value_dim}, S {num_codes}, "
+        f"{options}, near {near_dim}, bias {bias is not None}, mask {mask is not None}, documents {documents}"
     )
     return what, _pairs(call, (q, k, v, codebook, z, bias, mask, grad), ("out", "dq", "dk", "dv", "dbias"))
 
 
-def _scan(draw: random.Random, dtype: torch.dtype, device: str, namespace: object) -> tuple[str, dict]:
+def _scan(draw: random.Random, dtype: torch.dtype, device: str, namespace: Any) -> tuple[str, Pairs]:
     channels, modes, length = (
         draw.choice([1, 9, 64]),
         draw.choice([1, 16, 32]),
@@ -183,9 +148,10 @@ def _scan(draw: random.Random, dtype: torch.dtype, device: str, namespace: objec
     reverse = draw.random() < 0.5
     grads = torch.randn_like(u), torch.randn_like(state)
 
-    def call(precise: bool, u, log_decay, weight, skip, state, mask, grad_y, grad_state):
-        ops = torch.ops.longvq_torch if precise else namespace
-        arguments = (u, log_decay, weight, skip, state, mask, documents, reverse)
+    def call(precise: bool, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+        ops: Any = torch.ops.longvq_torch if precise else namespace
+        *inputs, grad_y, grad_state = tensors
+        arguments = (*inputs, documents, reverse)
         return *ops.ssm_scan(*arguments), *ops.ssm_scan_backward(grad_y, grad_state, *arguments, True, True)
 
     what = (

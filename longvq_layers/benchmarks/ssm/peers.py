@@ -1,17 +1,17 @@
-"""What the scan is timed against: the same model computed in the ways others compute it, checked to be the same.
+"""What the scan is timed against: other ways to compute the same model, each checked to give the same result.
 
 | method | what it does | layout |
 |---|---|---|
 | vandermonde | the public minimal S4D: the kernel from a full (H, N, L) Vandermonde matrix, then fft | B H L |
 | fft | FFT convolution alone, its kernel given | B H L |
 | torch | `ops.ssm_scan(…, backend="torch")` | B L H |
-| copy | `copy_` of u into memory that is there already | |
-| clone | `clone` of u: a copy into new memory, as every result needs it | |
+| copy | `copy_` of u into existing memory | |
+| clone | `clone` of u: a copy into new memory, which every result needs | |
 
-Each peer gets its inputs in its own layout; no transposition is charged to it.
+Each peer gets its inputs in its own layout; its time includes no transposition.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -19,18 +19,20 @@ from torch import Tensor
 from longvq_layers import ops
 from longvq_layers.layers.ssm import DiagonalSSM
 
+Call = Callable[[], Tensor | list[Tensor]]
+
 D_STATE = 64
 MODES = D_STATE // 2  # complex
 
-# Largest difference between two methods, relative to the largest value: all round to float32 in other places, most so
-# the phases of the Vandermonde matrix; differences up to 1e-5 were seen.
+# Largest difference between two methods, relative to the largest value. The methods round to float32 at different
+# points; the phases of the Vandermonde matrix lose most. Differences up to 1e-5 were seen.
 TOLERANCE = 1e-4
 
 _CHECKED = ("vandermonde", "fft", "torch")
 _ROWS = ("vandermonde", "fft")  # methods whose natural layout is (B, H, L)
 
-# Vandermonde-sized complex64 tensors alive at once: the exponents, their exponentials and, with gradients, those of
-# both and what is saved for them.
+# Complex64 tensors of the size of the Vandermonde matrix that exist at once: the exponents and their exponentials; with
+# gradients also the gradients of both and what autograd saves.
 _VANDERMONDE_COPIES = {"forward": 2, "forward + backward": 5}
 MOST_BYTES = 4 * 10**9
 
@@ -38,7 +40,7 @@ MOST_BYTES = 4 * 10**9
 class Problem:
     """One size: the model, its discretised parameters, u and the gradient of y, in both layouts."""
 
-    def __init__(self, batch: int, channels: int, length: int, backend: str):
+    def __init__(self, batch: int, channels: int, length: int, backend: str) -> None:
         torch.manual_seed(0)
         self.batch, self.channels, self.length, self.backend = batch, channels, length, backend
         self.ssm = DiagonalSSM(channels, d_state=D_STATE, causal=True)
@@ -49,10 +51,13 @@ class Problem:
         self.u, self.grad_y = torch.randn(2, batch, length, channels).unbind()
         self.u_rows, self.grad_rows = (x.transpose(1, 2).contiguous() for x in (self.u, self.grad_y))
 
-    def peers(self, case: str) -> tuple[dict[str, Callable[[], object]], dict[str, str]]:
-        """Calls by name, "ours" first, and the reasons why some are left out."""
-        build = self._forward if case == "forward" else self._with_backward
-        calls, skipped = build(), {}
+    def peers(self, case: str) -> tuple[dict[str, Call], dict[str, str]]:
+        """Calls by name, "ours" first, and for each method that is left out the reason.
+
+        A call returns y, or y and the gradients in a list.
+        """
+        calls: dict[str, Call] = {**(self._forward() if case == "forward" else self._with_backward())}
+        skipped: dict[str, str] = {}
         needed = _VANDERMONDE_COPIES[case] * 8 * self.channels * MODES * self.length
         if needed > MOST_BYTES:
             del calls["vandermonde"]
@@ -73,18 +78,20 @@ class Problem:
         }
 
     def _with_backward(self) -> dict[str, Callable[[], list[Tensor]]]:
-        """Each returns y and the gradients: of u and D first, the rest in the order of its arguments."""
+        """Each call returns y and the gradients: of u and D first, then of its other arguments in their order."""
 
-        def differentiated(function, grad_y, first, second, *rest):
-            leaves = [x.detach().clone().requires_grad_() for x in (first, second, *rest)]
+        def differentiated(
+            function: Callable[..., Tensor], grad_y: Tensor, *inputs: Tensor
+        ) -> Callable[[], list[Tensor]]:
+            leaves = [x.detach().clone().requires_grad_() for x in inputs]
 
-            def call():
+            def call() -> list[Tensor]:
                 y = function(*leaves)
                 return [y.detach(), *torch.autograd.grad(y, leaves, grad_y)]
 
             return call
 
-        def ours(scan):
+        def ours(scan: Callable[..., Tensor]) -> Callable[..., Tensor]:
             return lambda u, skip, log_decay, weight: scan(u, log_decay, weight, skip)
 
         parameters = self.log_decay, self.weight
@@ -92,7 +99,8 @@ class Problem:
         return {
             "ours": differentiated(ours(self._scan("ours")), self.grad_y, self.u, self.skip, *parameters),
             "vandermonde": differentiated(
-                lambda u, skip, *model: vandermonde(u, *model, skip), self.grad_rows, self.u_rows, skip, *model
+                lambda u, skip, log_dt, log_A_real, A_imag, C: vandermonde(u, log_dt, log_A_real, A_imag, C, skip),
+                *(self.grad_rows, self.u_rows, skip, *model),
             ),
             "fft": differentiated(
                 lambda u, skip, kernel: fft(u, kernel, skip), self.grad_rows, self.u_rows, self.skip, self.kernel
@@ -107,24 +115,22 @@ class Problem:
     def _model_parameters(self) -> list[Tensor]:
         return [getattr(self.ssm, name) for name in ("log_dt", "log_A_real", "A_imag", "C", "D")]
 
-    def differences(self, calls: dict[str, Callable[[], object]], case: str) -> dict[str, float]:
+    def differences(self, calls: Mapping[str, Call], case: str) -> dict[str, float]:
         """Largest difference of each peer from ours, relative to the largest value of the peer.
 
-        With gradients those count as well, each relative to itself; ours are taken on to the parameters of the model
-        to compare with the Vandermonde form.
+        With gradients, each gradient counts as well, relative to its own largest value. The Vandermonde form has
+        gradients of the model's parameters; ours are backpropagated to them first.
 
         Raises:
             AssertionError: a difference is beyond `TOLERANCE`.
         """
-        ours = calls["ours"]()
+        ours = _results(calls["ours"])
         found = {}
         for name in [name for name in _CHECKED if name in calls]:
-            theirs = calls[name]()
-            if case == "forward":
-                pairs = {"y": (ours, theirs)}
-            else:
-                names = ("y", "gradient of u", "gradient of D")
-                pairs = dict(zip(names, zip(ours, theirs, strict=False), strict=False))
+            theirs = _results(calls[name])
+            names = ("y", "gradient of u", "gradient of D")
+            pairs = dict(zip(names, zip(ours, theirs, strict=False), strict=False))
+            if case != "forward":
                 if name == "vandermonde":
                     pairs |= self._model_gradients(ours[3:], theirs[3:])
                 elif name == "torch":
@@ -143,6 +149,11 @@ class Problem:
         return dict(zip(names, zip(mine, theirs, strict=True), strict=True))
 
 
+def _results(call: Call) -> list[Tensor]:
+    result = call()
+    return [result] if isinstance(result, Tensor) else result
+
+
 def _compare(method: str, what: str, ours: Tensor, theirs: Tensor) -> float:
     difference = float((ours - theirs).abs().max() / theirs.abs().max())
     if not difference <= TOLERANCE:  # also for NaN
@@ -154,7 +165,7 @@ def _compare(method: str, what: str, ours: Tensor, theirs: Tensor) -> float:
 
 
 def vandermonde(u: Tensor, log_dt: Tensor, log_A_real: Tensor, A_imag: Tensor, C: Tensor, D: Tensor) -> Tensor:
-    """(B, H, L) -> (B, H, L) as in the minimal S4D published by its authors, discretisation included."""
+    """(B, H, L) -> (B, H, L) as in the minimal S4D that its authors published, with the discretisation."""
     dt = torch.exp(log_dt)
     A = -torch.exp(log_A_real) + 1j * A_imag
     dtA = A * dt.unsqueeze(-1)

@@ -10,28 +10,24 @@ import statistics
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
-from longvq_layers.benchmarks import results, step_memory
-from longvq_layers.benchmarks.timing import interleaved_times
+from longvq_layers.benchmarks.common import arguments, plot, results
+from longvq_layers.benchmarks.common.markdown import line
+from longvq_layers.benchmarks.common.memory import NOT_READABLE
+from longvq_layers.benchmarks.common.results import say
+from longvq_layers.benchmarks.common.timing import interleaved_times
+from longvq_layers.benchmarks.step import memory
+from longvq_layers.benchmarks.step.models import MODELS, OURS, Sizes, build
 from longvq_layers.layers import commitment_loss, optimizer_groups
-from longvq_layers.models import SequenceClassifier, SequenceEncoder
+from longvq_layers.models import SequenceClassifier
 
-# name -> block and its options; the feed-forward width makes the sizes equal
-MODELS: dict[str, tuple[str, dict]] = {
-    "longvq": ("longvq", {"d_ff": 512}),
-    "longvq, recompute": ("longvq", {"d_ff": 512, "recompute": True}),
-    "fused": ("transformer", {"d_ff": 1024}),
-    "dense": ("transformer", {"d_ff": 1024, "attention": "dense"}),
-}
-OURS = ("longvq", "longvq, recompute")
 # (peer, length) -> least speed-up, and how many times less memory
 SPEED_TARGETS = {("dense", 4096): 5.3, ("fused", 4096): 2.0, ("fused", 16384): 6.0}
 MEMORY_TARGETS = {("dense", 4096): 10.0}
-_BUDGET = 60.0  # seconds of one model at one length; beyond it it takes part in three rounds only
-_CLASSES = 10
+_BUDGET = 60.0  # seconds of one model at one length; a slower model is timed in three rounds
+_COLOURS = {"longvq": plot.OURS, "longvq, recompute": plot.PURPLE, "fused": plot.AMBER, "dense": plot.GREY}
 
 
 @dataclass(frozen=True)
@@ -53,9 +49,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--depth", type=int, default=4, help="default %(default)s")
     parser.add_argument("--codes", type=int, default=256, help="default %(default)s")
     parser.add_argument("--window", type=int, default=64, help="default %(default)s")
-    parser.add_argument("--repeats", type=int, default=5, help="rounds, default %(default)s")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="default %(default)s")
-    parser.add_argument("--out", type=Path, default=Path("step_benchmark"), metavar="DIR", help="default %(default)s/")
+    arguments.add_repeats(parser, 5)
+    arguments.add_threads(parser)
+    arguments.add_out(parser, "step_benchmark")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -68,18 +64,7 @@ def run(args: argparse.Namespace) -> None:
     )
     rows = [row for length in args.lengths for row in _measure(length, args)]
     print("\n".join(_report(rows)), flush=True)
-    results.write("step", args.out, rows, threads=args.threads, torch=torch.__version__)
-
-
-def build(name: str, d_model: int, depth: int, codes: int, window: int) -> SequenceClassifier:
-    """The model of that name: a byte classifier."""
-    torch.manual_seed(0)
-    block, options = MODELS[name]
-    options = {**options, "d_ff": options["d_ff"] * d_model // 256}
-    if block == "longvq":
-        options |= {"num_codes": codes, "window": window}
-    encoder = SequenceEncoder(num_inputs=256, d_model=d_model, depth=depth, block=block, block_options=options)
-    return SequenceClassifier(encoder, _CLASSES)
+    results.write("step", args.out, rows, _panels(rows), threads=args.threads, torch=torch.__version__)
 
 
 def training_step(model: SequenceClassifier, length: int) -> Callable[[], None]:
@@ -98,13 +83,13 @@ def training_step(model: SequenceClassifier, length: int) -> Callable[[], None]:
 
 def _measure(length: int, args: argparse.Namespace) -> list[Row]:
     names = [name for name in MODELS if name != "dense" or length <= args.dense_up_to]
-    sizes = (args.d_model, args.depth, args.codes, args.window)
-    print(f"L = {length} …", file=sys.stderr, flush=True)
-    models = {name: build(name, *sizes) for name in names}
+    sizes = Sizes(args.d_model, args.depth, args.codes, args.window)
+    say(f"L = {length} …")
+    models = {name: build(name, sizes) for name in names}
     parameters = {name: sum(p.numel() for p in model.parameters()) for name, model in models.items()}
     steps = {name: training_step(model.train(), length) for name, model in models.items()}
     times = interleaved_times(steps, args.repeats, _BUDGET)
-    peaks = {name: step_memory.peak_of_step(name, sizes, length, args.threads) for name in names}
+    peaks = {name: memory.peak_of_step(name, sizes, length, args.threads) for name in names}
     return [
         Row(length, name, parameters[name], statistics.median(times[name]), len(times[name]), peaks[name])
         for name in names
@@ -118,30 +103,46 @@ def _report(rows: list[Row]) -> list[str]:
         "|---:|:---|---:|---:|---:|:---|:---|",
     ]
     for row in rows:
-        peak = "not readable here" if row.peak_bytes is None else f"{row.peak_bytes / 1e6:.0f}"
-        against = (", ".join(map(_factor, _factors(row, by[ours, row.L]))) for ours in OURS)
-        lines.append(
-            f"| {row.L} | {row.model} | {row.parameters:,} | {row.seconds:.3f} | {peak} | {' | '.join(against)} |"
-        )
+        peak = NOT_READABLE if row.peak_bytes is None else f"{row.peak_bytes / 1e6:.0f}"
+        against = (", ".join(map(_times, _factors(row, by[ours, row.L]))) for ours in OURS)
+        lines.append(line(row.L, row.model, f"{row.parameters:,}", f"{row.seconds:.3f}", peak, *against))
     judged = []
     for kind, (what, targets) in enumerate((("time", SPEED_TARGETS), ("memory", MEMORY_TARGETS))):
         for (peer, length), least in targets.items():
             if (peer, length) in by:
                 factors = [_factors(by[peer, length], by[ours, length])[kind] for ours in OURS]
-                cells = " | ".join(_factor(factor, least) for factor in factors)
-                judged.append(f"| {what} against {peer}, L = {length} | ≥ {least:g}x | {cells} |")
+                cells = (_judged(factor, least) for factor in factors)
+                judged.append(line(f"{what} against {peer}, L = {length}", f"≥ {least:g}x", *cells))
     if judged:
         lines += ["", "| target | asked | longvq | longvq, recompute |", "|:---|---:|:---|:---|", *judged]
     return [*lines, ""]
 
 
 def _factors(peer: Row, ours: Row) -> tuple[float, float | None]:
-    # How many times the time and the memory of ours the peer takes.
-    memory = None if peer.peak_bytes is None else peer.peak_bytes / ours.peak_bytes
+    """How many times our time and our memory the peer needs."""
+    memory = None
+    if peer.peak_bytes is not None and ours.peak_bytes is not None:
+        memory = peer.peak_bytes / ours.peak_bytes
     return peer.seconds / ours.seconds, memory
 
 
-def _factor(factor: float | None, least: float | None = None) -> str:
-    if factor is None:
-        return "not readable here"
-    return f"{factor:.2f}x" + ("" if least is None else f", {results.met(factor >= least)}")
+def _times(factor: float | None) -> str:
+    return NOT_READABLE if factor is None else f"{factor:.2f}x"
+
+
+def _judged(factor: float | None, least: float) -> str:
+    return _times(factor) + ("" if factor is None else f", {results.met(factor >= least)}")
+
+
+def _panels(rows: list[Row]) -> list[plot.Panel]:
+    """A panel of seconds and one of memory, over the length."""
+    seconds, megabytes = {}, {}
+    for model, colour in _COLOURS.items():
+        timed = [row for row in rows if row.model == model]
+        seconds[model] = plot.Line([row.L for row in timed], [row.seconds for row in timed], colour)
+        peaks = [(row.L, row.peak_bytes * 1e-6) for row in timed if row.peak_bytes]
+        megabytes[model] = plot.Line([x for x, _ in peaks], [y for _, y in peaks], colour)
+    return [
+        plot.lines(seconds, "seconds a step", logarithmic=True),
+        plot.lines(megabytes, "peak memory, MB", logarithmic=True),
+    ]
