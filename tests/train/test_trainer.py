@@ -95,12 +95,14 @@ def test_a_folder_belongs_to_one_run(tmp_path):
 def test_settings_that_do_not_work_leave_nothing_behind(tmp_path):
     with pytest.raises(TypeError, match="unexpected keyword argument 'codes'"):
         Trainer(TrainSettings(**{**TINY, "block_options": {"codes": 3}}), tmp_path / "run")
-    with pytest.raises(ValueError, match="eval_batches must be 1 or more, for 'selective-copying' is endless, got 0"):
+    with pytest.raises(
+        ValueError, match="eval_batches must be at least 1, because 'selective-copying' is endless, got 0"
+    ):
         Trainer(TrainSettings(**{**TINY, "eval_batches": 0}), tmp_path / "run")
     assert not (tmp_path / "run").exists()
     Trainer(TrainSettings(**TINY), tmp_path / "run")
     (tmp_path / "file").write_text("")
-    with pytest.raises(ValueError, match="the folder of the run must be a folder, got the file"):
+    with pytest.raises(ValueError, match="folder must be a folder, got the file"):
         Trainer(TrainSettings(**TINY), tmp_path / "file")
 
 
@@ -166,7 +168,7 @@ def test_parameters_chooses_the_feed_forward_width(block):
     task = tasks.get("listops-short")
     settings = TrainSettings("listops-short", block=block, d_model=32, parameters=60_000)
     assert models.count(models.build(settings, task)) == pytest.approx(60_000, rel=0.01)
-    with pytest.raises(ValueError, match=r"parameters=3,000 is too few .* they have"):
+    with pytest.raises(ValueError, match=r"parameters must be above .* got 3,000"):
         models.build(TrainSettings("listops-short", block=block, d_model=32, parameters=3000), task)
 
 
@@ -213,7 +215,7 @@ def test_the_command(tmp_path):
     start = [sys.executable, "-m", "longvq_layers.train", "mqar", "--block", "s4d", "--causal", "--steps", "4"]
     options = ["--task-option", "length=16", "--task-option", "pairs=2", "--task-option", "vocab=16", "--d-model", "8"]
     options += ["--eval-every", "2", "--eval-batches", "1", "--batch-size", "2", "--plot", "--out", str(tmp_path)]
-    done = subprocess.run([*start, *options], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([*start, *options], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "s4d" in done.stdout and "test: loss" in done.stdout and "health: healthy" in done.stdout
     assert (tmp_path / "curve.png").stat().st_size > 5_000
