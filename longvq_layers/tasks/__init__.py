@@ -1,4 +1,4 @@
-"""Tasks for training and comparing sequence models; none downloads anything. See docs/tasks.md.
+"""Tasks to train and compare sequence models with; none downloads anything. See docs/tasks.md.
 
 | file | what it has |
 |---|---|

@@ -1,4 +1,4 @@
-"""The Long Range Arena's tasks on pictures, from files that the user has: pixels as tokens of 256 grey levels."""
+"""The Long Range Arena's tasks on pictures, from the user's files: pixels are tokens of 256 grey levels."""
 
 import pickle
 from os import PathLike
@@ -13,7 +13,7 @@ from longvq_layers.tasks import lra_files
 from longvq_layers.tasks._requirements import need
 from longvq_layers.tasks.base import SPLITS, Batch, Task
 
-# All that the pickles of CIFAR-10 name, with NumPy's newer names for it. A pickle that names more could run anything.
+# The names in the pickles of CIFAR-10, and NumPy's newer name for one of them. Other names could run any code.
 _ALLOWED = {
     ("numpy.core.multiarray", "_reconstruct"),
     ("numpy._core.multiarray", "_reconstruct"),
@@ -24,17 +24,17 @@ _DIFFICULTIES = {"easy": "curv_baseline", "intermediate": "curv_contour_length_9
 
 
 class LRAImage(Task):
-    """Says which of ten things a grey 32x32 picture shows: the Long Range Arena's Image (CIFAR-10).
+    """Classify a grey 32x32 picture into ten classes: the Long Range Arena's Image (CIFAR-10).
 
     Grey is ⌊255.5 (0.2989 R + 0.587 G + 0.114 B)/255⌋, as TensorFlow's `rgb_to_grayscale` computes it. Val is the last
     tenth of the training files.
 
     Args:
-        data_dir: the folder `cifar-10-batches-py` of CIFAR-10's Python version, or the one it lies in. Its pickles are
-            read so that they can build arrays and nothing else.
+        data_dir: the folder `cifar-10-batches-py` of CIFAR-10's Python version, or its parent. Its pickles may build
+            arrays only.
 
     Raises:
-        FileNotFoundError: a file is not there. ValueError: a file is not one of CIFAR-10's. ImportError: NumPy is
+        FileNotFoundError: a file does not exist. ValueError: a file is not one of CIFAR-10's. ImportError: NumPy is
         missing.
 
     Source: Krizhevsky 2009; Tay et al. 2020 (arXiv 2011.04006).
@@ -47,7 +47,7 @@ class LRAImage(Task):
     length = 1024
     random_accuracy = 0.1
 
-    def __init__(self, *, data_dir: str | PathLike) -> None:
+    def __init__(self, *, data_dir: str | PathLike[str]) -> None:
         need(self.name, "numpy")
         folder = lra_files.folder_with(self.name, data_dir, "data_batch_1", "cifar-10-batches-py")
         train = [_cifar_file(lra_files.existing(self.name, folder / f"data_batch_{n}")) for n in range(1, 6)]
@@ -67,19 +67,19 @@ class LRAImage(Task):
 
 
 class LRAPathfinder(Task):
-    """Says whether a dashed path joins the two dots of a picture (1) or not (0): the Long Range Arena's Pathfinder.
+    """Does a dashed path join the two dots of a picture (1) or not (0)? The Long Range Arena's Pathfinder.
 
-    The pictures in an order that depends on their names only: the first 80 % are train, then 10 % val, 10 % test (the
-    Long Range Arena's order is TensorFlow Datasets'). Empty files, of which its release has one, are left out.
+    In an order that depends only on the names, the first 80 % of the pictures are train, then 10 % val, 10 % test. (The
+    Long Range Arena uses the order of TensorFlow Datasets.) Empty files are left out; the release has one.
 
     Args:
-        data_dir: the folder `pathfinder32` (or `pathfinder128` for Path-X) of the release, or the one it lies in.
+        data_dir: the folder `pathfinder32` (or `pathfinder128` for Path-X) of the release, or its parent.
         resolution: 32 (default), 64, 128 or 256; the length is its square.
         difficulty: "hard" (default; what the Long Range Arena reports), "intermediate" or "easy".
 
     Raises:
-        FileNotFoundError: a file is not there. ValueError, TypeError: unknown options, a bad line of the metadata, or a
-        picture of another size. ImportError: Pillow is missing.
+        FileNotFoundError: a file does not exist. ValueError, TypeError: unknown options, a bad line of the metadata, or
+        a picture of another size. ImportError: Pillow is missing.
 
     Source: Linsley et al. 2018 (arXiv 1805.08315); Tay et al. 2020 (arXiv 2011.04006).
     """
@@ -90,7 +90,7 @@ class LRAPathfinder(Task):
     num_outputs = 2
     random_accuracy = 0.5
 
-    def __init__(self, *, data_dir: str | PathLike, resolution: int = 32, difficulty: str = "hard") -> None:
+    def __init__(self, *, data_dir: str | PathLike[str], resolution: int = 32, difficulty: str = "hard") -> None:
         check.one_of(self.name, "resolution", resolution, (32, 64, 128, 256))
         check.one_of(self.name, "difficulty", difficulty, tuple(_DIFFICULTIES))
         need(self.name, "PIL.Image")
@@ -110,7 +110,7 @@ class LRAPathfinder(Task):
         return len(self._names[split])
 
     def _metadata(self) -> dict[str, int]:
-        """{path of a picture: label}; the files are called .npy and are lines of text."""
+        """{path of a picture: label}; the files are text, although their names end in .npy."""
         labels = {}
         for path in (self.root / "metadata").glob("*.npy"):
             for number, line in enumerate(path.read_text().splitlines(), start=1):
@@ -122,7 +122,7 @@ class LRAPathfinder(Task):
                     )
                 labels[f"{fields[0]}/{fields[1]}"] = int(fields[3])
         if not labels:
-            raise FileNotFoundError(f"lra-pathfinder: no lines in {self.root / 'metadata' / '*.npy'}")
+            raise FileNotFoundError(f"lra-pathfinder: metadata must have lines, got none in {self.root}/metadata/*.npy")
         return labels
 
     def _has_content(self, name: str) -> bool:
@@ -145,12 +145,14 @@ class LRAPathfinder(Task):
 
 
 class _ArrayUnpickler(pickle.Unpickler):
+    """Reads a pickle of arrays and refuses everything else."""
+
     def __init__(self, file: BinaryIO) -> None:
         super().__init__(file, encoding="bytes")  # Python 2 wrote these pickles
 
     def find_class(self, module: str, name: str) -> object:
         if (module, name) not in _ALLOWED:
-            raise pickle.UnpicklingError(f"the pickle asks for {module}.{name}, expected arrays only")
+            raise pickle.UnpicklingError(f"the pickle must name arrays only, got {module}.{name}")
         return super().find_class(module, name)
 
 
@@ -164,7 +166,7 @@ def _cifar_file(path: Path) -> tuple[Tensor, Tensor]:
             raise ValueError(f"data of shape {tuple(data.shape)} and {data.dtype} for {len(labels)} labels")
         if not ((labels >= 0) & (labels < 10)).all():
             raise ValueError("labels that are not 0 … 9")
-    # Whatever is wrong with a damaged pickle, the user needs the path.
+    # A damaged pickle raises many types; the user needs the path.
     except (pickle.UnpicklingError, ValueError, TypeError, KeyError, EOFError, AttributeError, IndexError) as error:
         raise ValueError(f"lra-cifar: {path} must be a file of CIFAR-10's Python version: {error}") from error
     weights = torch.tensor([0.2989, 0.587, 0.114])[:, None]

@@ -1,4 +1,4 @@
-"""The Long Range Arena's tasks on text, from files that the user has: reviews, pairs of papers, expressions."""
+"""The Long Range Arena's tasks on text, from the user's files: reviews, pairs of papers, expressions."""
 
 from os import PathLike
 from pathlib import Path
@@ -15,17 +15,17 @@ _SEPARATOR = 257  # 0 is padding, 1 … 256 are bytes
 
 
 class LRAText(Task):
-    """Says whether a film review is positive (1) or negative (0), byte by byte: the Long Range Arena's Text.
+    """Is a film review positive (1) or negative (0)? The Long Range Arena's Text, byte by byte.
 
-    Tokens are byte + 1, 0 is padding. A tenth of the training reviews, chosen by name, is val; the Long Range Arena
+    Tokens are byte + 1; 0 is padding. A tenth of the training reviews, chosen by name, is val; the Long Range Arena
     itself validates on the test set.
 
     Args:
-        data_dir: the folder `aclImdb` of the Large Movie Review Dataset, or the one it lies in.
-        length: later bytes are cut off, default 4096.
+        data_dir: the folder `aclImdb` of the Large Movie Review Dataset, or its parent.
+        length: bytes of a review, default 4096; the rest is cut off.
 
     Raises:
-        FileNotFoundError: the reviews are not there. ValueError, TypeError: options out of range.
+        FileNotFoundError: the reviews do not exist. ValueError, TypeError: options out of range.
 
     Source: Maas et al. 2011 (ACL); Tay et al. 2020 (arXiv 2011.04006).
     """
@@ -36,7 +36,7 @@ class LRAText(Task):
     num_outputs = 2
     random_accuracy = 0.5
 
-    def __init__(self, *, data_dir: str | PathLike, length: int = 4096) -> None:
+    def __init__(self, *, data_dir: str | PathLike[str], length: int = 4096) -> None:
         check.positive(self.name, length=length)
         self.length = length
         self.root = lra_files.folder_with(self.name, data_dir, "train/pos", "aclImdb")
@@ -60,18 +60,19 @@ class LRAText(Task):
 
 
 class LRARetrieval(Task):
-    """Says whether one of two papers cites the other (1) or not (0), byte by byte: the Long Range Arena's Retrieval.
+    """Does one of two papers cite the other (1) or not (0)? The Long Range Arena's Retrieval, byte by byte.
 
-    Tokens are byte + 1, 0 is padding, 257 separates the papers of a joined sequence.
+    Tokens are byte + 1; 0 is padding, 257 separates the papers of a joined sequence.
 
     Args:
-        data_dir: the folder with `new_aan_pairs.train.tsv`, `.eval.tsv` and `.test.tsv`, or one with it as `tsv_data`.
-        length: of one paper; later bytes are cut off, default 4000 as in the Long Range Arena.
-        layout: "joined" (default), both papers in one row with a separator between them; or "pairs", two rows 2i and
-            2i + 1 for target i, which a model encodes apart from each other, as in the Long Range Arena.
+        data_dir: the folder with `new_aan_pairs.train.tsv`, `.eval.tsv` and `.test.tsv`; or its parent, where it is
+            called `tsv_data`.
+        length: bytes of one paper, default 4000 as in the Long Range Arena; the rest is cut off.
+        layout: "joined" (default): both papers in one row with a separator between them. "pairs": two rows 2i and
+            2i + 1 for target i, which a model encodes separately, as in the Long Range Arena.
 
     Raises:
-        FileNotFoundError: a file is not there. ValueError, TypeError: options out of range, or a line that has not the
+        FileNotFoundError: a file does not exist. ValueError, TypeError: options out of range, or a line without the
         five fields label, two names, two texts.
 
     Source: Radev et al. 2013 (ACL Anthology Network); Tay et al. 2020 (arXiv 2011.04006).
@@ -83,7 +84,7 @@ class LRARetrieval(Task):
     num_outputs = 2
     random_accuracy = 0.5
 
-    def __init__(self, *, data_dir: str | PathLike, length: int = 4000, layout: str = "joined") -> None:
+    def __init__(self, *, data_dir: str | PathLike[str], length: int = 4000, layout: str = "joined") -> None:
         check.positive(self.name, length=length)
         check.one_of(self.name, "layout", layout, ("joined", "pairs"))
         self.text_length, self.layout = length, layout
@@ -94,7 +95,7 @@ class LRARetrieval(Task):
         )
         files = [folder / f"new_aan_pairs.{part}.tsv" for part in ("train", "eval", "test")]
         self._files = {s: lra_files.existing(self.name, file) for s, file in zip(SPLITS, files, strict=True)}
-        self._lines: dict[str, Tensor] = {}  # where each line starts: the files are larger than many a memory
+        self._lines: dict[str, Tensor] = {}  # offset of each line; the files may be larger than the memory
 
     def size(self, split: str) -> int | None:
         check.one_of(self.name, "split", split, SPLITS)
@@ -130,12 +131,12 @@ class LRAListOps(Task):
     """`ListOps` from the files of the Long Range Arena, with the same tokens as `ListOps`.
 
     Args:
-        data_dir: the folder with `basic_train.tsv`, `basic_val.tsv` and `basic_test.tsv`, or one with it as
-            `listops-1000`.
-        length: later tokens are cut off, default 2000 as in the Long Range Arena.
+        data_dir: the folder with `basic_train.tsv`, `basic_val.tsv` and `basic_test.tsv`; or its parent, where it is
+            called `listops-1000`.
+        length: tokens of an expression, default 2000 as in the Long Range Arena; the rest is cut off.
 
     Raises:
-        FileNotFoundError: a file is not there. ValueError, TypeError: length out of range, or a bad line.
+        FileNotFoundError: a file does not exist. ValueError, TypeError: length out of range, or a bad line.
 
     Source: Tay et al. 2020 (arXiv 2011.04006).
     """
@@ -146,7 +147,7 @@ class LRAListOps(Task):
     num_outputs = 10
     random_accuracy = 0.1
 
-    def __init__(self, *, data_dir: str | PathLike, length: int = 2000) -> None:
+    def __init__(self, *, data_dir: str | PathLike[str], length: int = 2000) -> None:
         check.positive(self.name, length=length)
         self.length = length
         inside = ("listops-1000", "lra_release/listops-1000")
@@ -172,7 +173,10 @@ class LRAListOps(Task):
             if number == 1 and fields == ["Source", "Target"]:
                 continue
             if len(fields) != 2 or len(fields[1]) != 1 or fields[1] not in "0123456789":
-                raise ValueError(f"lra-listops: line {number} of {path} must be an expression, a tab and a digit")
+                raise ValueError(
+                    f"lra-listops: line {number} of {path} must be an expression, a tab and a digit, got {len(fields)} "
+                    f"fields, the last {fields[-1:]}"
+                )
             sequences.append(torch.tensor(listops.tokenize(fields[0])[: self.length], dtype=torch.uint8))
             targets.append(int(fields[1]))
         return sequences, torch.tensor(targets)

@@ -130,7 +130,7 @@ class TestTokenize:
 
     @pytest.mark.parametrize("source", ["[SUM 1 2 ]", "[MAX 10 2 ]", "<pad>"])
     def test_an_unknown_token_is_named(self, source):
-        with pytest.raises(ValueError, match=r"unknown token .*expected one of 0, 1"):
+        with pytest.raises(ValueError, match=r"tokens must be of 0, 1, .*, got "):
             tokenize(source)
 
 
@@ -151,7 +151,7 @@ def test_bad_options(options, message):
 
 def test_lengths_that_hardly_any_expression_has_are_given_up():
     task = ListOps(min_length=1110, max_length=1113, max_depth=4, max_args=10)
-    with pytest.raises(ValueError, match="none of 256000 expressions has a length between"):
+    with pytest.raises(ValueError, match="which none of 256000 expressions met"):
         task.batch("train", 0, 1)
 
 
