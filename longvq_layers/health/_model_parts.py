@@ -1,4 +1,4 @@
-"""Which block of a model a parameter belongs to, and what it does there."""
+"""The blocks of a model, the kinds of their parameters, and their gates."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,11 +13,11 @@ from longvq_layers.models.transformer_block import TransformerBlock
 
 KINDS = ("ssm", "codebook/keys", "attention", "gates", "feed-forward", "embedding/other")
 
-# Attributes of a block that hold a gate: those that mix a block with its input, and those of the attention's output.
+# Attributes of a block that hold a gate: one mixes the block with its input, the other weights the attention's output.
 OUTPUT_GATES = ("output_gate", "update_gate")
 ATTENTION_GATES = ("attention_gate", "reset_gate")
 
-_FUSED = "mx_proj"  # of a Mega block: update gate, Z, reset gate and candidate from one layer
+_FUSED = "mx_proj"  # one layer of a Mega block with update gate, Z, reset gate and candidate
 
 _MEMORIES = ("ssm", "ema")
 _ATTENTIONS = ("attention", "local", "cross")
@@ -34,18 +34,18 @@ _KIND_OF = {
 
 
 class Gate(NamedTuple):
-    """A gate: its name, the module it belongs to, the linear layer, and which of that layer's outputs it is."""
+    """A gate: its name, its module, the linear layer that computes it, and its columns of that layer's output."""
 
     name: str
     owner: nn.Module
     layer: nn.Linear
-    is_output: bool  # mixes the block with its input; otherwise it weights the attention's output
+    is_output: bool  # True: mixes the block with its input; False: weights the attention's output
     columns: slice = slice(None)
 
 
 @dataclass(frozen=True)
 class Part:
-    """A parameter, its name in the model, the name of its block (None outside of all blocks), and one of `KINDS`."""
+    """A parameter, its name in the model, the name of its block (None outside of all blocks) and its kind."""
 
     name: str
     parameter: nn.Parameter
@@ -54,7 +54,7 @@ class Part:
 
 
 def blocks(model: nn.Module) -> dict[str, nn.Module]:
-    """The outermost modules, by name, that hold a layer of this library as attention, SSM or moving average."""
+    """Name -> module: the outermost modules with a layer of this library as attention, SSM or moving average."""
     found: dict[str, nn.Module] = {}
     for name, module in model.named_modules():
         if _is_block(module) and not any(_inside(name, outer) for outer in found):
@@ -63,7 +63,7 @@ def blocks(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def parts(model: nn.Module) -> list[Part]:
-    """Every parameter of a model once."""
+    """Every parameter of a model, once."""
     found = blocks(model)
     result = []
     for name, parameter in model.named_parameters():
@@ -76,7 +76,7 @@ def parts(model: nn.Module) -> list[Part]:
 
 
 def gates(model: nn.Module) -> Iterator[Gate]:
-    """Every gate that is computed by a linear layer."""
+    """Every gate that a linear layer computes."""
     for block_name, block in blocks(model).items():
         for name, module in block.named_modules(prefix=block_name):
             for attribute in (*OUTPUT_GATES, *ATTENTION_GATES):
@@ -101,12 +101,12 @@ def _is_block(module: nn.Module) -> bool:
         attribute in _MIXERS
         and isinstance(child, nn.Module)
         and not isinstance(child, _CONTAINERS)
-        and _has_ours(child)
+        and _has_our_layer(child)
         for attribute, child in children
     )
 
 
-def _has_ours(module: nn.Module) -> bool:
+def _has_our_layer(module: nn.Module) -> bool:
     package = __name__.partition(".")[0]
     return any(type(child).__module__.partition(".")[0] == package for child in module.modules())
 
@@ -120,13 +120,16 @@ def _inside(name: str, outer: str) -> bool:
 
 
 def _kind(block: nn.Module, path: str) -> str:
-    # From the block inwards. What is inside the attention may still be its keys; the rest is settled at first sight.
+    """The kind of a parameter, from its path inside the block.
+
+    The outermost attribute that is known decides; inside of attention, an inner attribute may still say "keys".
+    """
     kind, module = "embedding/other", block
     for attribute in path.split("."):
         here = _KIND_OF.get(attribute)
         child = module._modules.get(attribute)
         if attribute == "out_proj" and kind == "embedding/other" and not _attends(module):
-            here = "ssm"  # what mixes the channels of an SSM
+            here = "ssm"  # without attention, this layer mixes the channels of an SSM
         if hasattr(type(child), "slow_parameters"):
             here = "ssm"
         elif isinstance(child, FeedForward):

@@ -1,4 +1,4 @@
-"""A reading and its moving average, kept on the device it was taken on: nothing waits for it until it is asked for."""
+"""A reading and its moving average. Both stay on the device of the reading, so that recording waits for no transfer."""
 
 import math
 from dataclasses import dataclass
@@ -6,17 +6,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-_WEIGHT = 0.05  # of a new reading, once there are 20
+_WEIGHT = 0.05  # of a new reading, from the 20th on
 
 
 @dataclass(frozen=True)
 class Reading:
-    """Numbers that were recorded again and again.
+    """Numbers that are recorded repeatedly.
 
     Attributes:
-        last: the latest ones, one per head or kind.
-        mean: their moving average, over about the last 20.
-        calls: how often they were recorded.
+        last: the latest numbers, one per head or kind.
+        mean: their moving average, over about the last 20 readings.
+        calls: number of readings.
     """
 
     last: tuple[float, ...] = ()
@@ -25,13 +25,13 @@ class Reading:
 
     @property
     def average(self) -> float:
-        """The moving average over all heads, NaN before the first reading."""
+        """The moving average, averaged over all heads; NaN before the first reading."""
         seen = [value for value in self.mean if not math.isnan(value)]
         return sum(seen) / len(seen) if seen else math.nan
 
 
-class Running:
-    """Takes tensors (n,) and keeps the last one and a moving average; NaN leaves the average as it was."""
+class MovingAverage:
+    """Keeps the last of several tensors (n,) and their moving average, which ignores NaN."""
 
     def __init__(self) -> None:
         self.last: Tensor | None = None
@@ -50,6 +50,6 @@ class Running:
         self.last = value
 
     def read(self) -> Reading:
-        if self.last is None:
+        if self.last is None or self.mean is None:
             return Reading()
         return Reading(tuple(self.last.tolist()), tuple(self.mean.tolist()), self.calls)

@@ -312,7 +312,7 @@ def test_arguments_are_checked(model):
         diagnose(model, {})
     with pytest.raises(ValueError, match="of the same model"):
         diagnose(model, Monitor(build()))
-    with pytest.raises(ValueError, match=r"thresholds must be named codebook_calls, .*; got 'entropi'"):
+    with pytest.raises(ValueError, match=r"thresholds must be named codebook_calls, .*, got 'entropi'"):
         diagnose(model, thresholds={"entropi": 1})
     with pytest.raises(TypeError, match=r"thresholds\['entropy'\]"):
         diagnose(model, thresholds={"entropy": "high"})

@@ -17,7 +17,7 @@ def test_the_program_runs():
 
 
 def test_every_kind_of_finding_is_listed():
-    sources = Path(longvq_layers.health.__file__).parent.glob("_*_rules.py")
+    sources = Path(longvq_layers.health.__file__).parent.glob("rules/*.py")
     kinds = {
         kind for source in sources for kind in re.findall(r'Finding\(\s*(?:"\w+"|\w+),\s*"(\w+)"', source.read_text())
     }

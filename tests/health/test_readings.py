@@ -8,7 +8,7 @@ from torch import nn
 
 from longvq_layers import Codebook, VQAttention
 from longvq_layers.health import Monitor, codebook_statistics, gradient_scales, log_row
-from longvq_layers.health._parts import parts
+from longvq_layers.health._model_parts import parts
 from tests.health.small import KINDS, blocks, build, name, tokens, train
 
 # kind of block -> kind of gradient -> the beginnings of its parameters' names in the block

@@ -1,7 +1,7 @@
-"""Findings about codebooks, from their buffers."""
+"""Findings about codebooks."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from torch import nn
 
@@ -13,12 +13,13 @@ from longvq_layers.layers.codebook import Codebook
 _WITHIN = 10  # calls without a key after which a code counts as dead
 
 
-def codebook_findings(model: nn.Module, limits: dict[str, float]) -> Iterator[Finding]:
+def codebook_findings(model: nn.Module, limits: Mapping[str, float]) -> Iterator[Finding]:
     rows: dict[str, list[CodebookRow]] = {}
     for row in codebook_statistics(model, within=_WITHIN):
         rows.setdefault(row.name, []).append(row)
+    books = {name: module for name, module in model.named_modules() if isinstance(module, Codebook)}
     for name, heads in rows.items():
-        book = model.get_submodule(name)
+        book = books[name]
         if not bool(book.embedding.isfinite().all()):
             yield Finding(
                 "error",
@@ -60,7 +61,7 @@ def _frozen(name: str, book: Codebook) -> Iterator[Finding]:
         )
 
 
-def _head(row: CodebookRow, book: Codebook, limits: dict[str, float]) -> Iterator[Finding]:
+def _head(row: CodebookRow, book: Codebook, limits: Mapping[str, float]) -> Iterator[Finding]:
     head = f"head {row.head}: " if book.num_heads > 1 else ""
     if row.num_codes > 1 and row.top_share >= limits["top_share"]:
         yield Finding(
