@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from matplotlib.typing import RcKeyType
 
 _OURS, _OWN, _LIGHT, _INK = "#1261a0", "#8a8f98", "#8fc1e3", "#2b2f36"
-_STYLE: dict["RcKeyType", Any] = {
+_STYLE: "dict[RcKeyType, Any]" = {
     "axes.edgecolor": "#b8bcc4",
     "axes.labelcolor": _INK,
     "axes.spines.right": False,

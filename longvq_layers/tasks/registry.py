@@ -7,8 +7,8 @@ from longvq_layers.tasks.base import Task
 from longvq_layers.tasks.copying import SelectiveCopying
 from longvq_layers.tasks.digits import Digits
 from longvq_layers.tasks.listops import ListOps, ListOpsShort
-from longvq_layers.tasks.lra_images import LRAImage, LRAPathfinder
-from longvq_layers.tasks.lra_text import LRAListOps, LRARetrieval, LRAText
+from longvq_layers.tasks.lra.images import LRAImage, LRAPathfinder
+from longvq_layers.tasks.lra.text import LRAListOps, LRARetrieval, LRAText
 from longvq_layers.tasks.python_source import BytesClassify, BytesLM
 from longvq_layers.tasks.recall import MQAR
 

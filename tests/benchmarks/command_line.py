@@ -1,7 +1,16 @@
-"""The parsed options of a benchmark."""
+"""Benchmarks as the command line starts them."""
 
 import argparse
+import sys
 from pathlib import Path
+
+from longvq_layers.benchmarks import __main__ as command
+
+
+def run(monkeypatch, *words: str) -> None:
+    """`python -m longvq_layers.benchmarks WORDS`."""
+    monkeypatch.setattr(sys, "argv", ["benchmarks", *words])
+    command.main()
 
 
 def parsed(module, out: Path, *words: str) -> argparse.Namespace:

@@ -1,19 +1,16 @@
 """The benchmark of the assignment to codes prints its table and refuses wrong results."""
 
-import sys
-
 import pytest
 import torch
 
-from longvq_layers.benchmarks import __main__ as command
 from longvq_layers.benchmarks import assign
+from tests.benchmarks.command_line import run
 
 
 def test_assign_prints_one_table(monkeypatch, capsys):
     sizes = ["--heads", "2", "--lengths", "64", "128", "--codes", "32", "--repeats", "1"]
     monkeypatch.setattr(assign, "MATMUL_SIZE", 64)
-    monkeypatch.setattr(sys, "argv", ["benchmarks", "assign", *sizes])
-    command.main()
+    run(monkeypatch, "assign", *sizes)
     table = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
     assert len(table) == 4 and table[2].startswith("| 64 | 32 |") and table[3].startswith("| 128 | 32 |")
 

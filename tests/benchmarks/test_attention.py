@@ -1,19 +1,18 @@
-"""The benchmark of attention runs, refuses wrong results and judges its targets; its measurements are not asserted."""
+"""The benchmark of attention runs, refuses wrong results and judges targets; its measurements are not asserted."""
 
 import csv
-import sys
 from dataclasses import replace
 
 import pytest
 import torch
 
 from longvq_layers import ops
-from longvq_layers.benchmarks import __main__ as command
 from longvq_layers.benchmarks.attention import checks, decode, measure, memory, targets
 from longvq_layers.benchmarks.attention.problem import FULL, QUICK
 from longvq_layers.benchmarks.attention.rows import PEERS, Row
 from longvq_layers.benchmarks.attention.work import PARTS, step_work, work
 from longvq_layers.benchmarks.common.break_even import faster_from
+from tests.benchmarks.command_line import run
 
 BIDIRECTIONAL, CAUSAL = QUICK.forms
 
@@ -24,9 +23,9 @@ def quick(monkeypatch, tmp_path):
     monkeypatch.setattr(memory, "extra_bytes", lambda *args: 1000)
 
     def call(*options):
-        arguments = ["attention", "--quick", "--repeats", "1", "--threads", "1", "--out", str(tmp_path), *options]
-        monkeypatch.setattr(sys, "argv", ["benchmarks", *arguments])
-        command.main()
+        run(
+            monkeypatch, "attention", "--quick", *["--repeats", "1", "--threads", "1", "--out"], str(tmp_path), *options
+        )
         with (tmp_path / "results.csv").open() as file:
             return list(csv.DictReader(file))
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from longvq_layers import ops
-from longvq_layers.benchmarks import __main__ as command
 from longvq_layers.benchmarks.ssm import memory, peers, targets
 from longvq_layers.benchmarks.ssm.rows import PEERS, TIMED, Row
+from tests.benchmarks.command_line import run
 
 
 @pytest.fixture
@@ -19,9 +19,7 @@ def quick(monkeypatch, tmp_path):
     monkeypatch.setattr(memory, "peak_of_backward", lambda *args: 1000)
 
     def call(*options):
-        arguments = ["ssm", "--quick", "--repeats", "1", "--backend", "torch", "--out", str(tmp_path), *options]
-        monkeypatch.setattr(sys, "argv", ["benchmarks", *arguments])
-        command.main()
+        run(monkeypatch, "ssm", "--quick", *["--repeats", "1", "--backend", "torch", "--out"], str(tmp_path), *options)
         return tmp_path
 
     return call

@@ -1,20 +1,17 @@
 """The benchmark of a training step: its models are what the report says, its targets are judged as asked."""
 
-import sys
-
 import pytest
 
-from longvq_layers.benchmarks import __main__ as command
 from longvq_layers.benchmarks.step import command as step
 from longvq_layers.benchmarks.step import memory
 from longvq_layers.benchmarks.step.models import MODELS, Sizes, build
+from tests.benchmarks.command_line import run
 
 
 def test_it_prints_a_table_and_writes_csv_and_a_plot(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(memory, "peak_of_step", lambda name, *args: 3_000_000 if name == "dense" else 1_000_000)
     sizes = ["--lengths", "32", "64", "--dense-up-to", "32", "--d-model", "16", "--depth", "1", "--codes", "8"]
-    monkeypatch.setattr(sys, "argv", ["benchmarks", "step", *sizes, "--repeats", "1", "--out", str(tmp_path)])
-    command.main()
+    run(monkeypatch, "step", *sizes, "--repeats", "1", "--out", str(tmp_path))
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
     rows = [line for line in lines if line.split("|")[1].strip() in ("32", "64")]
     ours = ["longvq", "longvq, recompute"]

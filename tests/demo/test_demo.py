@@ -19,7 +19,7 @@ from longvq_layers.demo import memory, quality, report, speed, training
 from longvq_layers.demo.__main__ import main
 from longvq_layers.demo.results import QualityResult, QualityRow, SpeedResult, SpeedRow, TrainingPoint, TrainingResult
 from longvq_layers.demo.settings import quick
-from tests.benchmarks import small_encoder
+from tests.benchmarks.quality import small_encoder
 
 
 def row(length: int, own: float, ours: float) -> SpeedRow:

@@ -108,7 +108,7 @@ def test_settings_that_do_not_work_leave_nothing_behind(tmp_path):
 
 def test_unfinished_settings_never_replace_any(tmp_path, monkeypatch):
     TrainSettings(**TINY).save(tmp_path / "settings.json")
-    monkeypatch.setattr("os.replace", lambda *paths: pytest.fail("killed"))
+    monkeypatch.setattr("os.replace", lambda *_: pytest.fail("killed"))
     with pytest.raises(pytest.fail.Exception):
         TrainSettings(**TINY, lr=0.5).save(tmp_path / "settings.json")
     assert TrainSettings.load(tmp_path / "settings.json") == TrainSettings(**TINY)

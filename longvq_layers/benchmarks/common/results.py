@@ -38,7 +38,7 @@ def met(met: bool) -> str:
 def write(
     name: str,
     folder: Path,
-    rows: Sequence["DataclassInstance"],
+    rows: "Sequence[DataclassInstance]",
     panels: Sequence[plot.Panel],
     **everywhere: object,
 ) -> None:
@@ -63,7 +63,7 @@ def write(
     print(f", {picture}")
 
 
-def _write_csv(rows: Sequence["DataclassInstance"], path: Path, **everywhere: object) -> None:
+def _write_csv(rows: "Sequence[DataclassInstance]", path: Path, **everywhere: object) -> None:
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, [*(field.name for field in fields(rows[0])), *everywhere])
         writer.writeheader()

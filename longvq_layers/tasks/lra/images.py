@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from longvq_layers import _checks as check
-from longvq_layers.tasks import lra_files
 from longvq_layers.tasks._requirements import need
 from longvq_layers.tasks.base import SPLITS, Batch, Task
+from longvq_layers.tasks.lra.files import existing, folder_with, shuffled
 
 # The names in the pickles of CIFAR-10, and NumPy's newer name for one of them. Other names could run any code.
 _ALLOWED = {
@@ -49,11 +49,11 @@ class LRAImage(Task):
 
     def __init__(self, *, data_dir: str | PathLike[str]) -> None:
         need(self.name, "numpy")
-        folder = lra_files.folder_with(self.name, data_dir, "data_batch_1", "cifar-10-batches-py")
-        train = [_cifar_file(lra_files.existing(self.name, folder / f"data_batch_{n}")) for n in range(1, 6)]
+        folder = folder_with(self.name, data_dir, "data_batch_1", "cifar-10-batches-py")
+        train = [_cifar_file(existing(self.name, folder / f"data_batch_{n}")) for n in range(1, 6)]
         pixels, labels = (torch.cat(parts) for parts in zip(*train, strict=True))
         val = len(labels) - len(labels) // 10
-        test = _cifar_file(lra_files.existing(self.name, folder / "test_batch"))
+        test = _cifar_file(existing(self.name, folder / "test_batch"))
         parts = ((pixels[:val], labels[:val]), (pixels[val:], labels[val:]), test)
         self._pictures = dict(zip(SPLITS, parts, strict=True))
 
@@ -97,9 +97,9 @@ class LRAPathfinder(Task):
         self.resolution, self.difficulty, self.length = resolution, difficulty, resolution**2
         inside = (f"pathfinder{resolution}", f"lra_release/pathfinder{resolution}")
         folder = _DIFFICULTIES[difficulty]
-        self.root = lra_files.folder_with(self.name, data_dir, f"{folder}/metadata", *inside) / folder
+        self.root = folder_with(self.name, data_dir, f"{folder}/metadata", *inside) / folder
         self._labels = self._metadata()
-        names = lra_files.shuffled([name for name in self._labels if self._has_content(name)])
+        names = shuffled([name for name in self._labels if self._has_content(name)])
         tenth = len(names) // 10
         ends = (len(names) - 2 * tenth, len(names) - tenth)
         parts = (names[: ends[0]], names[ends[0] : ends[1]], names[ends[1] :])
@@ -126,7 +126,7 @@ class LRAPathfinder(Task):
         return labels
 
     def _has_content(self, name: str) -> bool:
-        return lra_files.existing(self.name, self.root / name).stat().st_size > 0
+        return existing(self.name, self.root / name).stat().st_size > 0
 
     def _take(self, split: str, indices: Tensor) -> Batch:
         names = [self._names[split][index] for index in indices.tolist()]

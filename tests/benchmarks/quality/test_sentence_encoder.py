@@ -7,7 +7,7 @@ pytest.importorskip("transformers")
 
 from longvq_layers.benchmarks.common.errors import UserError
 from longvq_layers.benchmarks.quality import sentence_encoder as encoder
-from tests.benchmarks import small_encoder
+from tests.benchmarks.quality import small_encoder
 
 
 @pytest.fixture(scope="module")

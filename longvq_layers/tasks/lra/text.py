@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from longvq_layers import _checks as check
-from longvq_layers.tasks import listops, lra_files
+from longvq_layers.tasks import listops
 from longvq_layers.tasks.base import SPLITS, Batch, Task, padded
+from longvq_layers.tasks.lra.files import existing, folder_with, shuffled, tsv_rows
 from longvq_layers.tasks.standard_library import bucket
 
 _SEPARATOR = 257  # 0 is padding, 1 … 256 are bytes
@@ -39,18 +40,18 @@ class LRAText(Task):
     def __init__(self, *, data_dir: str | PathLike[str], length: int = 4096) -> None:
         check.positive(self.name, length=length)
         self.length = length
-        self.root = lra_files.folder_with(self.name, data_dir, "train/pos", "aclImdb")
+        self.root = folder_with(self.name, data_dir, "train/pos", "aclImdb")
         train, test = ([*self._reviews(part, "neg"), *self._reviews(part, "pos")] for part in ("train", "test"))
         held_out = {name for name in train if bucket(name, 10) == 0}
         parts = ([name for name in train if name not in held_out], list(held_out), test)
-        self._names = {split: lra_files.shuffled(names) for split, names in zip(SPLITS, parts, strict=True)}
+        self._names = {split: shuffled(names) for split, names in zip(SPLITS, parts, strict=True)}
 
     def size(self, split: str) -> int | None:
         check.one_of(self.name, "split", split, SPLITS)
         return len(self._names[split])
 
     def _reviews(self, part: str, label: str) -> list[str]:
-        folder = lra_files.existing(self.name, self.root / part / label)
+        folder = existing(self.name, self.root / part / label)
         return [f"{part}/{label}/{path.name}" for path in folder.glob("*.txt")]
 
     def _take(self, split: str, indices: Tensor) -> Batch:
@@ -90,11 +91,9 @@ class LRARetrieval(Task):
         self.text_length, self.layout = length, layout
         self.length = 2 * length + 1 if layout == "joined" else length
         self.rows_per_target = 1 if layout == "joined" else 2
-        folder = lra_files.folder_with(
-            self.name, data_dir, "new_aan_pairs.train.tsv", "tsv_data", "lra_release/tsv_data"
-        )
+        folder = folder_with(self.name, data_dir, "new_aan_pairs.train.tsv", "tsv_data", "lra_release/tsv_data")
         files = [folder / f"new_aan_pairs.{part}.tsv" for part in ("train", "eval", "test")]
-        self._files = {s: lra_files.existing(self.name, file) for s, file in zip(SPLITS, files, strict=True)}
+        self._files = {s: existing(self.name, file) for s, file in zip(SPLITS, files, strict=True)}
         self._lines: dict[str, Tensor] = {}  # offset of each line; the files may be larger than the memory
 
     def size(self, split: str) -> int | None:
@@ -151,8 +150,8 @@ class LRAListOps(Task):
         check.positive(self.name, length=length)
         self.length = length
         inside = ("listops-1000", "lra_release/listops-1000")
-        folder = lra_files.folder_with(self.name, data_dir, "basic_train.tsv", *inside)
-        self._files = {s: lra_files.existing(self.name, folder / f"basic_{s}.tsv") for s in SPLITS}
+        folder = folder_with(self.name, data_dir, "basic_train.tsv", *inside)
+        self._files = {s: existing(self.name, folder / f"basic_{s}.tsv") for s in SPLITS}
         self._examples: dict[str, tuple[list[Tensor], Tensor]] = {}
 
     def size(self, split: str) -> int | None:
@@ -169,7 +168,7 @@ class LRAListOps(Task):
 
     def _read(self, path: Path) -> tuple[list[Tensor], Tensor]:
         sequences, targets = [], []
-        for number, fields in lra_files.tsv_rows(path):
+        for number, fields in tsv_rows(path):
             if number == 1 and fields == ["Source", "Target"]:
                 continue
             if len(fields) != 2 or len(fields[1]) != 1 or fields[1] not in "0123456789":
