@@ -15,7 +15,7 @@ _CACHES = ("cache", "past_key_values")
 
 
 def run(model: nn.Module, inputs: Inputs) -> list[Tensor]:
-    """Every floating tensor of the output; with a mask, the real positions of the first one of the input's length."""
+    """The floating tensors of the output; with a mask only the first (batch, length, …) one, at its real positions."""
     torch.manual_seed(0)  # some models draw random numbers
     with torch.no_grad():
         outputs = list(_tensors(model(**inputs)))
@@ -51,7 +51,7 @@ def difference(ones: list[Tensor], others: list[Tensor], bound: float = BOUND) -
 
 
 def ignores_padding(model: nn.Module, inputs: Inputs) -> bool:
-    """Whether the model runs on padded inputs, and other tokens at padded positions leave the real ones as they are."""
+    """Whether the model runs on padded inputs, and its output does not depend on the tokens at padded positions."""
     try:
         before = run(model, inputs)
         ids, mask = inputs["input_ids"], inputs["attention_mask"].bool()
