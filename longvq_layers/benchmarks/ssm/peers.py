@@ -110,7 +110,13 @@ class Problem:
 
     def _scan(self, method: str) -> Callable[..., Tensor]:
         backend = self.backend if method == "ours" else method
-        return lambda u, log_decay, weight, skip: ops.ssm_scan(u, log_decay, weight, skip=skip, backend=backend)
+
+        def scan(u: Tensor, log_decay: Tensor, weight: Tensor, skip: Tensor) -> Tensor:
+            y = ops.ssm_scan(u, log_decay, weight, skip=skip, backend=backend)
+            assert isinstance(y, Tensor)  # without return_state
+            return y
+
+        return scan
 
     def _model_parameters(self) -> list[Tensor]:
         return [getattr(self.ssm, name) for name in ("log_dt", "log_A_real", "A_imag", "C", "D")]
