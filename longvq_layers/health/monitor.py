@@ -15,10 +15,10 @@ from longvq_layers.health import _model_parts
 from longvq_layers.health._moving_average import MovingAverage, Reading
 from longvq_layers.health.entropy import attention_entropy
 from longvq_layers.health.gradients import GradientTable, gradient_scales
-from longvq_layers.layers._context import recomputing
-from longvq_layers.layers.codebook_attention import CodebookAttention
+from longvq_layers.layers.attention.codebook_attention import CodebookAttention
+from longvq_layers.layers.attention.dense import DenseAttention
 from longvq_layers.layers.commitment import commitment_loss
-from longvq_layers.layers.dense_attention import DenseAttention
+from longvq_layers.layers.common.context import recomputing
 
 CLOSED, OPEN = 0.05, 0.95  # an output gate outside of this range counts as saturated
 SHUT = -5.0  # an attention gate with a smaller input of silu counts as saturated: less than 0.034 passes

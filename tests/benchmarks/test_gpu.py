@@ -23,7 +23,7 @@ def test_all_parts_run(tmp_path, capsys):
         assert part in written
 
 
-def test_parts_that_fail_are_reported_and_the_others_go_on(tmp_path, monkeypatch):
+def test_failing_parts_are_reported_and_the_others_run(tmp_path, monkeypatch):
     def broken(device, quick):
         yield "a line"
         raise ValueError("what went wrong")
@@ -41,7 +41,7 @@ def test_the_budget_leaves_parts_out(tmp_path):
     assert (tmp_path / "gpu.md").read_text().count("left out") >= 5
 
 
-def test_layers_that_differ_are_found(monkeypatch):
+def test_differing_layers_are_found(monkeypatch):
     assert "| LongVQBlock | 0 | 0 |" in layers.check("cpu")
     right = layers._run_layer
     calls = []
@@ -56,7 +56,7 @@ def test_layers_that_differ_are_found(monkeypatch):
         layers.check("cpu")
 
 
-def test_its_checks_find_what_is_wrong():
+def test_its_checks_find_a_wrong_kernel():
     right = torch.ops.longvq_torch
 
     class Wrong:
@@ -71,7 +71,7 @@ def test_its_checks_find_what_is_wrong():
         checks.run("cpu", count=1, namespace=Wrong())
 
 
-def test_without_a_gpu_it_says_so(tmp_path, monkeypatch):
+def test_error_without_a_gpu(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit, match="there is no GPU"):
         gpu.run(arguments(tmp_path))

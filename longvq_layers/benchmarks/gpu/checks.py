@@ -7,6 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from longvq_layers.ops._attention_inputs import AttentionInputs
+from longvq_layers.ops._attention_options import Activation, AttentionOptions, KeyGrad, LocalKeys
+
 Pairs = dict[str, tuple[Tensor, Tensor]]
 """Name of a result -> actual and expected."""
 
@@ -105,21 +108,25 @@ def _attention(draw: random.Random, dtype: torch.dtype, device: str, namespace: 
     q = torch.randn(1, num_kv_heads * group, length, head_dim, device=device).to(dtype)
     k = torch.randn(1, num_kv_heads, length, head_dim, device=device).to(dtype)
     v = torch.randn(1, num_kv_heads, length, value_dim, device=device).to(dtype)
-    codebook = torch.randn(num_kv_heads, num_codes, head_dim, device=device).to(dtype).float()
-    codebook[..., :near_dim] = 0
+    far_q = far_k = None
+    if near_dim:
+        (q, far_q), (k, far_k) = (x.split([near_dim, head_dim - near_dim], dim=-1) for x in (q, k))
+    codebook = torch.randn(num_kv_heads, num_codes, head_dim - near_dim, device=device).to(dtype).float()
     z = torch.randint(num_codes, (1, num_kv_heads, length), device=device)
     bias = None
     if window and draw.random() < 0.5:
         bias = torch.randn(num_kv_heads * group, window if causal else 2 * window - 1, device=device)
     mask = torch.rand(1, length, device=device) < 0.1 if draw.random() < 0.5 else None
-    options = (head_dim**-0.5, causal, window, "laplace" if laplace else "softmax", "exact" if exact else "quantized")
+    activation = Activation.LAPLACE if laplace else Activation.SOFTMAX
+    local_keys = LocalKeys.EXACT if exact else LocalKeys.QUANTIZED
+    options = AttentionOptions(head_dim**-0.5, causal, window, activation, local_keys, KeyGrad.CLUSTER)
     documents = _documents(draw, length, device)
     grad = torch.randn(*q.shape[:3], value_dim, device=device).to(dtype)
 
-    def call(precise: bool, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+    def call(precise: bool, *tensors: Any) -> tuple[Tensor, ...]:
         ops: Any = torch.ops.longvq_torch if precise else namespace
-        *inputs, grad = tensors
-        arguments = (*inputs, documents, *options, "cluster", near_dim)
+        q, k, v, codebook, z, bias, mask, far_q, far_k, grad = tensors
+        arguments = (*AttentionInputs(q, k, v, codebook, z, bias, mask, documents, far_q, far_k), *options)
         out, normalizers = ops.vq_attention(*arguments)
         return out, *ops.vq_attention_backward(grad, out, normalizers, *arguments)
 
@@ -127,7 +134,8 @@ def _attention(draw: random.Random, dtype: torch.dtype, device: str, namespace: 
         f"H {num_kv_heads * group}, Hkv {num_kv_heads}, L {length}, D {head_dim}, E {value_dim}, S {num_codes}, "
         f"{options}, near {near_dim}, bias {bias is not None}, mask {mask is not None}, documents {documents}"
     )
-    return what, _pairs(call, (q, k, v, codebook, z, bias, mask, grad), ("out", "dq", "dk", "dv", "dbias"))
+    names = ("out", "dq", "dk", "dv", "dbias", "dfar_q", "dfar_k")
+    return what, _pairs(call, (q, k, v, codebook, z, bias, mask, far_q, far_k, grad), names)
 
 
 def _scan(draw: random.Random, dtype: torch.dtype, device: str, namespace: Any) -> tuple[str, Pairs]:

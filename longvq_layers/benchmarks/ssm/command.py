@@ -23,7 +23,7 @@ from longvq_layers.benchmarks.common.timing import interleaved_times, note_of_ro
 from longvq_layers.benchmarks.ssm import memory, plot, report
 from longvq_layers.benchmarks.ssm.peers import D_STATE, Problem
 from longvq_layers.benchmarks.ssm.rows import Row, work
-from longvq_layers.layers.ssm import DiagonalSSM
+from longvq_layers.layers.ssm.diagonal import DiagonalSSM
 from longvq_layers.ops._dispatch import BACKENDS
 
 _BUDGET = 15.0  # seconds of one method in one case; a slower method is timed in three rounds only

@@ -11,7 +11,7 @@ from longvq_layers import ops
 from longvq_layers.benchmarks.common.child_process import answer
 from longvq_layers.benchmarks.common.memory import peak_in_child, peak_of
 from longvq_layers.benchmarks.ssm.peers import D_STATE
-from longvq_layers.layers.ssm import DiagonalSSM
+from longvq_layers.layers.ssm.diagonal import DiagonalSSM
 
 
 def peak_of_backward(batch: int, channels: int, length: int, backend: str, threads: int) -> int | None:

@@ -8,8 +8,8 @@ from torch import nn
 from longvq_layers.health import _text
 from longvq_layers.health.finding import Finding
 from longvq_layers.health.monitor import Monitor
-from longvq_layers.layers.codebook import Codebook
-from longvq_layers.layers.codebook_attention import CodebookAttention
+from longvq_layers.layers.attention.codebook_attention import CodebookAttention
+from longvq_layers.layers.codebook.codebook import Codebook
 
 
 def entropy_findings(model: nn.Module, monitor: Monitor, limits: Mapping[str, float]) -> Iterator[Finding]:

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from longvq_layers.health import _text
 from longvq_layers.health.finding import Finding
-from longvq_layers.layers.ssm import DiagonalSSM
+from longvq_layers.layers.ssm.diagonal import DiagonalSSM
 
 
 def ssm_findings(model: nn.Module, limits: Mapping[str, float]) -> Iterator[Finding]:
