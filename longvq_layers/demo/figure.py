@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import matplotlib
 
@@ -15,11 +15,8 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator, PercentFor
 from longvq_layers.demo.results import QualityResult, SpeedResult, TrainingResult
 from longvq_layers.demo.speed import faster_from
 
-if TYPE_CHECKING:
-    from matplotlib.typing import RcKeyType
-
 _OURS, _OWN, _LIGHT, _INK = "#1261a0", "#8a8f98", "#8fc1e3", "#2b2f36"
-_STYLE: "dict[RcKeyType, Any]" = {
+_STYLE: dict[Any, object] = {  # matplotlib's settings by name
     "axes.edgecolor": "#b8bcc4",
     "axes.labelcolor": _INK,
     "axes.spines.right": False,

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any, ClassVar, Protocol
 
 import torch
 
@@ -15,8 +15,11 @@ import longvq_layers
 from longvq_layers import _extension
 from longvq_layers.benchmarks.common import plot
 
-if TYPE_CHECKING:
-    from _typeshed import DataclassInstance
+
+class Dataclass(Protocol):
+    """An instance of any dataclass."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
 
 
 def machine(threads: int) -> str:
@@ -38,7 +41,7 @@ def met(met: bool) -> str:
 def write(
     name: str,
     folder: Path,
-    rows: "Sequence[DataclassInstance]",
+    rows: Sequence[Dataclass],
     panels: Sequence[plot.Panel],
     **everywhere: object,
 ) -> None:
@@ -63,7 +66,7 @@ def write(
     print(f", {picture}")
 
 
-def _write_csv(rows: "Sequence[DataclassInstance]", path: Path, **everywhere: object) -> None:
+def _write_csv(rows: Sequence[Dataclass], path: Path, **everywhere: object) -> None:
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, [*(field.name for field in fields(rows[0])), *everywhere])
         writer.writeheader()
