@@ -75,7 +75,7 @@ def test_the_sweep_leaves_the_peer_out_when_a_call_takes_too_long(quick, capsys)
     assert "not timed" in printed and {row["served"] for row in rows if row["method"] == "ours"} == {"torch"}
 
 
-def test_a_backend_without_bfloat16_says_so(quick, monkeypatch, capsys):
+def test_a_backend_without_bfloat16_is_reported(quick, monkeypatch, capsys):
     def refuse(sizes, form, backend, dtype=torch.float32):
         if dtype == torch.bfloat16:
             raise NotImplementedError("there is no such kernel")
@@ -139,13 +139,13 @@ def rows_for_targets(factor):
         yield Row(case, "causal", 16384, "ours", extra_bytes=int(most * array / factor))
 
 
-def test_calls_targets_met_or_not():
+def test_targets_are_met_or_not():
     good, bad = (list(targets.targets(list(rows_for_targets(factor)), FULL)) for factor in (1.02, 0.98))
     assert len(good) == len(bad) == len(targets.SPEED_TARGETS) + 1 + 2 + 2 + 1
     assert {line[-1] for line in good} == {"met"} and {line[-1] for line in bad} == {"not met"}
 
 
-def test_what_was_not_measured_is_not_called_met():
+def test_a_target_without_a_measurement_is_not_met():
     rows = [
         Row("forward", "bidirectional", 16384, "ours", 1.0),
         Row("forward", "bidirectional", 16384, "sdpa", note="left out"),

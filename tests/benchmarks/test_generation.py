@@ -13,7 +13,7 @@ def models():
     return generation._models(8, 16)
 
 
-def test_generation(models, monkeypatch, tmp_path, capsys):
+def test_table_csv_and_plot(models, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(generation, "_models", lambda codes, window: models if (codes, window) == (8, 16) else None)
     words = ("--lengths", "64", "200", "--codes", "8", "--window", "16", "--tokens", "2")
     generation.run(parsed(generation, tmp_path, *words))
@@ -23,7 +23,7 @@ def test_generation(models, monkeypatch, tmp_path, capsys):
     assert (tmp_path / "results.csv").read_text().count("\n") == 3 and (tmp_path / "generation.png").exists()
 
 
-def test_generation_checks_before_it_times(models, monkeypatch):
+def test_refuses_to_time_wrong_logits(models, monkeypatch):
     _, ours = models
     attention = ours.model.layers[0].self_attn.longvq
     monkeypatch.setattr(attention, "step", lambda q, *args, **kwargs: torch.zeros_like(q))

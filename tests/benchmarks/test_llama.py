@@ -12,7 +12,7 @@ from longvq_layers.benchmarks.llama import model as byte_llama
 from tests.benchmarks.command_line import parsed
 
 
-def test_llama(tmp_path, capsys, monkeypatch):
+def test_tables_and_plot(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(command, "_FINE_LENGTH", 300)
     monkeypatch.setattr(command, "_CALIBRATION", 2)
     words = (
@@ -36,7 +36,7 @@ def test_llama(tmp_path, capsys, monkeypatch):
     assert (tmp_path / "llama.png").exists() and (tmp_path / "m" / "config.json").exists()
 
 
-def test_a_window_alone_is_the_model_with_a_window():
+def test_window_only_is_the_model_with_a_window():
     torch.manual_seed(0)
     own = LlamaForCausalLM(LlamaConfig(**byte_llama.SIZES)).eval()
     tokens = texts.windows(80, 1)[:, :-1]
@@ -48,7 +48,7 @@ def test_a_window_alone_is_the_model_with_a_window():
     assert torch.allclose(narrow[:, :10], full[:, :10], atol=1e-4) and not torch.allclose(narrow, full, atol=1e-2)
 
 
-def test_keys_stand_where_they_should():
+def test_positions_of_the_keys():
     ask = b"\nassert KEY == " + bytes([texts.ASK])
     text = bytes(texts.recall(400, 1, "val", 0, asked=1)[0].tolist())
     key = text[-1:]
@@ -61,7 +61,7 @@ def test_keys_stand_where_they_should():
     assert mixed.shape == (8, 401) and (mixed == texts.ASK).sum(1).tolist() == [0, 0, 0, 0, 1, 3, 6, 12]
 
 
-def test_score_counts_texts_that_are_right_throughout():
+def test_score_counts_texts_without_an_error():
     tokens = torch.tensor([[0, 1, 2, 3, 1], [0, 1, 2, 3, 3]])
 
     def next_number(row, use_cache, logits_to_keep):

@@ -25,7 +25,7 @@ def quick(monkeypatch, tmp_path):
     return call
 
 
-def test_ssm_prints_tables_and_writes_csv_and_a_plot(quick, capsys):
+def test_tables_csv_and_plot(quick, capsys):
     pytest.importorskip("matplotlib")
     out = quick()
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
@@ -48,18 +48,18 @@ def test_ssm_prints_tables_and_writes_csv_and_a_plot(quick, capsys):
     assert all(float(row["seconds"]) > 0 for row in rows if row["case"] not in ("memory", "step memory"))
 
 
-def test_ssm_respects_the_longest_length(quick, capsys):
+def test_longer_sequences_are_left_out(quick, capsys):
     with (quick("--max-length", "64") / "results.csv").open() as file:
         assert {int(row["L"]) for row in csv.DictReader(file) if row["case"] != "step memory"} == {1, 64}
 
 
-def test_ssm_without_matplotlib_says_so(quick, monkeypatch, capsys):
+def test_without_matplotlib_there_is_no_plot(quick, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     out = quick("--max-length", "64")
     assert "no plot" in capsys.readouterr().out and (out / "results.csv").exists() and not (out / "ssm.png").exists()
 
 
-def test_ssm_names_what_is_missing(quick, monkeypatch):
+def test_a_missing_kernel_is_named(quick, monkeypatch):
     def refuse(*args, **kwargs):
         raise NotImplementedError("ssm_scan has no compiled kernel yet")
 
@@ -70,7 +70,7 @@ def test_ssm_names_what_is_missing(quick, monkeypatch):
 
 @pytest.mark.parametrize("case", TIMED)
 @pytest.mark.parametrize("wrong", ["vandermonde", "fft", "torch"])
-def test_ssm_refuses_to_time_a_wrong_result(case, wrong):
+def test_refuses_to_time_a_wrong_result(case, wrong):
     problem = peers.Problem(2, 3, 20, "torch")
     calls, skipped = problem.peers(case)
     assert not skipped
@@ -96,13 +96,13 @@ def test_ssm_refuses_to_time_a_wrong_result(case, wrong):
         problem.differences(calls, case)
 
 
-def test_ssm_skips_a_peer_that_needs_too_much_memory(monkeypatch):
+def test_a_peer_that_needs_too_much_memory_is_left_out(monkeypatch):
     monkeypatch.setattr(peers, "MOST_BYTES", 1000)
     calls, skipped = peers.Problem(1, 2, 50, "torch").peers("forward")
     assert "vandermonde" not in calls and "would take about" in skipped["vandermonde"]
 
 
-def test_ssm_calls_targets_met_or_not():
+def test_targets_are_met_or_not():
     def rows(factor, step, ratio, multiple):
         timed = {"ours": 1.0, "vandermonde": factor * 100, "fft": factor * 4}
         yield from (Row("forward", 1, 2, 4096, name, seconds) for name, seconds in timed.items())
@@ -120,7 +120,7 @@ def test_memory_is_measured_in_a_process_of_its_own():
     assert peak is None or 2 * 4 * 16 * 8192 <= peak < 2**28  # y and the gradient of u at least
 
 
-def test_memory_shows_why_the_process_failed(monkeypatch):
+def test_an_error_of_the_measuring_process_is_shown(monkeypatch):
     monkeypatch.setattr(subprocess, "run", lambda command, **_: subprocess.CompletedProcess(command, 1, "", "no room"))
     with pytest.raises(RuntimeError, match="no room"):
         memory.peak_of_backward(1, 2, 8, "torch", 1)

@@ -1,4 +1,4 @@
-"""The benchmark of a training step: its models are what the report says, its targets are judged as asked."""
+"""The benchmark of a training step: its models have about equal sizes, its report judges the targets."""
 
 import pytest
 
@@ -8,7 +8,7 @@ from longvq_layers.benchmarks.step.models import MODELS, Sizes, build
 from tests.benchmarks.command_line import run
 
 
-def test_it_prints_a_table_and_writes_csv_and_a_plot(monkeypatch, tmp_path, capsys):
+def test_table_csv_and_plot(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(memory, "peak_of_step", lambda name, *args: 3_000_000 if name == "dense" else 1_000_000)
     sizes = ["--lengths", "32", "64", "--dense-up-to", "32", "--d-model", "16", "--depth", "1", "--codes", "8"]
     run(monkeypatch, "step", *sizes, "--repeats", "1", "--out", str(tmp_path))
@@ -34,7 +34,7 @@ def test_targets_are_judged():
     assert "| memory against dense, L = 4096 | ≥ 10x | 9.90x, not met | 11.00x, met |" in report
 
 
-def test_every_model_is_trained_by_its_step():
+def test_a_step_changes_every_parameter():
     for name in MODELS:
         model = build(name, Sizes(16, 2, 8, 4))
         before = [parameter.clone() for parameter in model.parameters()]

@@ -1,4 +1,4 @@
-"""The demo's parts at tiny settings, its refusals, and (slow) the whole command."""
+"""The demo's parts at tiny settings, its errors, and (slow) the whole command."""
 
 import importlib.util
 import itertools
@@ -132,11 +132,11 @@ class TestReport:
         assert "|    1,024 |" in speed_text or "|  1,024 |" in speed_text
         assert "4.000" in report.training_section(results[2])
 
-    def test_without_targets_there_is_no_such_column(self, results):
+    def test_without_targets_there_is_no_target_column(self, results):
         bare = replace(results[0], rows=[replace(results[0].rows[0], target=None)])
         assert "first measured" not in report.quality_section(bare)
 
-    def test_never_faster_is_said(self, results):
+    def test_a_slower_model_is_reported(self, results):
         slow = replace(results[1], rows=[row(512, 0.1, 0.2)])
         assert "Ours is slower at 512 tokens" in report.speed_section(slow, None)
 
@@ -149,14 +149,14 @@ class TestReport:
 
 
 class TestCommand:
-    def test_a_missing_package_names_the_remedy(self, monkeypatch, capsys):
+    def test_a_missing_package_is_named_with_its_installation(self, monkeypatch, capsys):
         find = importlib.util.find_spec
         monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "matplotlib" else find(name))
         assert main(["--parts", "training"]) == 1
         error = capsys.readouterr().err
         assert "matplotlib" in error and 'pip install "longvq-layers[demo]"' in error
 
-    def test_a_model_that_is_not_there(self, tmp_path, capsys):
+    def test_a_missing_model_folder(self, tmp_path, capsys):
         assert main(["--model", str(tmp_path / "none"), "--out", str(tmp_path / "out")]) == 1
         assert "is not a folder" in capsys.readouterr().err
 

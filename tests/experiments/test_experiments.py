@@ -1,4 +1,4 @@
-"""Experiments: every variant is trained alike, finished runs are kept, the table says what the runs found."""
+"""Experiments: variants are trained alike, finished runs are not repeated, the table shows their results."""
 
 import json
 import subprocess
@@ -52,7 +52,7 @@ def test_a_suite_is_run_reported_and_not_run_again(tmp_path, monkeypatch, capsys
     command.main(arguments)
 
 
-def test_no_jobs_are_refused(capsys):
+def test_zero_jobs_are_refused(capsys):
     with pytest.raises(SystemExit):
         command.main(["digits", "--jobs", "0"])
     assert "--jobs must be at least 1, got 0" in capsys.readouterr().err
@@ -87,7 +87,7 @@ def test_a_failed_run_is_reported_with_its_output(tmp_path):
         runner.run_all(broken, tmp_path, [0], 1, lambda line: None)
 
 
-def test_the_better_score_stands_first():
+def test_the_better_score_comes_first():
     lines = [report.Line("low", 1, 1, 1.0, (0.1, 0.3)), report.Line("high", 1, 1, 1.0, (0.9,))]
     accuracy = report.markdown(TINY, lines).splitlines()
     bits = report.markdown(Suite("", "bits_per_byte", {}, {}), lines).splitlines()
@@ -96,7 +96,7 @@ def test_the_better_score_stands_first():
 
 
 @pytest.mark.parametrize("name", SUITES)
-def test_variants_differ_in_their_blocks_and_rates_alone(name):
+def test_variants_differ_only_in_blocks_and_rates(name):
     suite = SUITES[name]()
     settings = [suite.settings(label, 0) for label in suite.variants]
     assert {frozenset(changes) <= {"block", "block_options", "lr"} for changes in suite.variants.values()} == {True}

@@ -75,7 +75,7 @@ class TestAAN:
                 assert text(row[:middle]) == f'first "{part} {i}'.encode() and target == i % 2
                 assert text(row[middle + 1 :]) == f"second {part} {'x' * i}".encode()[:30]
 
-    def test_pairs_are_rows_beside_each_other(self, load):
+    def test_pairs_are_adjacent_rows(self, load):
         task = load("lra-aan", layout="pairs", length=12)
         assert task.rows_per_target == 2 and task.length == 12
         for i, ((first, second), target) in enumerate(examples(task, "train")):
@@ -83,7 +83,7 @@ class TestAAN:
             assert text(second) == f"second train {'x' * i}".encode()[:12]
 
     @pytest.mark.parametrize("line", ["1.0\ta\tb\tno second text", "2\ta\tb\tc\td", "label\ta\tb\tc\td"])
-    def test_a_line_that_is_no_example(self, load, tmp_path, line):
+    def test_a_malformed_line(self, load, tmp_path, line):
         task = load("lra-aan")
         (tmp_path / "tsv_data" / "new_aan_pairs.eval.tsv").write_text(f"0.0\ta\tb\tc\td\n{line}\n")
         with pytest.raises(ValueError, match=r"line 2 of .*eval\.tsv must have five fields"):
@@ -108,7 +108,7 @@ class TestListOps:
         assert [row for row, _ in examples(load("lra-listops", length=2), "val")] == [tokenize("[MAX 2")] * 4
 
     @pytest.mark.parametrize("line", ["( [MAX 1 ) ]", "( [MAX 1 ) ]\t10", "( [MAX 1 ) ]\tx"])
-    def test_a_line_that_is_no_example(self, load, tmp_path, line):
+    def test_a_malformed_line(self, load, tmp_path, line):
         task = load("lra-listops")
         (tmp_path / "basic_val.tsv").write_text(f"Source\tTarget\n{line}\n")
         with pytest.raises(ValueError, match=r"line 2 of .*basic_val\.tsv must be an expression, a tab and a digit"):
@@ -166,7 +166,7 @@ class TestCIFAR:
         assert capsys.readouterr().out == ""
 
     @pytest.mark.parametrize("content", [b"", b"no pickle", pickle.dumps({b"data": 1}), pickle.dumps([])])
-    def test_a_file_that_is_something_else(self, load, tmp_path, content):
+    def test_a_file_of_another_kind(self, load, tmp_path, content):
         load("lra-cifar")
         (tmp_path / "cifar-10-batches-py" / "test_batch").write_bytes(content)
         with pytest.raises(ValueError, match="test_batch must be a file of CIFAR-10's Python version"):

@@ -106,7 +106,7 @@ class TestBytesLM:
 
 
 class TestBytesClassify:
-    def test_a_window_is_from_the_package_it_is_said_to_be_from(self):
+    def test_a_window_is_from_the_package_of_its_class(self):
         task = BytesClassify(length=100)
         texts = standard_library.package_bytes(8)
         for split in SPLITS:

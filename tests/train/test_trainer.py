@@ -46,7 +46,7 @@ class Killed(Exception):
 
 
 @pytest.mark.parametrize("killed_at", [1, 3, 4, 7])
-def test_a_killed_run_goes_on_to_the_same_curve(tmp_path, killed_at):
+def test_a_killed_run_continues_to_the_same_curve(tmp_path, killed_at):
     settings = TrainSettings(**TINY)
     whole = Trainer(settings, tmp_path / "whole")
     last = whole.run()
@@ -68,7 +68,7 @@ def test_a_killed_run_goes_on_to_the_same_curve(tmp_path, killed_at):
         assert torch.equal(weights(resumed)[name], value), name
 
 
-def test_the_seed_and_nothing_else_decides(tmp_path):
+def test_the_curve_depends_only_on_the_seed(tmp_path):
     for folder in ("a", "b"):
         Trainer(TrainSettings(**TINY), tmp_path / folder).run()
     Trainer(TrainSettings(**TINY, seed=1), tmp_path / "c").run()
@@ -92,7 +92,7 @@ def test_a_folder_belongs_to_one_run(tmp_path):
         Trainer(TrainSettings(**TINY, lr=0.01), tmp_path)
 
 
-def test_settings_that_do_not_work_leave_nothing_behind(tmp_path):
+def test_wrong_settings_leave_no_folder(tmp_path):
     with pytest.raises(TypeError, match="unexpected keyword argument 'codes'"):
         Trainer(TrainSettings(**{**TINY, "block_options": {"codes": 3}}), tmp_path / "run")
     with pytest.raises(
@@ -106,7 +106,7 @@ def test_settings_that_do_not_work_leave_nothing_behind(tmp_path):
         Trainer(TrainSettings(**TINY), tmp_path / "file")
 
 
-def test_unfinished_settings_never_replace_any(tmp_path, monkeypatch):
+def test_an_interrupted_save_keeps_the_old_settings(tmp_path, monkeypatch):
     TrainSettings(**TINY).save(tmp_path / "settings.json")
     monkeypatch.setattr("os.replace", lambda *_: pytest.fail("killed"))
     with pytest.raises(pytest.fail.Exception):
@@ -122,7 +122,7 @@ def test_options_of_the_command(text, value):
     assert command._option(text) == ("a", value)
 
 
-def test_an_unfinished_checkpoint_never_replaces_one(tmp_path, monkeypatch):
+def test_an_interrupted_save_keeps_the_old_checkpoint(tmp_path, monkeypatch):
     trainer = Trainer(TrainSettings(**TINY), tmp_path)
     trainer.save()
     before = (tmp_path / "checkpoint.pt").read_bytes()
@@ -148,7 +148,7 @@ def test_a_time_limit_ends_the_run_and_lowers_the_rate(tmp_path, monkeypatch):
     )
 
 
-def test_learning_happens(tmp_path):
+def test_the_loss_falls(tmp_path):
     settings = TrainSettings(**{**TINY, "steps": 150, "eval_every": 50, "lr": 1e-2, "dropout": 0.0, "batch_size": 16})
     Trainer(settings, tmp_path).run()
     losses = [row["val_loss"] for row in curve(tmp_path)]

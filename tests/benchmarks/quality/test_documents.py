@@ -31,7 +31,7 @@ def test_a_file_that_is_not_python_gives_nothing(tmp_path):
     assert documents._module_documents(file, 400, set()) == []
 
 
-def test_too_few_documents_say_so(monkeypatch):
+def test_too_few_documents_are_an_error(monkeypatch):
     monkeypatch.setattr(documents, "library_files", lambda: [])
     with pytest.raises(ValueError, match="must give 3 calibration documents, got 0"):
         documents.documents(3, 1)
