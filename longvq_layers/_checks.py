@@ -73,7 +73,7 @@ def module(op: str, name: str, value: object) -> None:
         raise TypeError(f"{op}: {name} must be a torch.nn.Module, got {type(value).__name__}")
 
 
-def one_of(op: str, name: str, value: object, choices: Sequence[str]) -> None:
+def one_of(op: str, name: str, value: object, choices: Sequence[object]) -> None:
     """``value`` is one of the choices."""
     if value not in choices:
         raise ValueError(f"{op}: {name} must be one of {', '.join(map(repr, choices))}, got {value!r}")

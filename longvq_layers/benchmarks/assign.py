@@ -1,18 +1,19 @@
 """Nearest-codeword search on the CPU: the native kernel against torch's matmul + argmax.
 
-Both compute argmax_s (k.C_s - ||C_s||^2 / 2). The rate counts the 2 L S D operations of the product alone, and is set
-against torch's own float32 matrix product, measured in the same rounds.
+Both compute argmax_s (k·C_s − ‖C_s‖²/2). The rate counts the 2 L S D operations of the product alone. It is compared
+with the rate of torch's float32 matrix product, measured in the same rounds.
 """
 
 import argparse
 import sys
-from collections.abc import Callable
 
 import torch
+from torch import Tensor
 
 from longvq_layers import _extension, ops
-from longvq_layers.benchmarks import results
-from longvq_layers.benchmarks.timing import interleaved_medians
+from longvq_layers.benchmarks.common import arguments, results
+from longvq_layers.benchmarks.common.markdown import line
+from longvq_layers.benchmarks.common.timing import Calls, interleaved_medians
 
 MATMUL_SIZE = 2048
 
@@ -21,9 +22,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--heads", type=int, default=8, help="default %(default)s")
     parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 4096, 16384], help="default %(default)s")
     parser.add_argument("--codes", type=int, nargs="+", default=[256, 512], help="default %(default)s")
-    parser.add_argument("--width", type=int, default=64, help="key width D, default %(default)s")
-    parser.add_argument("--repeats", type=int, default=7, help="rounds, default %(default)s")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="default %(default)s")
+    parser.add_argument("--width", type=int, default=64, help="size D of a key, default %(default)s")
+    arguments.add_repeats(parser, 7)
+    arguments.add_threads(parser)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -41,37 +42,43 @@ def run(args: argparse.Namespace) -> None:
             print(_row(args.heads, length, codes, args.width, args.repeats), flush=True)
 
 
-def _row(heads: int, length: int, codes: int, width: int, repeats: int) -> str:
+def _row(num_heads: int, length: int, num_codes: int, head_dim: int, repeats: int) -> str:
     generator = torch.Generator().manual_seed(0)
-    k = torch.randn(1, heads, length, width, generator=generator)
-    codebook = torch.randn(heads, codes, width, generator=generator)
+    k = torch.randn(1, num_heads, length, head_dim, generator=generator)
+    codebook = torch.randn(num_heads, num_codes, head_dim, generator=generator)
     square = torch.randn(MATMUL_SIZE, MATMUL_SIZE, generator=generator)
     seconds = interleaved_medians({**calls(k, codebook, "native"), "matmul": lambda: square @ square}, repeats)
-    rate = 2 * heads * length * codes * width / seconds["ours"] / 1e9
+    rate = 2 * num_heads * length * num_codes * head_dim / seconds["ours"] / 1e9
     peak = 2 * MATMUL_SIZE**3 / seconds["matmul"] / 1e9
     plain, ours = seconds["matmul + argmax"], seconds["ours"]
-    return (
-        f"| {length} | {codes} | {plain * 1e3:.1f} | {ours * 1e3:.1f} "
-        f"| {plain / ours:.1f}x | {rate:.0f} | {peak:.0f} | {rate / peak:.0%} |"
+    return line(
+        length,
+        num_codes,
+        f"{plain * 1e3:.1f}",
+        f"{ours * 1e3:.1f}",
+        f"{plain / ours:.1f}x",
+        f"{rate:.0f}",
+        f"{peak:.0f}",
+        f"{rate / peak:.0%}",
     )
 
 
-def calls(k: torch.Tensor, codebook: torch.Tensor, backend: str) -> dict[str, Callable[[], torch.Tensor]]:
-    """Calls "ours" and "matmul + argmax", checked to give the same."""
+def calls(k: Tensor, codebook: Tensor, backend: str) -> Calls:
+    """The calls "ours" and "matmul + argmax", after a check that both give the same codes."""
     half_squares = codebook.square().sum(-1).mul(0.5).unsqueeze(-2)
 
-    def ours() -> torch.Tensor:
+    def ours() -> Tensor:
         return ops.vq_assign(k, codebook, backend=backend)
 
-    def plain() -> torch.Tensor:
+    def plain() -> Tensor:
         return (k @ codebook.mT - half_squares).argmax(-1)
 
     _check_equal(k, codebook, ours(), plain())
     return {"ours": ours, "matmul + argmax": plain}
 
 
-def _check_equal(k: torch.Tensor, codebook: torch.Tensor, ours: torch.Tensor, baseline: torch.Tensor) -> None:
-    """Equal codes, or codes whose float64 distances to the key agree to the rounding of a float32 score."""
+def _check_equal(k: Tensor, codebook: Tensor, ours: Tensor, baseline: Tensor) -> None:
+    """Codes are equal, or their float64 distances to the key agree up to the rounding of a float32 score."""
     b, h, i = (ours != baseline).nonzero(as_tuple=True)
     keys = k[b, h, i].double()
     ours_distance = (keys - codebook[h, ours[b, h, i]].double()).square().sum(-1)

@@ -1,9 +1,9 @@
 """Time per token and memory of generation with a replaced Llama, against the model's own growing cache.
 
-A random Llama (4 layers, width 512, 8 query heads, 2 key-value heads of 64) reads a context and goes on token by token.
-Its own cache is filled with keys and values of that number, without reading them by quadratic attention first; ours by
-reading the context. Before it times, it checks that tokens read with our cache give the logits of the full forward.
-Prints Markdown, writes results.csv and generation.png.
+A random Llama (4 layers, width 512, 8 query heads, 2 key-value heads of 64) has read a context and decodes token by
+token. Its own cache is filled with as many random keys and values, because reading the context would need quadratic
+attention; our cache reads the context. Before anything is timed, decoding with our cache is checked to give the logits
+of the full forward. Prints Markdown, writes results.csv and generation.png.
 """
 
 import argparse
@@ -12,13 +12,18 @@ import statistics
 import sys
 import time
 from dataclasses import dataclass
-from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from longvq_layers.benchmarks import results
+from longvq_layers.benchmarks.common import arguments, plot, results
+from longvq_layers.benchmarks.common.markdown import line
+from longvq_layers.benchmarks.common.results import say
 from longvq_layers.replace import replace_attention
+
+if TYPE_CHECKING:
+    from transformers import DynamicCache
 
 _TOLERANCE = 1e-3  # of logits of size 1
 
@@ -41,10 +46,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--codes", type=int, default=512, help="default %(default)s")
     parser.add_argument("--window", type=int, default=256, help="default %(default)s")
     parser.add_argument("--tokens", type=int, default=32, help="timed at each length, default %(default)s")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="default %(default)s")
-    parser.add_argument(
-        "--out", type=Path, default=Path("generation_benchmark"), metavar="DIR", help="default %(default)s"
-    )
+    arguments.add_threads(parser)
+    arguments.add_out(parser, "generation_benchmark")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -60,14 +63,14 @@ def run(args: argparse.Namespace) -> None:
     print(f"Logits with the cache against the full forward: at most {error:.1e} apart.\n")
     rows = [_measure(own, ours, length, args.tokens) for length in args.lengths]
     print("\n".join(report(rows)), flush=True)
-    results.write("generation", args.out, rows, threads=args.threads, torch=torch.__version__)
+    results.write("generation", args.out, rows, _panels(rows), threads=args.threads, torch=torch.__version__)
 
 
 def _models(codes: int, window: int) -> tuple[nn.Module, nn.Module]:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
-    sizes = {"hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 4, "vocab_size": 256}
+    sizes: dict[str, Any] = {"hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 4, "vocab_size": 256}
     config = LlamaConfig(**sizes, num_attention_heads=8, num_key_value_heads=2, eos_token_id=None)
     own = LlamaForCausalLM(config).eval()
     ours = copy.deepcopy(own)
@@ -77,13 +80,13 @@ def _models(codes: int, window: int) -> tuple[nn.Module, nn.Module]:
 
 @torch.no_grad()
 def check(model: nn.Module, length: int) -> float:
-    """The largest difference between logits with the cache, the last token by itself, and without.
+    """The largest difference between the last token's logits, decoded with the cache and by the full forward.
 
     Raises:
-        RuntimeError: it is more than rounding.
+        RuntimeError: the difference is more than rounding.
     """
     tokens = torch.randint(256, (1, min(length, 2048) + 1))
-    cache = _empty(model)
+    cache = _named(_empty_cache(model))
     model(tokens[:, :-1], **cache)
     error = (model(tokens[:, -1:], **cache).logits[0, -1] - model(tokens, use_cache=False).logits[0, -1]).abs().max()
     if not error < _TOLERANCE:
@@ -93,11 +96,13 @@ def check(model: nn.Module, length: int) -> float:
 
 @torch.no_grad()
 def _measure(own: nn.Module, ours: nn.Module, length: int, tokens: int) -> Row:
-    print(f"context = {length} …", file=sys.stderr, flush=True)
-    config, (growing,), (constant,) = own.config, _empty(own).values(), _empty(ours).values()
-    heads, width = config.num_key_value_heads, config.hidden_size // config.num_attention_heads
+    say(f"context = {length} …")
+    config: Any = own.config
+    growing: Any = _empty_cache(own)
+    constant: Any = _empty_cache(ours)
+    num_kv_heads, head_dim = config.num_key_value_heads, config.hidden_size // config.num_attention_heads
     for layer in range(config.num_hidden_layers):
-        growing.update(*torch.randn(2, 1, heads, length, width), layer)
+        growing.update(*torch.randn(2, 1, num_kv_heads, length, head_dim), layer)
     context = torch.randint(256, (1, length))
     start = time.perf_counter()
     ours(context, **_named(constant), logits_to_keep=1)
@@ -112,30 +117,36 @@ def _measure(own: nn.Module, ours: nn.Module, length: int, tokens: int) -> Row:
                 times[name].append(1e3 * (time.perf_counter() - start))
     own_bytes = sum(layer.keys.nbytes + layer.values.nbytes for layer in growing.layers)
     ours_bytes = sum(layer.nbytes for layer in constant.layers)
-    return Row(length, *(statistics.median(times[name]) for name in ("own", "ours")), own_bytes, ours_bytes, prefill)
+    own_ms, ours_ms = statistics.median(times["own"]), statistics.median(times["ours"])
+    return Row(length, own_ms, ours_ms, own_bytes, ours_bytes, prefill)
 
 
-def _empty(model: nn.Module) -> dict:
+def _empty_cache(model: nn.Module) -> "DynamicCache":
     from transformers import DynamicCache
 
-    return _named(DynamicCache(config=model.config))
+    config: Any = model.config
+    return DynamicCache(config=config)
 
 
-def _named(cache: object) -> dict:
+def _named(cache: "DynamicCache") -> dict[str, "DynamicCache"]:
+    """The cache as the keyword argument that this version of transformers takes."""
     from longvq_layers.models.huggingface.cache_name import NAME
 
     return {NAME: cache}
 
 
 def report(rows: list[Row]) -> list[str]:
-    """Markdown: a table and what is asked of it."""
+    """Markdown: a table, and whether our cache and time stay constant."""
     lines = [
         "| context | own ms a token | ours ms a token | faster by | own cache MB | our cache MB | our prefill s |",
         "|---:|---:|---:|---:|---:|---:|---:|",
     ]
     lines += [
-        f"| {row.context:,} | {row.own_ms:.2f} | {row.ours_ms:.2f} | {row.own_ms / row.ours_ms:.2f}x | "
-        f"{row.own_bytes / 1e6:.2f} | {row.ours_bytes / 1e6:.2f} | {row.prefill_seconds:.2f} |"
+        line(
+            f"{row.context:,}",
+            *(f"{row.own_ms:.2f}", f"{row.ours_ms:.2f}", f"{row.own_ms / row.ours_ms:.2f}x"),
+            *(f"{row.own_bytes / 1e6:.2f}", f"{row.ours_bytes / 1e6:.2f}", f"{row.prefill_seconds:.2f}"),
+        )
         for row in rows
     ]
     first, last = rows[0], rows[-1]
@@ -146,3 +157,20 @@ def report(rows: list[Row]) -> list[str]:
         f"time per token {last.ours_ms / first.ours_ms:.2f}x (own: {last.own_ms / first.own_ms:.2f}x).",
     ]
     return lines
+
+
+def _panels(rows: list[Row]) -> list[plot.Panel]:
+    """A panel of time and one of memory, over the context."""
+    contexts = [row.context for row in rows]
+    times = {
+        "replaced": plot.Line(contexts, [row.ours_ms for row in rows], plot.OURS),
+        "own cache": plot.Line(contexts, [row.own_ms for row in rows], plot.AMBER),
+    }
+    caches = {
+        "replaced": plot.Line(contexts, [row.ours_bytes * 1e-6 for row in rows], plot.OURS),
+        "own cache": plot.Line(contexts, [row.own_bytes * 1e-6 for row in rows], plot.AMBER),
+    }
+    return [
+        plot.lines(times, "ms a token", logarithmic=True),
+        plot.lines(caches, "cache, MB", logarithmic=True),
+    ]

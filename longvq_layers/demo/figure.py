@@ -1,6 +1,8 @@
-"""The picture: what the swap keeps, what it saves, and a model that learns with it."""
+"""The picture: quality, time and memory of the swap, and the training curve."""
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 
@@ -10,11 +12,11 @@ from matplotlib import pyplot
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator, PercentFormatter
 
-from longvq_layers.demo.settings import QualityResult, SpeedResult, TrainingResult
+from longvq_layers.demo.results import QualityResult, SpeedResult, TrainingResult
 from longvq_layers.demo.speed import faster_from
 
 _OURS, _OWN, _LIGHT, _INK = "#1261a0", "#8a8f98", "#8fc1e3", "#2b2f36"
-_STYLE = {
+_STYLE: dict[Any, object] = {  # matplotlib's settings by name
     "axes.edgecolor": "#b8bcc4",
     "axes.labelcolor": _INK,
     "axes.spines.right": False,
@@ -37,8 +39,8 @@ _STYLE = {
 
 
 def draw(path: Path, quality: QualityResult | None, speed: SpeedResult | None, training: TrainingResult | None) -> None:
-    """Write a PNG with one panel per thing measured."""
-    panels = []
+    """Write a PNG with the panels of the parts that ran."""
+    panels: list[Callable[[Axes], None]] = []
     if quality:
         panels.append(lambda axes: _quality(axes, quality))
     if speed:
@@ -91,11 +93,11 @@ def _time(axes: Axes, result: SpeedResult) -> None:
 
 
 def _memory(axes: Axes, result: SpeedResult) -> None:
-    own, ours = [row.own_bytes / 2**20 for row in result.rows], [row.our_bytes / 2**20 for row in result.rows]
-    _two_lines(axes, result, own, ours)
+    own, ours = [row.own_bytes or 0 for row in result.rows], [row.our_bytes or 0 for row in result.rows]
+    _two_lines(axes, result, [value / 2**20 for value in own], [value / 2**20 for value in ours])
     axes.set_ylabel("peak extra memory of one forward (MiB)")
-    last = result.rows[-1]
-    axes.set_title(f"Memory: {last.our_bytes / max(last.own_bytes, 1):.0%} of the original at {last.length:,} tokens")
+    share, length = ours[-1] / max(own[-1], 1), result.rows[-1].length
+    axes.set_title(f"Memory: {share:.0%} of the original at {length:,} tokens")
 
 
 def _two_lines(axes: Axes, result: SpeedResult, own: list[float], ours: list[float]) -> None:

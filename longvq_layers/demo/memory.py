@@ -1,15 +1,18 @@
 """Peak memory of one forward, measured in a process of its own: `python -m longvq_layers.demo.memory` is the child.
 
-How it is read: `longvq_layers/benchmarks/memory.py`. Lengths are measured in rising order, so where the high-water mark
-can't be reset it is still that of the longest forward.
+`longvq_layers/benchmarks/common/memory.py` reads the memory. Lengths are measured in rising order, so that every
+forward raises the high-water mark, also where the mark can't be reset.
 """
 
-import json
-import sys
 from dataclasses import asdict
-from pathlib import Path
+from functools import partial
+from typing import Any
 
-from longvq_layers.benchmarks.memory import in_own_process, peak_of
+import torch
+
+from longvq_layers.benchmarks.common.child_process import answer
+from longvq_layers.benchmarks.common.memory import high_water_mark_resets, peak_of, peaks_in_child
+from longvq_layers.demo import random_bert
 from longvq_layers.demo.settings import SpeedSettings
 
 
@@ -19,34 +22,31 @@ def measure(settings: SpeedSettings, threads: int) -> dict[int, tuple[int, int]]
     Raises:
         RuntimeError: the measuring process failed.
     """
-    rows = in_own_process(__name__, {**asdict(settings), "threads": threads})
-    return {length: (own, our) for length, own, our in rows}
+    return {length: (own, our) for length, own, our in peaks_in_child(__name__, [asdict(settings), threads])}
 
 
-def _child(arguments: dict) -> list[tuple[int, int, int]]:
-    import torch
+def _measure(settings: dict[str, Any], threads: int) -> list[tuple[int, int, int]]:
+    torch.set_num_threads(threads)
+    return _peaks(SpeedSettings(**{**settings, "lengths": tuple(settings["lengths"])}))
 
-    from longvq_layers.demo import speed
 
-    torch.set_num_threads(arguments.pop("threads"))
-    settings = SpeedSettings(**{**arguments, "lengths": tuple(arguments["lengths"])})
-    own, ours = speed.build(settings)
-    rows, grown = [], {"own": 0, "our": 0}
-    high_water_mark_resets = Path("/proc/self/clear_refs").exists()
+def _peaks(settings: SpeedSettings) -> list[tuple[int, int, int]]:
+    """(length, bytes of its own attention, bytes of ours) of every length; [] where memory can't be read."""
+    models = random_bert.build(settings)
+    peaks: list[list[int]] = []
     with torch.inference_mode():
-        for model in (own, ours):
-            model(speed.tokens(settings.lengths[0]))  # threads, kernels and caches of the first call
-        for name, model in (("own", own), ("our", ours)):
+        for model in models:
+            model(random_bert.tokens(settings.lengths[0]))  # the first call makes threads, kernels and caches
+        for model in models:
+            grown: list[int] = []
             for length in settings.lengths:
-                ids = speed.tokens(length)
-                peak = peak_of(lambda model=model, ids=ids: model(ids))
+                peak = peak_of(partial(model, random_bert.tokens(length)))
                 if peak is None:
                     return []
-                grown[name] = peak if high_water_mark_resets else grown[name] + peak
-                rows.append((name, length, grown[name]))
-    peaks = {(name, length): peak for name, length, peak in rows}
-    return [(length, peaks["own", length], peaks["our", length]) for length in settings.lengths]
+                grown.append(peak if high_water_mark_resets() or not grown else grown[-1] + peak)
+            peaks.append(grown)
+    return list(zip(settings.lengths, *peaks, strict=True))
 
 
 if __name__ == "__main__":
-    print(json.dumps(_child(json.loads(sys.argv[1]))))
+    answer(_measure)

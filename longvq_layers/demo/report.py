@@ -1,4 +1,4 @@
-"""The tables: the same Markdown on the terminal and in the file."""
+"""The sections of the report in Markdown, for the terminal and for the file."""
 
 import platform
 import sys
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from longvq_layers.demo.settings import QualityResult, SpeedResult, SpeedRow, TrainingResult
+from longvq_layers.demo.results import QualityResult, SpeedResult, SpeedRow, TrainingResult
 
 
 def quality_section(result: QualityResult) -> str:
@@ -82,7 +82,7 @@ def machine_section(command: str, threads: int, seconds: float) -> str:
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table, columns aligned to the right."""
+    """A Markdown table with all columns aligned to the right."""
     widths = [max(len(line[i]) for line in [header, *rows]) for i in range(len(header))]
     lines = [[cell.rjust(width) for cell, width in zip(line, widths, strict=True)] for line in [header, *rows]]
     rule = ["-" * (width - 1) + ":" for width in widths]

@@ -1,17 +1,13 @@
-"""What the demo measures: the numbers of the full and the quick run, and the rows that each part returns."""
+"""Every number of the full and the quick demo."""
 
 from dataclasses import dataclass, field
 
 PARTS = ("quality", "speed", "training")
 
 
-class DemoError(RuntimeError):
-    """Something the user can put right; printed without a traceback."""
-
-
 @dataclass(frozen=True)
 class QualitySettings:
-    """Part 1. ``targets`` are the mean cosines of a first measurement, by (codes, window)."""
+    """Part 1. ``pairs`` are (codes, window), ``targets`` their mean cosines in a first measurement."""
 
     pairs: tuple[tuple[int, int], ...] = ((128, 0), (256, 0), (256, 8), (256, 32), (512, 32))
     targets: dict[tuple[int, int], float] = field(
@@ -39,7 +35,7 @@ class SpeedSettings:
     layers: int = 2
     hidden: int = 256
     heads: int = 4
-    seconds_per_length: float = 4.0  # of timed forwards, unless that allows fewer than three of each
+    seconds_per_length: float = 4.0  # of timed forwards, but at least three of each model
     most_repeats: int = 15
     calibration_tokens: int = 2048
 
@@ -48,7 +44,7 @@ class SpeedSettings:
 class TrainingSettings:
     """Part 3: a byte language model."""
 
-    seconds: float = 55.0  # with the evaluations about a minute
+    seconds: float = 55.0  # of training steps; about a minute with the evaluations
     evaluate_every: float = 5.0  # seconds
     d_model: int = 128
     blocks: int = 2
@@ -64,13 +60,15 @@ class TrainingSettings:
 
 @dataclass(frozen=True)
 class Settings:
+    """All parts of the demo."""
+
     quality: QualitySettings = field(default_factory=QualitySettings)
     speed: SpeedSettings = field(default_factory=SpeedSettings)
     training: TrainingSettings = field(default_factory=TrainingSettings)
 
 
 def quick() -> Settings:
-    """Every part in miniature: shows that everything runs, the figures mean little."""
+    """Every part in miniature, to test that it runs; the figures mean little."""
     return Settings(
         QualitySettings(
             pairs=((64, 0), (64, 16)),
@@ -87,64 +85,3 @@ def quick() -> Settings:
             seconds=5.0, evaluate_every=1.0, d_model=64, length=128, train_bytes=200_000, held_out_bytes=2048
         ),
     )
-
-
-@dataclass(frozen=True)
-class QualityRow:
-    """One (codes, window) setting on the held-out documents."""
-
-    num_codes: int
-    window: int
-    cosine: float  # mean cosine similarity of the embeddings before and after
-    neighbours: float  # share of documents whose nearest other document stays the same
-    key_error: float | None  # means over the layers of the replacement's report, on the calibration documents
-    output_error: float | None
-    seconds: float
-    target: float | None = None
-
-
-@dataclass(frozen=True)
-class QualityResult:
-    model: str
-    calibration_documents: int
-    held_out_documents: int
-    mean_tokens: float
-    rows: list[QualityRow]
-
-
-@dataclass(frozen=True)
-class SpeedRow:
-    """One length: medians of one forward in seconds, peak extra memory of one forward in bytes."""
-
-    length: int
-    own_seconds: float
-    our_seconds: float
-    cosine: float  # of the last hidden states with and without the swap
-    own_bytes: int | None = None
-    our_bytes: int | None = None
-
-    @property
-    def speed_up(self) -> float:
-        return self.own_seconds / self.our_seconds
-
-
-@dataclass(frozen=True)
-class SpeedResult:
-    architecture: str
-    num_codes: int
-    window: int
-    rows: list[SpeedRow]
-
-
-@dataclass(frozen=True)
-class TrainingPoint:
-    seconds: float
-    step: int
-    bits_per_byte: float  # on held-out files
-
-
-@dataclass(frozen=True)
-class TrainingResult:
-    model: str
-    points: list[TrainingPoint]
-    bytes_seen: int

@@ -1,4 +1,4 @@
-"""Part 3: a byte language model of `LongVQBlock`s, trained from nothing on the source of the standard library."""
+"""Part 3: a byte language model of `LongVQBlock`s, trained from scratch on the source of the standard library."""
 
 import math
 from collections.abc import Callable
@@ -7,9 +7,10 @@ from time import perf_counter
 import torch
 from torch import Tensor, nn
 
-from longvq_layers.demo import data
-from longvq_layers.demo.settings import TrainingPoint, TrainingResult, TrainingSettings
+from longvq_layers.demo.results import TrainingPoint, TrainingResult
+from longvq_layers.demo.settings import TrainingSettings
 from longvq_layers.layers import LongVQBlock, commitment_loss, optimizer_groups
+from longvq_layers.tasks.standard_library import bucket, library_files, top_level
 
 
 class ByteModel(nn.Module):
@@ -43,16 +44,16 @@ class ByteModel(nn.Module):
 def run(
     settings: TrainingSettings, say: Callable[[str], None], progress: Callable[[float], None] = lambda seconds: None
 ) -> TrainingResult:
-    """Train for a fixed time; bits per byte of files that training never sees, every few seconds."""
+    """Train for a fixed time; every few seconds measure bits per byte of files that training never sees."""
     torch.manual_seed(0)
-    train, held_out = (_as_tensor(text) for text in data.source_bytes(settings.train_bytes, settings.held_out_bytes))
+    train, held_out = (_as_tensor(text) for text in source_bytes(settings.train_bytes, settings.held_out_bytes))
     model = ByteModel(settings)
     optimizer = torch.optim.AdamW(optimizer_groups(model, lr=settings.learning_rate, weight_decay=0.01))
     peak_rates = [group["lr"] for group in optimizer.param_groups]
     points = [TrainingPoint(0.0, 0, bits_per_byte(model, held_out, settings.length))]
     say(f"   0 s, step    0: {points[0].bits_per_byte:.3f} bits per byte on held-out files")
 
-    step, trained, evaluate_at = 0, 0.0, settings.evaluate_every  # seconds of training, evaluation left out
+    step, trained, evaluate_at = 0, 0.0, settings.evaluate_every  # seconds of training, without evaluation
     while trained < settings.seconds:
         start = perf_counter()
         rate = _schedule(trained / settings.seconds, step)
@@ -84,13 +85,30 @@ def run(
 
 @torch.no_grad()
 def bits_per_byte(model: nn.Module, text: Tensor, length: int) -> float:
-    """Mean −log2 p(next byte), every byte of `text` predicted from at most ``length`` before it."""
+    """Mean −log2 p(next byte); each byte of `text` is predicted from at most ``length`` bytes before it."""
     model.eval()
     rows = (text.numel() - 1) // length
     inputs, targets = text[: rows * length].view(rows, length), text[1 : rows * length + 1].view(rows, length)
     loss = _cross_entropy(model(inputs), targets).item()
     model.train()
     return loss / math.log(2)
+
+
+def source_bytes(train: int, held_out: int) -> tuple[bytes, bytes]:
+    """At most ``train`` and ``held_out`` bytes of source; no top-level module or package serves both."""
+    parts: dict[bool, list[bytes]] = {True: [], False: []}
+    missing = {True: held_out, False: train}
+    for path, name in library_files():
+        is_held_out = bucket(top_level(name), 8) == 0
+        if missing[is_held_out] > 0:
+            text = path.read_bytes()
+            if is_held_out:
+                text = text[:4096]  # the beginnings of many files are more varied than all of one file
+            parts[is_held_out].append(text[: missing[is_held_out]])
+            missing[is_held_out] -= len(text)
+        elif max(missing.values()) <= 0:
+            break
+    return b"".join(parts[False]), b"".join(parts[True])
 
 
 def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
@@ -102,5 +120,5 @@ def _as_tensor(text: bytes) -> Tensor:
 
 
 def _schedule(share: float, step: int) -> float:
-    # A short linear warm-up in steps, then a cosine down to a tenth over the time that there is.
+    # A linear warm-up over 20 steps, then a cosine down to a tenth over the time of the training.
     return min(1.0, (step + 1) / 20) * (0.55 + 0.45 * math.cos(math.pi * min(share, 1.0)))

@@ -1,1 +1,1 @@
-"""Comparisons of blocks on tasks, the figures of docs/results.md: `python -m longvq_layers.experiments NAME`."""
+"""Comparisons of blocks on tasks for docs/results.md: `python -m longvq_layers.experiments NAME`."""

@@ -1,7 +1,7 @@
 """Compare blocks on a task: `python -m longvq_layers.experiments recall`.
 
 All variants of a suite get the same data in the same order, the same number of steps and about as many parameters.
-Runs that are finished are not done again, one that was killed goes on. Prints a Markdown table and draws the curves.
+Finished runs are not repeated, and a killed run continues. Prints a Markdown table and draws the curves.
 """
 
 import argparse
@@ -34,5 +34,5 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the runs end with it
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ends the runs as well
     main()

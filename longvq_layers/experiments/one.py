@@ -7,11 +7,11 @@ from pathlib import Path
 
 from longvq_layers.train import Trainer, TrainSettings
 
-_TEST = 4  # batches of the test for each of an evaluation on the way
+_TEST = 4  # times as many batches as an evaluation during training
 
 
 def run(folder: Path) -> None:
-    """Train what `settings.json` says, going on from a checkpoint if there is one, and write `result.json`."""
+    """Train by `settings.json`, continue from a checkpoint if there is one, and write `result.json`."""
     trainer = Trainer(TrainSettings.load(folder / "settings.json"), folder)
     trainer.run()
     result = {

@@ -8,18 +8,18 @@ from pathlib import Path
 
 from longvq_layers.experiments.runner import folder_of
 from longvq_layers.experiments.suites import Suite
-from longvq_layers.train.log import read
+from longvq_layers.train.log import column, read
 
 
 @dataclass(frozen=True)
 class Line:
-    """A variant over all seeds."""
+    """The results of one variant over all seeds."""
 
     label: str
     parameters: int
     steps: int
     milliseconds: float  # of a training step
-    scores: tuple[float, ...]  # on the test set, one a seed
+    scores: tuple[float, ...]  # on the test set, one for each seed
 
     @property
     def mean(self) -> float:
@@ -27,7 +27,7 @@ class Line:
 
 
 def collect(suite: Suite, out: Path, seeds: Sequence[int], times: Mapping[str, float]) -> list[Line]:
-    """What the finished runs found, and the seconds of a step of each variant."""
+    """The results of the finished runs, with `times`, the seconds of a step of each variant."""
     lines = []
     for label in suite.variants:
         files = [folder_of(out, label, seed) / "result.json" for seed in seeds]
@@ -45,7 +45,7 @@ def collect(suite: Suite, out: Path, seeds: Sequence[int], times: Mapping[str, f
 
 
 def markdown(suite: Suite, lines: Sequence[Line]) -> str:
-    """The table, the best mean first."""
+    """The table; the best mean comes first."""
     score = suite.score.replace("_", " ")
     rows = [
         f"| | parameters | steps | ms a step | {score}, mean | each seed |",
@@ -67,14 +67,13 @@ def draw(suite: Suite, out: Path, seeds: Sequence[int], path: Path) -> None:
     matplotlib.use("Agg")  # no display needed
     from matplotlib import pyplot
 
-    column = f"val_{suite.score}"
     with pyplot.rc_context({"axes.spines.right": False, "axes.spines.top": False}):
         figure, axes = pyplot.subplots(figsize=(7, 4.2))
         for label in suite.variants:
             curves = [read(folder_of(out, label, seed) / "log.csv") for seed in seeds]
             points = min(map(len, curves))
-            values = [[row[column] for row in curve[:points]] for curve in curves]
-            steps = [row["step"] for row in curves[0][:points]]
+            values = [column(curve[:points], f"val_{suite.score}") for curve in curves]
+            steps = column(curves[0][:points], "step")
             (line,) = axes.plot(steps, [statistics.fmean(at) for at in zip(*values, strict=True)], label=label)
             low, high = (list(map(pick, zip(*values, strict=True))) for pick in (min, max))
             axes.fill_between(steps, low, high, color=line.get_color(), alpha=0.15, linewidth=0)

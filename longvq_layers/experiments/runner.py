@@ -1,6 +1,5 @@
-"""Runs of a suite, several at a time; what is finished is not done again."""
+"""Runs of a suite, several at a time; finished runs are not repeated."""
 
-import os
 import subprocess
 import sys
 import time
@@ -8,11 +7,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from longvq_layers.benchmarks.common import child_process
 from longvq_layers.experiments.suites import Suite
 
 
 def folder_of(out: Path, label: str, seed: int) -> Path:
-    """Where the run of that variant and seed lives."""
+    """The folder of the run of a variant and seed."""
     words = "".join(letter if letter.isalnum() else " " for letter in label).split()
     return out / f"{'-'.join(words)}-{seed}"
 
@@ -20,11 +20,18 @@ def folder_of(out: Path, label: str, seed: int) -> Path:
 def run_all(suite: Suite, out: Path, seeds: Sequence[int], jobs: int, say: Callable[[str], None]) -> None:
     """Train every variant with every seed, `jobs` processes at a time with one thread each.
 
+    Args:
+        suite: with the variants.
+        out: folder of the runs.
+        seeds: of each variant.
+        jobs: processes at a time.
+        say: gets a line for every run that ends.
+
     Raises:
-        RuntimeError: a run failed; the others are finished first.
+        RuntimeError: a run failed; raised when the other runs are finished.
     """
     waiting = [(label, seed) for seed in seeds for label in suite.variants]
-    running: dict[tuple[str, int], subprocess.Popen] = {}
+    running: dict[tuple[str, int], subprocess.Popen[bytes]] = {}
     failed = []
     try:
         while waiting or running:
@@ -48,15 +55,13 @@ def run_all(suite: Suite, out: Path, seeds: Sequence[int], jobs: int, say: Calla
         raise RuntimeError(f"{len(failed)} runs failed; the first, {label}, seed {seed}:\n{log.read_text()[-2000:]}")
 
 
-def _start(suite: Suite, label: str, seed: int, folder: Path) -> subprocess.Popen:
+def _start(suite: Suite, label: str, seed: int, folder: Path) -> subprocess.Popen[bytes]:
     folder.mkdir(parents=True, exist_ok=True)
     replace(suite.settings(label, seed), threads=1).save(folder / "settings.json")
-    package_parent = str(Path(__file__).resolve().parents[2])
-    path = os.pathsep.join(filter(None, [package_parent, os.environ.get("PYTHONPATH")]))
     with (folder / "output.txt").open("w") as output:
         return subprocess.Popen(
             [sys.executable, "-m", "longvq_layers.experiments.one", str(folder)],
-            env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+            env=child_process.environment(OMP_NUM_THREADS="1"),
             stdout=output,
             stderr=subprocess.STDOUT,
         )

@@ -1,9 +1,12 @@
-"""What is compared with what: the settings of every run but the seed."""
+"""The suites: variants to compare, and all their settings but the seed."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from longvq_layers.train import TrainSettings
+
+Options = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -11,19 +14,19 @@ class Suite:
     """Variants of one training run.
 
     Attributes:
-        about: a line for the head of the report.
-        score: what is compared: "accuracy" or "bits_per_byte" on the test set.
+        about: first line of the report.
+        score: "accuracy" or "bits_per_byte", on the test set.
         common: keyword arguments of `TrainSettings` that all variants share.
-        variants: label -> what differs.
+        variants: label -> keyword arguments that differ.
     """
 
     about: str
     score: str
-    common: dict
-    variants: dict[str, dict] = field(default_factory=dict)
+    common: Options
+    variants: dict[str, Options] = field(default_factory=dict)
 
     def settings(self, label: str, seed: int) -> TrainSettings:
-        """Of one run."""
+        """The settings of one run."""
         return TrainSettings(**{**self.common, **self.variants[label]}, seed=seed)
 
     @property
@@ -31,12 +34,19 @@ class Suite:
         return self.score == "accuracy"
 
 
-def _longvq(**options: object) -> dict:
+def _longvq(**options: object) -> Options:
     return {"block": "longvq", "block_options": options}
 
 
+def _s4d(d_state: int) -> Options:
+    return {"block": "s4d", "block_options": {"d_state": d_state}}
+
+
+_TRANSFORMER: Options = {"block": "transformer"}
+
+
 def _recall() -> Suite:
-    ours = {"num_codes": 128, "window": 4, "d_state": 16, "codebook_decay": 0.9}
+    ours: Options = {"num_codes": 128, "window": 4, "d_state": 16, "codebook_decay": 0.9}
     return Suite(
         "Associative recall, 8 pairs in 64 tokens, every key asked once; causal blocks",
         "accuracy",
@@ -57,8 +67,8 @@ def _recall() -> Suite:
             "longvq": _longvq(**ours),
             'longvq, key_grad="window"': _longvq(**ours, key_grad="window"),
             "longvq, codebook_decay=0.99": _longvq(**{**ours, "codebook_decay": 0.99}),
-            "s4d": {"block": "s4d", "block_options": {"d_state": 16}},
-            "transformer": {"block": "transformer"},
+            "s4d": _s4d(16),
+            "transformer": _TRANSFORMER,
         },
     )
 
@@ -83,13 +93,13 @@ def _copying() -> Suite:
         },
         {
             "longvq": _longvq(**ours),
-            "s4d": {"block": "s4d", "block_options": {"d_state": 32}},
-            "transformer": {"block": "transformer"},
+            "s4d": _s4d(32),
+            "transformer": _TRANSFORMER,
         },
     )
 
 
-_LISTOPS = {
+_LISTOPS: Options = {
     "task": "listops-short",
     "d_model": 64,
     "depth": 3,
@@ -100,7 +110,7 @@ _LISTOPS = {
     "eval_every": 500,
     "eval_batches": 64,
 }
-_LISTOPS_LONGVQ = {"num_codes": 64, "window": 16, "d_state": 16, "codebook_decay": 0.9}
+_LISTOPS_LONGVQ: Options = {"num_codes": 64, "window": 16, "d_state": 16, "codebook_decay": 0.9}
 
 
 def _listops() -> Suite:
@@ -110,14 +120,14 @@ def _listops() -> Suite:
         _LISTOPS,
         {
             "longvq": _longvq(**_LISTOPS_LONGVQ),
-            "s4d": {"block": "s4d", "block_options": {"d_state": 16}},
-            "transformer": {"block": "transformer"},
+            "s4d": _s4d(16),
+            "transformer": _TRANSFORMER,
         },
     )
 
 
 def _ablation() -> Suite:
-    changes = {
+    changes: dict[str, Options] = {
         "longvq, 64 codes": {},
         "without VQ": {"num_codes": None},
         "gates from the input, not the SSM": {"ssm_gate": False},
@@ -153,14 +163,14 @@ def _digits() -> Suite:
         },
         {
             "longvq": _longvq(num_codes=64, window=16, d_state=32, codebook_decay=0.9),
-            "s4d": {"block": "s4d", "block_options": {"d_state": 32}},
-            "transformer": {"block": "transformer"},
+            "s4d": _s4d(32),
+            "transformer": _TRANSFORMER,
         },
     )
 
 
-def _bytes(length: int, batch_size: int, limits: dict, about: str) -> Suite:
-    # The best rate of each block among 0.002, 0.004, 0.008, … in 400 steps of one seed at 1,024 bytes, on validation.
+def _bytes(length: int, batch_size: int, limits: Options, about: str) -> Suite:
+    # Rates: for each block the best on validation of 0.002, 0.004, 0.008, …, in 400 steps of one seed at 1,024 bytes.
     ours = _longvq(num_codes=128, window=64, d_state=32, codebook_decay=0.9)
     return Suite(
         f"Next byte of Python source, {length:,} bytes at a time, {about}",
@@ -179,8 +189,8 @@ def _bytes(length: int, batch_size: int, limits: dict, about: str) -> Suite:
         },
         {
             "longvq": {**ours, "lr": 16e-3},
-            "s4d": {"block": "s4d", "block_options": {"d_state": 32}, "lr": 16e-3},
-            "transformer": {"block": "transformer", "lr": 4e-3},
+            "s4d": {**_s4d(32), "lr": 16e-3},
+            "transformer": {**_TRANSFORMER, "lr": 4e-3},
         },
     )
 

@@ -1,4 +1,4 @@
-"""What a training step of each variant costs: measured by itself, since the runs share the machine."""
+"""The time of a training step of each variant; measured apart from the runs, because they share the machine."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -6,13 +6,13 @@ from tempfile import TemporaryDirectory
 
 import torch
 
-from longvq_layers.benchmarks.timing import interleaved_medians
+from longvq_layers.benchmarks.common.timing import interleaved_medians
 from longvq_layers.experiments.suites import Suite
 from longvq_layers.train import Trainer
 
 
 def step_times(suite: Suite, repeats: int = 9) -> dict[str, float]:
-    """Seconds of a step of every variant on one thread, as the runs have: medians of interleaved rounds."""
+    """Seconds of a step of every variant on one thread, as in the runs; medians of interleaved rounds."""
     threads = torch.get_num_threads()
     try:
         with TemporaryDirectory() as folder:

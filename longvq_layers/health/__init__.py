@@ -1,4 +1,4 @@
-"""Is the training healthy? Codebooks, attention entropy, gates and gradients of a model, and what to change."""
+"""Is the training healthy? Readings of codebooks, attention entropy, gates and gradients, and what to change."""
 
 from longvq_layers.health.codebooks import CodebookRow, CodebookTable, codebook_statistics
 from longvq_layers.health.diagnosis import Diagnosis, Finding, diagnose

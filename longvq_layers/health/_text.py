@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 
 def number(value: float | None) -> str:
-    """Three digits, short; "-" where there is nothing to read."""
+    """Three digits; "-" without a reading."""
     if value is None or math.isnan(value):
         return "-"
     if value == 0 or 1e-3 <= abs(value) < 1e4:
@@ -18,7 +18,7 @@ def percent(share: float) -> str:
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Columns as wide as their widest cell, the first one flush left, the others flush right."""
+    """A table with the first column aligned to the left and the others to the right."""
     lines = [header, *rows]
     widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
     lines.insert(1, ["-" * width for width in widths])
@@ -32,5 +32,5 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def module(name: str) -> str:
-    """The name of a module, which for the model itself is empty."""
+    """The name of a module; the name of the model itself is empty."""
     return name or "(model)"

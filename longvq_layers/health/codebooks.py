@@ -1,4 +1,4 @@
-"""What the codebooks of a model remember of their training, as a table."""
+"""How well the codebooks of a model are used, from the statistics in their buffers."""
 
 from dataclasses import dataclass
 
@@ -18,15 +18,15 @@ class CodebookRow:
         name: of the `Codebook` in the model.
         head: of the codebook, from 0.
         num_codes: S.
-        initialized: whether the codes were ever fitted to keys; otherwise they are random.
-        frozen: whether learning is turned off.
-        steps: training calls that it learned from.
-        usage: share of the codes that a key chose, or that were re-seeded, in the last `within` calls.
+        initialized: whether the codes were fitted to keys; otherwise they are random.
+        frozen: whether learning is disabled.
+        steps: training calls that the codebook learned from.
+        usage: share of the codes that keys were assigned to, or that were re-seeded, in the last `within` calls.
         dead: number of the other codes.
-        longest_idle: calls since the code that waits longest was last chosen, at most `steps`.
-        perplexity: number of codes that equal shares would need for the same entropy, 1 to S.
-        top_share: share of the keys that the most used code takes.
-        quantization_error: 0 = every key is a code, 1 = no better than the mean; NaN before any key.
+        longest_idle: calls since the longest unused code was last used, at most `steps`.
+        perplexity: number of codes with equal shares that would have the same entropy, 1 to S.
+        top_share: share of the keys that are assigned to the most used code.
+        quantization_error: 0 = every key equals a code, 1 = no better than the mean; NaN before the first key.
     """
 
     name: str
@@ -53,7 +53,7 @@ class CodebookTable(list[CodebookRow]):
 
 @torch.no_grad()
 def codebook_statistics(model: nn.Module, *, within: int = 10) -> CodebookTable:
-    """How well the codebooks of a model are used, from their buffers alone: no forward, and cheap.
+    """How well the codebooks of a model are used. Reads their buffers, without a forward.
 
     Args:
         model: any module.
@@ -63,8 +63,8 @@ def codebook_statistics(model: nn.Module, *, within: int = 10) -> CodebookTable:
         A list with one `CodebookRow` per codebook and head, in the order of the model; `print` shows a table.
 
     Raises:
-        TypeError: `model` is no module, `within` no int.
-        ValueError: `within` below 1, a codebook on the meta device, which has no numbers.
+        TypeError: `model` is not a module, or `within` not an int.
+        ValueError: `within` is below 1, or a codebook is on the meta device.
 
     Example:
         >>> import longvq_layers
@@ -73,8 +73,7 @@ def codebook_statistics(model: nn.Module, *, within: int = 10) -> CodebookTable:
         >>> [(row.name, row.head, row.steps, row.dead) for row in codebook_statistics(layer)]
         [('attention.codebook', 0, 1, 0), ('attention.codebook', 1, 1, 0)]
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"codebook_statistics: model must be a torch.nn.Module, got {type(model).__name__}")
+    check.module("codebook_statistics", "model", model)
     check.positive("codebook_statistics", within=within)
     books = [(name, book) for name, book in model.named_modules() if isinstance(book, Codebook)]
     return CodebookTable(row for name, book in books for row in _rows(name, book, within))
@@ -82,13 +81,13 @@ def codebook_statistics(model: nn.Module, *, within: int = 10) -> CodebookTable:
 
 def _rows(name: str, book: Codebook, within: int) -> list[CodebookRow]:
     if book.embedding.is_meta:
-        raise ValueError(f"codebook_statistics: {name} must have numbers, got a codebook on the meta device")
+        raise ValueError(f"codebook_statistics: {name} must have values, got a codebook on the meta device")
     count = book.ema_count
     readings = torch.stack(
         [
             book.usage(within),
             (book.idle >= within).sum(-1),
-            book.idle.amax(-1).clamp(max=book.steps),  # codes that never had a key start as idle for long
+            book.idle.amax(-1).clamp(max=book.steps),  # a code that was never used starts with a large count
             book.perplexity(),
             count.amax(-1) / count.sum(-1),
             book.quantization_error(),

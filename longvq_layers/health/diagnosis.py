@@ -1,4 +1,4 @@
-"""What is wrong with a training run, and what to change."""
+"""Find what is wrong with a training run, and what to change."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -6,28 +6,32 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from longvq_layers.health._activity_rules import commitment_findings, entropy_findings, gate_findings
-from longvq_layers.health._codebook_rules import codebook_findings
-from longvq_layers.health._parameter_rules import gradient_findings, parameter_findings, ssm_findings
+from longvq_layers import _checks as check
 from longvq_layers.health.finding import SEVERITIES, Finding
 from longvq_layers.health.gradients import gradient_scales
 from longvq_layers.health.monitor import Monitor
-from longvq_layers.health.thresholds import chosen
+from longvq_layers.health.rules.attention import commitment_findings, entropy_findings
+from longvq_layers.health.rules.codebooks import codebook_findings
+from longvq_layers.health.rules.gates import gate_findings
+from longvq_layers.health.rules.gradients import gradient_findings
+from longvq_layers.health.rules.parameters import parameter_findings
+from longvq_layers.health.rules.ssm import ssm_findings
+from longvq_layers.health.thresholds import with_changes
 
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """What `diagnose` found; `print` tells it.
+    """The result of `diagnose`; `print` shows it.
 
     Attributes:
-        findings: the worst first, in the order of the model.
+        findings: the most severe first, otherwise in the order of the model.
     """
 
     findings: list[Finding] = field(default_factory=list)
 
     @property
     def healthy(self) -> bool:
-        """Whether there is nothing worse than a note."""
+        """Whether all findings are notes."""
         return all(finding.severity == "note" for finding in self.findings)
 
     def __str__(self) -> str:
@@ -42,24 +46,24 @@ class Diagnosis:
 def diagnose(
     model: nn.Module, monitor: Monitor | None = None, *, thresholds: Mapping[str, float] | None = None
 ) -> Diagnosis:
-    """Look for what keeps a model from learning: dead or collapsed codebooks, uniform attention, shut gates,
-    gradients out of proportion, an SSM without memory, numbers that are none.
+    """Look for causes why a model does not learn: dead or collapsed codebooks, uniform attention, closed gates, very
+    large or small gradients, an SSM without memory, NaN and infinity.
 
-    Codebooks, parameters and (between `backward()` and `zero_grad()`) gradients are read from the model itself.
-    Entropy, what the gates really let through and the commitment loss need a monitor; with one, the gradients of its
-    last `after_backward` are used if the model has none at the moment, or only zeros.
+    Codebooks and parameters are read from the model, and so are gradients between `backward()` and `zero_grad()`.
+    Entropy, the values of the gates and the commitment loss need a monitor. With a monitor, the gradients of its last
+    `after_backward` are used if those of the model are missing or all zero.
 
     Args:
-        model: any module; nothing is changed.
+        model: any module; not changed.
         monitor: of this model, default none.
-        thresholds: values to use instead of those in `THRESHOLDS`, by name, default none.
+        thresholds: name -> value, to replace values of `THRESHOLDS`, default none.
 
     Returns:
         A `Diagnosis`: findings with severity, module, what was seen, why it matters and what to change.
 
     Raises:
-        TypeError: `model` is no module, `monitor` no `Monitor`, or a threshold no number.
-        ValueError: an unknown threshold, a monitor of another model, a model on the meta device, which has no numbers.
+        TypeError: `model` is not a module, `monitor` is not a `Monitor`, or a threshold is not a number.
+        ValueError: an unknown threshold, a monitor of another model, or a model on the meta device.
 
     Example:
         >>> import longvq_layers
@@ -70,15 +74,14 @@ def diagnose(
         >>> print(diagnose(layer))
         healthy
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"diagnose: model must be a torch.nn.Module, got {type(model).__name__}")
+    check.module("diagnose", "model", model)
     if any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):
-        raise ValueError("diagnose: model must have numbers, got tensors on the meta device")
+        raise ValueError("diagnose: model must have values, got tensors on the meta device")
     if monitor is not None and not isinstance(monitor, Monitor):
         raise TypeError(f"diagnose: monitor must be a Monitor, got {type(monitor).__name__}")
     if monitor is not None and monitor.model is not model:
-        raise ValueError("diagnose: monitor must be one of the same model, got one of another")
-    limits = chosen(thresholds)
+        raise ValueError("diagnose: monitor must be one of the same model, got a monitor of another model")
+    limits = with_changes(thresholds)
     gradients = gradient_scales(model)
     if monitor is not None and monitor.gradients is not None and not gradients.any_nonzero:
         gradients = monitor.gradients

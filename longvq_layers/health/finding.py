@@ -1,4 +1,4 @@
-"""One thing that is wrong."""
+"""One problem of a model."""
 
 from dataclasses import dataclass
 
@@ -7,13 +7,13 @@ SEVERITIES = ("error", "warning", "note")
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was seen in one module.
+    """One problem that was seen in one module.
 
     Attributes:
-        severity: "error" (it cannot learn like this), "warning" (it learns less than it could) or "note".
-        kind: of finding, such as "dead_codes"; the same word for the same cause.
+        severity: "error" (the model can't learn), "warning" (it learns less than it could) or "note".
+        kind: of problem, such as "dead_codes".
         module: name of the module or parameter in the model.
-        seen: what was read, with numbers.
+        seen: the readings.
         why: why it matters.
         change: what to change, with the names of arguments.
     """

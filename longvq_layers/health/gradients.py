@@ -1,4 +1,4 @@
-"""How large the gradients of a model are, per block and kind of module."""
+"""The size of the gradients of a model, by block and kind of parameter."""
 
 import math
 from dataclasses import dataclass
@@ -6,8 +6,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from longvq_layers import _checks as check
 from longvq_layers.health import _text
-from longvq_layers.health._parts import KINDS, Part, parts
+from longvq_layers.health._model_parts import KINDS, Part, parts
 
 
 @dataclass(frozen=True)
@@ -15,7 +16,7 @@ class GradientRow:
     """The parameters of one kind in one block.
 
     Attributes:
-        block: name of the block in the model; None for all that is outside of blocks.
+        block: name of the block in the model; None for parameters outside of all blocks.
         kind: "ssm", "codebook/keys" (the projection of the keys and the window bias), "attention" (queries, values,
             output), "gates", "feed-forward" or "embedding/other".
         grad_norm: ‖g‖ over all these parameters; NaN if none has a gradient.
@@ -40,11 +41,11 @@ class GradientRow:
 
 
 class GradientTable(list[GradientRow]):
-    """A list of `GradientRow`; `print` shows blocks as lines and kinds as columns, in each cell ‖g‖/‖w‖ and (RMS)."""
+    """A list of `GradientRow`; `print` shows a line per block, a column per kind, and in a cell ‖g‖/‖w‖ and (RMS)."""
 
     @property
     def any_nonzero(self) -> bool:
-        """Whether there is a gradient anywhere that isn't 0."""
+        """Whether any gradient is not 0."""
         return any(row.grad_norm > 0 or row.bad for row in self)
 
     def __str__(self) -> str:
@@ -57,18 +58,18 @@ class GradientTable(list[GradientRow]):
 
 @torch.no_grad()
 def gradient_scales(model: nn.Module) -> GradientTable:
-    """Gradients against parameters, per block and kind of module; call it between `backward()` and `zero_grad()`.
+    """Gradients relative to parameters, by block and kind; call it between `backward()` and `zero_grad()`.
 
-    With a `torch.amp.GradScaler` call `scaler.unscale_(optimizer)` first, or read the scaled gradients.
+    With a `torch.amp.GradScaler` call `scaler.unscale_(optimizer)` first; otherwise the gradients are scaled.
 
     Args:
-        model: any module. Parameters without `requires_grad` are left out, shared ones count once.
+        model: any module. Parameters without `requires_grad` are left out; shared parameters count once.
 
     Returns:
         A list of `GradientRow`; `print` shows a table with one line per block.
 
     Raises:
-        TypeError: `model` is no module.
+        TypeError: `model` is not a module.
 
     Example:
         >>> import longvq_layers
@@ -77,8 +78,7 @@ def gradient_scales(model: nn.Module) -> GradientTable:
         >>> [row.kind for row in gradient_scales(block)]
         ['ssm', 'codebook/keys', 'attention', 'gates', 'feed-forward', 'embedding/other']
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"gradient_scales: model must be a torch.nn.Module, got {type(model).__name__}")
+    check.module("gradient_scales", "model", model)
     groups: dict[tuple[str | None, str], list[Part]] = {}
     for part in parts(model):
         if part.parameter.requires_grad and not part.parameter.is_meta:
@@ -90,7 +90,7 @@ def gradient_scales(model: nn.Module) -> GradientTable:
 
 
 def _squares(parameters: list[Tensor]) -> dict[int, tuple[float, float]]:
-    # id -> ‖g‖² (meaningless without a gradient) and ‖w‖², with one transfer per device.
+    """id -> ‖g‖² (undefined without a gradient) and ‖w‖²; reads each device once."""
     by_device: dict[torch.device, list[Tensor]] = {}
     for parameter in parameters:
         by_device.setdefault(parameter.device, []).append(parameter)

@@ -1,4 +1,4 @@
-"""All readings of a model as one flat row for a log."""
+"""All readings of a model as one row of a log."""
 
 import math
 
@@ -10,12 +10,12 @@ from longvq_layers.health.monitor import Monitor
 
 
 def log_row(model: nn.Module, monitor: Monitor | None = None) -> dict[str, float]:
-    """Numbers by name, the same names at every call, for `csv.DictWriter` or any logger.
+    """Numbers by name, with the same names in every call, for `csv.DictWriter` or any logger.
 
     | name | what | needs a monitor |
     |---|---|---|
     | `<codebook>/usage`, `/perplexity`, `/quantization_error`, `/dead`, `/top_share` | mean over heads | no |
-    | `<block>/<kind>/gradient_ratio`, `/gradient_rms` | see `gradient_scales`; the monitor's, if there is one | no |
+    | `<block>/<kind>/gradient_ratio`, `/gradient_rms` | see `gradient_scales`; with a monitor, its gradients | no |
     | `<attention>/entropy` | last reading, mean over heads | yes |
     | `<gate>/mean`, `/closed`, `/open` | last reading | yes |
     | `commitment_ratio` | of the last `after_backward` | yes |
@@ -25,10 +25,10 @@ def log_row(model: nn.Module, monitor: Monitor | None = None) -> dict[str, float
         monitor: of this model, default none.
 
     Returns:
-        Dict of floats; NaN for what has not been read yet.
+        Dict of floats; NaN where there is no reading yet.
 
     Raises:
-        TypeError: `model` is no module.
+        TypeError: `model` is not a module.
         ValueError: a codebook on the meta device.
 
     Example:
@@ -41,13 +41,13 @@ def log_row(model: nn.Module, monitor: Monitor | None = None) -> dict[str, float
     row: dict[str, float] = {}
     heads: dict[str, list[float]] = {}
     for codebook in codebook_statistics(model):
-        for reading in ("usage", "perplexity", "quantization_error", "dead", "top_share"):
-            heads.setdefault(_key(codebook.name, reading), []).append(float(getattr(codebook, reading)))
+        for column in ("usage", "perplexity", "quantization_error", "dead", "top_share"):
+            heads.setdefault(_key(codebook.name, column), []).append(float(getattr(codebook, column)))
     row.update({name: _mean(values) for name, values in heads.items()})
-    gradients = monitor.gradients if monitor is not None else None
-    names = gradient_scales(model)  # the rows are those of the model, whatever was recorded when
-    known = {(gradient.block, gradient.kind): gradient for gradient in (names if monitor is None else gradients or ())}
-    for gradient in names:
+    own = gradient_scales(model)  # its rows name the columns, whatever the monitor has recorded
+    recorded = own if monitor is None else monitor.gradients or ()
+    known = {(gradient.block, gradient.kind): gradient for gradient in recorded}
+    for gradient in own:
         seen = known.get((gradient.block, gradient.kind))
         prefix = _key("outside" if gradient.block is None else gradient.block, gradient.kind)
         row[f"{prefix}/gradient_ratio"] = seen.ratio if seen else math.nan

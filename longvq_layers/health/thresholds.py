@@ -1,4 +1,4 @@
-"""From which reading on something is reported, and why from there; one table for all of `diagnose`."""
+"""The thresholds of `diagnose`: the reading from which something is reported, and the reason for it."""
 
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -7,6 +7,8 @@ from longvq_layers import _checks as check
 
 
 class Threshold(NamedTuple):
+    """A value and its reason."""
+
     value: float
     reason: str
 
@@ -35,12 +37,12 @@ THRESHOLDS: dict[str, Threshold] = {
 }
 
 
-def chosen(changes: Mapping[str, float] | None) -> dict[str, float]:
-    """The values of the table, some of them changed by the caller."""
+def with_changes(changes: Mapping[str, float] | None) -> dict[str, float]:
+    """The values of the table, with the changes of the caller."""
     values = {name: threshold.value for name, threshold in THRESHOLDS.items()}
     for name, value in (changes or {}).items():
         if name not in values:
-            raise ValueError(f"diagnose: thresholds must be named {', '.join(values)}; got {name!r}")
+            raise ValueError(f"diagnose: thresholds must be named {', '.join(values)}, got {name!r}")
         check.number("diagnose", f"thresholds[{name!r}]", value)
         values[name] = float(value)
     return values

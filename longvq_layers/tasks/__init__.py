@@ -1,4 +1,4 @@
-"""Tasks for training and comparing sequence models; none downloads anything. See docs/tasks.md.
+"""Tasks to train and compare sequence models with; none downloads anything. See docs/tasks.md.
 
 | file | what it has |
 |---|---|
@@ -8,7 +8,7 @@
 | `recall.py`, `copying.py` | multi-query associative recall, selective copying |
 | `digits.py` | scikit-learn's handwritten digits |
 | `python_source.py`, `standard_library.py` | bytes of the standard library: the tasks, the text |
-| `lra_text.py`, `lra_images.py`, `lra_files.py` | the Long Range Arena from the user's files |
+| `lra/` | the Long Range Arena from the user's files: text, pictures |
 """
 
 from longvq_layers.tasks.base import IGNORED, SPLITS, Batch, Task

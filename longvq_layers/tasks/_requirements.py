@@ -5,7 +5,7 @@ from types import ModuleType
 
 
 def need(task: str, module: str) -> ModuleType:
-    """The module, or an ImportError that says how to get it."""
+    """Import a module, or raise an ImportError that says how to install it."""
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:

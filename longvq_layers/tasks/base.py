@@ -1,4 +1,4 @@
-"""What a task is: batches that are a pure function of (split, step, batch size, seed)."""
+"""The base class of tasks: batches are a pure function of (split, step, batch size, seed)."""
 
 import hashlib
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ from torch import Tensor
 from longvq_layers import _checks as check
 
 SPLITS = ("train", "val", "test")
-IGNORED = -100  # what torch's cross entropy leaves out
+IGNORED = -100  # the target that torch's cross entropy ignores
 
 
 @dataclass
@@ -20,8 +20,8 @@ class Batch:
 
     Attributes:
         inputs: (B, L) int64 tokens, or (B, L, C) float32.
-        targets: (B,) int64 classes, or (B, L) int64 with -100 where no answer is asked for.
-        key_padding_mask: (B, L) bool, True at padding, or None if there is none.
+        targets: (B,) int64 classes, or (B, L) int64 with -100 at positions that have no target.
+        key_padding_mask: (B, L) bool, True at padding; None without padding.
     """
 
     inputs: Tensor
@@ -30,25 +30,29 @@ class Batch:
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
         """The same examples on another device."""
-        parts = (self.inputs, self.targets, self.key_padding_mask)
-        return Batch(*(None if part is None else part.to(device, non_blocking=non_blocking) for part in parts))
+        mask = self.key_padding_mask
+        return Batch(
+            self.inputs.to(device, non_blocking=non_blocking),
+            self.targets.to(device, non_blocking=non_blocking),
+            None if mask is None else mask.to(device, non_blocking=non_blocking),
+        )
 
 
 class Task:
-    """Examples for training and comparing sequence models.
+    """Examples to train and compare sequence models with.
 
-    A subclass sets the attributes and has `_draw` for splits without end, `_take` and `size` for finite ones.
+    A subclass sets the attributes. It implements `_draw` for endless splits, `_take` and `size` for finite ones.
 
     Attributes:
         name: as in `tasks.NAMES`.
         kind: "classify" (a class per sequence), "label" (a class per position) or "lm" (the next token; causal).
-        num_inputs: size of the input vocabulary, or None where inputs are vectors of width `input_dim`.
-        input_dim: None, or that width.
+        num_inputs: size of the input vocabulary; None if the inputs are vectors.
+        input_dim: size of these vectors; None for tokens.
         num_outputs: number of classes.
-        length: the longest sequence.
-        causal: whether the model must be causal; where it need not be, it may be.
-        random_accuracy: accuracy of guessing, every answer that can occur being equally likely.
-        rows_per_target: 1, or 2 where targets[i] belongs to the pair of rows inputs[2i] and inputs[2i + 1].
+        length: length of the longest sequence.
+        causal: whether the model must be causal; otherwise it may be.
+        random_accuracy: accuracy of a uniform guess among the possible answers.
+        rows_per_target: 1; or 2 if targets[i] belongs to the pair of rows inputs[2i] and inputs[2i + 1].
     """
 
     name: str
@@ -62,19 +66,19 @@ class Task:
     rows_per_target: int = 1
 
     def size(self, split: str) -> int | None:
-        """Number of examples of a split, None if there is no end of them."""
+        """Number of examples of a split; None if it is endless."""
         check.one_of(self.name, "split", split, SPLITS)
         return None
 
     def batch(self, split: str, step: int, batch_size: int, seed: int = 0) -> Batch:
-        """The examples of a step, the same ones whenever it is called with the same arguments.
+        """The examples of a step; the same arguments give the same examples.
 
         Args:
-            split: "train", "val" or "test"; no two of them share examples.
-            step: from 0. A finite training set is shuffled anew every time it has been gone through (the last batch of
-                a pass is filled from the next pass); finite val and test sets are read in their order, over and over.
+            split: "train", "val" or "test"; they share no examples.
+            step: from 0. A finite training set is shuffled for every epoch, and the last batch of an epoch is filled
+                from the next one. Finite val and test sets repeat in their order.
             batch_size: at least 1.
-            seed: of the drawing or shuffling, default 0.
+            seed: of the random examples or the shuffling, default 0.
         """
         check.positive(self.name, batch_size=batch_size)
         check.integer(self.name, "step", step, 0)
@@ -88,28 +92,36 @@ class Task:
         return self._take(split, indices % size)
 
     def batches(self, split: str, batch_size: int, examples: int | None = None) -> Iterator[Batch]:
-        """Every example of a finite split once, in order, or its first `examples`; the last batch may be smaller.
+        """The examples of a finite split once, in their order; the last batch may be smaller.
 
-        A split without end needs `examples`; they are then those of `batch` with seed 0, rounded up to whole batches.
+        Args:
+            split: "train", "val" or "test".
+            batch_size: at least 1.
+            examples: only so many examples, default all. An endless split needs this; its examples are those of
+                `batch` with seed 0, rounded up to whole batches.
         """
         check.positive(self.name, batch_size=batch_size)
         if examples is not None:
             check.positive(self.name, examples=examples)
         size = self.size(split)
         if size is None and examples is None:
-            raise ValueError(f"{self.name}: {split} has no end: say how many examples with examples=, or use batch()")
+            raise ValueError(
+                f"{self.name}: examples must be given, because {split} is endless, got None; or use batch()"
+            )
         return self._batches(split, batch_size, size, examples)
 
     def class_balance(self, split: str = "train", examples: int = 1000) -> Tensor:
-        """Share of each class among the targets of the first `examples`: (num_outputs,); its maximum is the accuracy
-        of always giving the commonest answer."""
+        """(num_outputs,) share of each class among the targets of the first `examples`.
+
+        The maximum is the accuracy of a model that always gives the commonest answer.
+        """
         counts = torch.zeros(self.num_outputs, dtype=torch.int64)
         for batch in self.batches(split, min(64, examples), examples):
             counts += torch.bincount(batch.targets[batch.targets != IGNORED], minlength=self.num_outputs)
         return counts / counts.sum().clamp(min=1)
 
     def _draw(self, split: str, batch_size: int, generator: torch.Generator) -> Batch:
-        """Examples of a split without end."""
+        """Random examples of an endless split."""
         raise NotImplementedError
 
     def _take(self, split: str, indices: Tensor) -> Batch:
@@ -118,10 +130,10 @@ class Task:
 
     def _batches(self, split: str, batch_size: int, size: int | None, examples: int | None) -> Iterator[Batch]:
         if size is None:
-            for step in range(-(-examples // batch_size)):
+            for step in range(-(-(examples or 0) // batch_size)):
                 yield self.batch(split, step, batch_size)
         else:
-            for indices in torch.arange(size if examples is None else min(size, examples)).split(batch_size):
+            for indices in torch.split(torch.arange(size if examples is None else min(size, examples)), batch_size):
                 yield self._take(split, indices)
 
     def _shuffled(self, epoch: int, size: int, seed: int) -> Tensor:
@@ -132,13 +144,13 @@ class Task:
 
 
 def stream(*key: object) -> torch.Generator:
-    """Random numbers that depend on nothing but `key` (strings and ints), in every process."""
+    """A random generator that depends only on `key` (strings and ints), in every process."""
     digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
 
 
 def padded(sequences: list[Tensor], pad: int = 0) -> tuple[Tensor, Tensor]:
-    """Sequences of tokens side by side, (B, L) int64, with their padding mask (B, L); L is that of the longest."""
+    """Sequences of tokens as rows (B, L) int64 with their padding mask (B, L); L is the longest length."""
     lengths = torch.tensor([len(sequence) for sequence in sequences])
     tokens = torch.full((len(sequences), max(1, int(lengths.max()))), pad, dtype=torch.int64)
     for row, sequence in zip(tokens, sequences, strict=True):

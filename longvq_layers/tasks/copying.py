@@ -1,4 +1,4 @@
-"""Selective copying: repeat the data tokens in their order, leaving out the noise between them."""
+"""Selective copying: repeat the data tokens in their order, without the noise between them."""
 
 import torch
 
@@ -7,17 +7,17 @@ from longvq_layers.tasks.base import IGNORED, Batch, Task
 
 
 class SelectiveCopying(Task):
-    """`memorise` data tokens at random places among noise, then as many places that ask for them in their order.
+    """`memorise` data tokens at random positions among noise, then as many positions that ask for them in their order.
 
         · a · · b c · · ? ? ?      targets: -100 … -100 a b c
 
-    Tokens: 0 is noise, 1 … vocab - 1 are data, `vocab` marks the places of the answers. The places of the data are any
-    set of positions before the markers, all equally likely.
+    Tokens: 0 is noise, 1 … vocab - 1 are data, `vocab` marks the positions of the answers. All sets of positions before
+    the markers are equally likely for the data.
 
     Args:
         length: of the sequence with the answers, default 256 (Mamba: 4096).
-        memorise: number of data tokens, default 16 as in Mamba; at most length/2.
-        vocab: tokens with the noise, without the marker, default 16 as in Mamba; at least 3.
+        memorise: number of data tokens, at most length/2, default 16 as in Mamba.
+        vocab: number of tokens with the noise and without the marker, at least 3, default 16 as in Mamba.
 
     Raises:
         ValueError, TypeError: options out of range.
@@ -33,23 +33,22 @@ class SelectiveCopying(Task):
     kind = "label"
 
     def __init__(self, *, length: int = 256, memorise: int = 16, vocab: int = 16) -> None:
-        check.positive(self.name, length=length, memorise=memorise, vocab=vocab)
+        check.positive(self.name, length=length, memorise=memorise)
         if 2 * memorise > length:
             raise ValueError(
                 f"selective-copying: memorise must be at most length/2, got memorise {memorise}, length {length}"
             )
-        if vocab < 3:
-            raise ValueError(f"selective-copying: vocab must be at least 3, got {vocab}")
+        check.integer(self.name, "vocab", vocab, 3)
         self.length, self.memorise = length, memorise
         self.num_inputs, self.num_outputs = vocab + 1, vocab
         self.random_accuracy = 1 / (vocab - 1)
 
     def _draw(self, split: str, batch_size: int, generator: torch.Generator) -> Batch:
-        places = self.length - self.memorise
+        before = self.length - self.memorise
         data = torch.randint(1, self.num_outputs, (batch_size, self.memorise), generator=generator)
-        chosen = torch.rand(batch_size, places, generator=generator).topk(self.memorise, dim=1).indices.sort(dim=1)
+        chosen = torch.rand(batch_size, before, generator=generator).topk(self.memorise, dim=1).indices.sort(dim=1)
         inputs = torch.zeros(batch_size, self.length, dtype=torch.int64).scatter_(1, chosen.values, data)
-        inputs[:, places:] = self.num_inputs - 1
+        inputs[:, before:] = self.num_outputs  # the marker
         targets = torch.full_like(inputs, IGNORED)
-        targets[:, places:] = data
+        targets[:, before:] = data
         return Batch(inputs, targets)

@@ -11,13 +11,13 @@ from longvq_layers.tasks.base import SPLITS, Batch, Task, stream
 
 
 class Digits(Task):
-    """Says which digit an 8x8 picture shows, read row by row as tokens of 17 grey levels.
+    """Classify the digit of an 8x8 picture, whose pixels are tokens of 17 grey levels, row by row.
 
-    The 1797 pictures that come with scikit-learn, in a fixed random split: 1257 train, 270 val, 270 test. The pictures
-    don't say who wrote them, so that a writer's digits may lie in several splits.
+    The 1797 pictures of scikit-learn in a fixed random split: 1257 train, 270 val, 270 test. The writers are not known,
+    so the digits of one writer may be in several splits.
 
     Args:
-        upsample: makes every pixel a square of `upsample` x `upsample` pixels, default 1; the length is 64 upsample².
+        upsample: repeats every pixel in a square of `upsample` x `upsample`, default 1; the length is 64 upsample².
 
     Raises:
         ValueError, TypeError: upsample out of range. ImportError: scikit-learn is not installed.
@@ -39,7 +39,7 @@ class Digits(Task):
         check.positive(self.name, upsample=upsample)
         self.upsample = upsample
         self.length = 64 * upsample**2
-        _pictures()  # a missing package shows up here and not in the first batch
+        _pictures()  # raises now if scikit-learn is missing, not at the first batch
 
     def size(self, split: str) -> int | None:
         check.one_of(self.name, "split", split, SPLITS)

@@ -12,21 +12,21 @@ TOKENS = ("<pad>", *map(str, range(10)), *(f"[{name}" for name in OPERATORS), "X
 PAD, FIRST_DIGIT, FIRST_OPERATOR, CLOSE = 0, 1, 11, 15
 
 _TREES_AT_ONCE = 512
-_HOPELESS = 500  # rounds without one tree of the right length
+_MOST_ROUNDS = 500  # without a tree of the right length; then it is given up
 
 
 class ListOps(Task):
-    """Says which digit an expression such as `[MAX 4 3 [MIN 2 3 X 1 0 [MED 1 5 8 9 2 X X` is.
+    """Give the value, a digit, of an expression such as `[MAX 4 3 [MIN 2 3 X 1 0 [MED 1 5 8 9 2 X X`.
 
-    Trees are drawn as the Long Range Arena draws them: from depth 1 a node is an operator with probability 1/4 unless
-    its depth is `max_depth`, else a digit; an operator is MIN, MAX, MED or SM (sum modulo 10) with 2 … `max_args`
-    arguments; all choices are uniform. A median of an even number of arguments is the mean of the middle two, rounded
-    down. Trees that have not more than `min_length` and less than `max_length` tokens are drawn again. Tokens are
-    digits, an operator with its bracket, and the closing bracket (X).
+    Trees are drawn as in the Long Range Arena. A node above `max_depth` is an operator with probability 1/4, otherwise
+    a digit; nodes at `max_depth` are digits. An operator is MIN, MAX, MED or SM (sum modulo 10) with 2 … `max_args`
+    arguments. All choices are uniform. The median of an even number of arguments is the mean of the middle two, rounded
+    down. Only trees with more than `min_length` and less than `max_length` tokens are used. Tokens are digits, an
+    operator with its opening bracket, and the closing bracket (X).
 
     Args:
-        min_length, max_length: bounds of the number of tokens, both excluded, default 500 and 2000.
-        max_depth: depth of the deepest digits, the outermost operator being at 1, default 10.
+        min_length, max_length: exclusive bounds of the number of tokens, default 500 and 2000.
+        max_depth: depth of the deepest digits, where the outermost operator has depth 1, default 10.
         max_args: most arguments of an operator, default 10.
 
     Raises:
@@ -51,9 +51,7 @@ class ListOps(Task):
         self, *, min_length: int = 500, max_length: int = 2000, max_depth: int = 10, max_args: int = 10
     ) -> None:
         check.positive(self.name, min_length=min_length, max_length=max_length, max_depth=max_depth)
-        check.positive(self.name, max_args=max_args)
-        if max_args < 2:
-            raise ValueError(f"{self.name}: max_args must be at least 2, got {max_args}")
+        check.integer(self.name, "max_args", max_args, 2)
         longest = 1
         for _ in range(max_depth - 1):
             longest = min(2 + max_args * longest, max_length)
@@ -74,10 +72,11 @@ class ListOps(Task):
             if forest.count:
                 found.append(render(forest, generator))
                 count += forest.count
-            elif not found and rounds == _HOPELESS:
+            elif not found and rounds == _MOST_ROUNDS:
                 raise ValueError(
-                    f"{self.name}: none of {rounds * _TREES_AT_ONCE} expressions has a length between min_length "
-                    f"{self.min_length} and max_length {self.max_length}; widen them, or raise max_depth or max_args"
+                    f"{self.name}: min_length and max_length must leave room for random expressions, got "
+                    f"{self.min_length} and {self.max_length}, which none of {rounds * _TREES_AT_ONCE} expressions "
+                    "met; widen them, or raise max_depth or max_args"
                 )
         lengths = torch.cat([part[1] for part in found])[:batch_size]
         width = int(lengths.max())
@@ -89,7 +88,7 @@ class ListOps(Task):
 class ListOpsShort(ListOps):
     """`ListOps` that a small model learns in minutes: 31 to 119 tokens, depth 5, at most 5 arguments.
 
-    Takes the options of `ListOps`.
+    The options are those of `ListOps`.
     """
 
     name = "listops-short"
@@ -110,11 +109,11 @@ def tokenize(source: str) -> list[int]:
     try:
         return [_NUMBERS[word] for word in words]
     except KeyError as error:
-        raise ValueError(f"listops: unknown token {error.args[0]!r}, expected one of {', '.join(TOKENS[1:])}") from None
+        raise ValueError(f"listops: tokens must be of {', '.join(TOKENS[1:])}, got {error.args[0]!r}") from None
 
 
 def render(forest: Forest, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-    """Draws digits and operators; tokens (T, L), lengths (T,) and values (T,) of the trees."""
+    """Draw digits and operators; returns tokens (T, L), lengths (T,) and values (T,) of the trees."""
     symbols = []  # a digit or the number of an operator for each node of a level
     for arity in forest.arity:
         digit = torch.randint(10, arity.shape, generator=generator)
@@ -130,7 +129,7 @@ def render(forest: Forest, generator: torch.Generator) -> tuple[Tensor, Tensor, 
 
 
 def _as_wide(tokens: Tensor, width: int) -> Tensor:
-    """Padded or cut to a width that no row of interest exceeds."""
+    """Padded or cut to `width`; rows that are longer are not used."""
     return torch.nn.functional.pad(tokens, (0, width - tokens.shape[1]), value=PAD)
 
 

@@ -1,4 +1,4 @@
-"""Many random trees at once, level by level: their shapes, where their tokens lie, what they are worth."""
+"""Many random trees at once, level by level: their shapes, the positions of their tokens, their values."""
 
 from dataclasses import dataclass
 
@@ -10,7 +10,7 @@ _OPERATOR_PROBABILITY = 0.25
 
 @dataclass
 class Forest:
-    """Nodes of `count` trees by level; the children of a level's nodes are the next level, in the same order.
+    """Nodes of `count` trees by level. The next level holds the children, in the order of their parents.
 
     Attributes:
         count: number of trees.
@@ -26,7 +26,7 @@ class Forest:
 def grow(
     trees: int, min_length: int, max_length: int, max_depth: int, max_args: int, generator: torch.Generator
 ) -> Forest:
-    """Shapes of random trees; of the `trees` drawn, those whose length lies strictly between the bounds."""
+    """Shapes of random trees: of `trees` drawn, those whose length is strictly between the bounds."""
     tree = torch.arange(trees)
     lengths = torch.zeros(trees, dtype=torch.int64)
     levels: list[tuple[Tensor, Tensor]] = []
@@ -34,9 +34,9 @@ def grow(
         arity = torch.randint(2, max_args + 1, tree.shape, generator=generator)
         operator = torch.rand(tree.shape, generator=generator) < _OPERATOR_PROBABILITY
         arity = torch.where(operator, arity, 0) if depth < max_depth else torch.zeros_like(arity)
-        lengths.index_add_(0, tree, torch.where(arity > 0, 2, 1))  # an operator comes with its closing bracket
+        lengths.index_add_(0, tree, torch.where(arity > 0, 2, 1))  # an operator and its closing bracket
         levels.append((tree, arity))
-        growing = torch.where(lengths[tree] < max_length, arity, 0)  # a tree that is too long already may stop
+        growing = torch.where(lengths[tree] < max_length, arity, 0)  # a tree that is too long already need not grow
         tree = tree.repeat_interleave(growing)
         if not len(tree):
             break
@@ -51,8 +51,12 @@ def grow(
 
 
 def layout(forest: Forest) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
-    """Lengths (T,) of the trees written out, and for each level the places (n,), (n,) of its nodes' first and last
-    tokens in their tree."""
+    """Positions of the tokens.
+
+    Returns:
+        Lengths (T,) of the trees, and for each level the positions (n,), (n,) of the first and the last token of each
+        node in its tree.
+    """
     sizes = [torch.ones_like(forest.arity[-1])]
     for arity in reversed(forest.arity[:-1]):
         size = torch.where(arity > 0, 2, 1)
@@ -62,20 +66,20 @@ def layout(forest: Forest) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
     places = [(start, start + sizes[0] - 1)]
     for arity, size in zip(forest.arity[:-1], sizes[1:], strict=True):
         parent = _parents(arity)
-        before = size.cumsum(0) - size  # the sizes of all nodes to the left in the level
-        elder = before - before[_first_child(arity)[parent]]  # of siblings only
+        before = size.cumsum(0) - size  # sizes of all nodes to the left in the level
+        elder = before - before[_first_child(arity)[parent]]  # sizes of the siblings to the left
         start = start[parent] + 1 + elder
         places.append((start, start + size - 1))
     return sizes[0], places
 
 
 def evaluate(forest: Forest, symbols: list[Tensor]) -> Tensor:
-    """Values (T,) of the trees; `symbols` holds digits, and 0 MIN, 1 MAX, 2 MED, 3 SM for the nodes with children."""
+    """Values (T,) of the trees; `symbols` are digits, or 0 MIN, 1 MAX, 2 MED, 3 SM for nodes with children."""
     value = symbols[-1]
     for arity, symbol in zip(reversed(forest.arity[:-1]), reversed(symbols[:-1]), strict=True):
         parent, inner = _parents(arity), arity > 0
         total = torch.zeros_like(arity).index_add(0, parent, value)
-        # Siblings stay together and are in order, so that the k-th smallest of a node stands k after its first child.
+        # Sorted among siblings: the k-th smallest child of a node is k after its first child.
         ordered = (parent * 10 + value).sort().values % 10
         first, count = _first_child(arity)[inner], arity[inner]
         smallest, largest = ordered[first], ordered[first + count - 1]
@@ -87,7 +91,7 @@ def evaluate(forest: Forest, symbols: list[Tensor]) -> Tensor:
 
 
 def _parents(arity: Tensor) -> Tensor:
-    """For each node of the next level the index of its parent in this one."""
+    """For each node of the next level the index of its parent in this level."""
     return torch.arange(len(arity)).repeat_interleave(arity)
 
 

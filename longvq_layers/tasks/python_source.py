@@ -1,4 +1,4 @@
-"""Bytes of the Python standard library: say the next one, or say which package they are from."""
+"""Bytes of the Python standard library: predict the next byte, or classify the package."""
 
 import math
 
@@ -11,17 +11,17 @@ from longvq_layers.tasks.base import SPLITS, Batch, Task
 
 
 class BytesLM(Task):
-    """Says the next byte of Python source.
+    """Predict the next byte of Python source.
 
-    Training windows start anywhere in the source of the training files; val and test windows lie side by side, so that
-    every byte of those files but the first and less than a window at the end is predicted exactly once. Files are
-    joined in an order of their own, each followed by a zero byte.
+    Training windows start anywhere in the source of the training files. Val and test windows are adjacent, so that
+    every byte of their files is predicted exactly once, except the first byte and an incomplete window at the end.
+    Files are joined in a fixed order, each followed by a zero byte.
 
     Args:
         length: of a window, default 1024.
 
     Raises:
-        ValueError, TypeError: length out of range, or longer than the source of a split.
+        ValueError, TypeError: length out of range, or not below the bytes of a split.
 
     Example:
         >>> batch = BytesLM(length=16).batch("val", 0, 2)
@@ -43,7 +43,7 @@ class BytesLM(Task):
             raise ValueError(f"bytes-lm: length must be below the {shortest} bytes of a split, got {length}")
 
     def size(self, split: str) -> int | None:
-        """Number of windows of val or test, None for train."""
+        """Number of windows of val or test; None for train, which is endless."""
         check.one_of(self.name, "split", split, SPLITS)
         return None if split == "train" else (len(standard_library.split_bytes(split)) - 1) // self.length
 
@@ -60,15 +60,15 @@ class BytesLM(Task):
 
 
 class BytesClassify(Task):
-    """Says which package of the standard library a window of source comes from.
+    """Classify which package of the standard library a window of source comes from.
 
-    The classes are the packages with most source, in alphabetical order (`classes`). Training windows start anywhere in
-    a package's training files, all classes equally likely; val and test windows lie side by side in other files, as
-    many of each class as the smallest has, and take turns.
+    The classes are the packages with the most source, in alphabetical order (`classes`). For training, all classes are
+    equally likely, and windows start anywhere in a package's training files. Val and test windows are adjacent in other
+    files. All classes have as many of them as the smallest class, and alternate.
 
     Args:
         length: of a window, default 512.
-        classes: number of packages, default 8, at least 2.
+        classes: number of packages, at least 2, default 8.
 
     Raises:
         ValueError, TypeError: options out of range, or the library is too small for them.
@@ -86,9 +86,8 @@ class BytesClassify(Task):
     num_inputs = 256
 
     def __init__(self, *, length: int = 512, classes: int = 8) -> None:
-        check.positive(self.name, length=length, classes=classes)
-        if classes < 2:
-            raise ValueError(f"bytes-classify: classes must be at least 2, got {classes}")
+        check.positive(self.name, length=length)
+        check.integer(self.name, "classes", classes, 2)
         packages = standard_library.package_bytes(classes)
         self.length, self.num_outputs, self.random_accuracy = length, classes, 1 / classes
         self.classes = tuple(packages)
@@ -102,7 +101,7 @@ class BytesClassify(Task):
                     )
 
     def size(self, split: str) -> int | None:
-        """Number of windows of val or test, None for train."""
+        """Number of windows of val or test; None for train, which is endless."""
         check.one_of(self.name, "split", split, SPLITS)
         if split == "train":
             return None

@@ -1,4 +1,4 @@
-"""Multi-query associative recall: say what value stood after each key."""
+"""Multi-query associative recall: give the value that followed each key."""
 
 import torch
 from torch import Tensor
@@ -10,12 +10,12 @@ FILLS = ("unrelated", "any", "zero")
 
 
 class MQAR(Task):
-    """`pairs` keys with a value after each, then every key once more: the answer there is its value.
+    """`pairs` keys, each followed by its value; then every key once more, where the target is its value.
 
         k₁ v₁ k₂ v₂ … | · · k₂ · · · k₁ …     targets: v₂ at the second k₂, v₁ at the second k₁, -100 elsewhere
 
-    Keys are distinct tokens of 1 … vocab/2 - 1, values distinct tokens of vocab/2 … vocab - 1. After the pairs come
-    ⌊(length - 2 pairs)/2⌋ slots of two tokens; a query stands first in its slot and the slots are drawn without
+    Keys are distinct tokens of 1 … vocab/2 - 1, values distinct tokens of vocab/2 … vocab - 1. After the pairs there
+    are ⌊(length - 2 pairs)/2⌋ slots of two tokens. A query is the first token of its slot; slots are drawn without
     replacement with probability ∝ (1 + slot)^(power - 1).
 
     Args:
@@ -23,8 +23,8 @@ class MQAR(Task):
         pairs: number of pairs and of queries, default 16 (Zoology: 4); at most length/4 and vocab/2 - 1.
         vocab: number of tokens, default 512 (Zoology: 8192).
         power: of the power law of the gaps, default 0.01 as in Zoology; 1 is uniform.
-        fill: other tokens after the pairs: "unrelated" (default) random ones that are none of the example's keys, "any"
-            random ones of the whole vocabulary (Zoology; a key may then stand there without asking), "zero" token 0.
+        fill: all other tokens after the pairs. "unrelated" (default): random tokens, but not the example's keys. "any":
+            random tokens of the whole vocabulary, as in Zoology; keys among them have no target. "zero": token 0.
 
     Raises:
         ValueError, TypeError: options out of range.
@@ -57,7 +57,7 @@ class MQAR(Task):
         self.random_accuracy = 1 / (vocab - vocab // 2)
 
     def _draw(self, split: str, batch_size: int, generator: torch.Generator) -> Batch:
-        vocab, pairs, half = self.num_inputs, self.pairs, self.num_inputs // 2
+        vocab, pairs, half = self.num_outputs, self.pairs, self.num_outputs // 2
         keys = 1 + _distinct(batch_size, half - 1, pairs, generator)
         values = half + _distinct(batch_size, vocab - half, pairs, generator)
         slots = (self.length - 2 * pairs) // 2
@@ -77,14 +77,14 @@ class MQAR(Task):
         if self.fill == "zero":
             return torch.zeros(shape, dtype=torch.int64)
         if self.fill == "any":
-            return torch.randint(self.num_inputs, shape, generator=generator)
-        # The n-th token that is no key: in ascending order, every key not above the token moves it on by one.
-        tokens = torch.randint(self.num_inputs - self.pairs, shape, generator=generator)
+            return torch.randint(self.num_outputs, shape, generator=generator)
+        # Draw n, and take the n-th token that is no key: each key up to the token moves it by one, in ascending order.
+        tokens = torch.randint(self.num_outputs - self.pairs, shape, generator=generator)
         for key in keys.sort(dim=1).values.T:
             tokens += tokens >= key[:, None]
         return tokens
 
 
 def _distinct(rows: int, high: int, count: int, generator: torch.Generator) -> Tensor:
-    """(rows, count) numbers below `high`, distinct within a row, in random order."""
+    """(rows, count) random numbers below `high`, distinct within a row."""
     return torch.rand(rows, high, generator=generator).topk(count, dim=1).indices

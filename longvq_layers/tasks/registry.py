@@ -2,12 +2,13 @@
 
 import inspect
 
+from longvq_layers import _checks as check
 from longvq_layers.tasks.base import Task
 from longvq_layers.tasks.copying import SelectiveCopying
 from longvq_layers.tasks.digits import Digits
 from longvq_layers.tasks.listops import ListOps, ListOpsShort
-from longvq_layers.tasks.lra_images import LRAImage, LRAPathfinder
-from longvq_layers.tasks.lra_text import LRAListOps, LRARetrieval, LRAText
+from longvq_layers.tasks.lra.images import LRAImage, LRAPathfinder
+from longvq_layers.tasks.lra.text import LRAListOps, LRARetrieval, LRAText
 from longvq_layers.tasks.python_source import BytesClassify, BytesLM
 from longvq_layers.tasks.recall import MQAR
 
@@ -39,10 +40,10 @@ def get(name: str, **options: object) -> Task:
         options: of the task; `options("mqar")` lists them with their defaults.
 
     Raises:
-        ValueError: an unknown name.
-        TypeError: an unknown option, or one without a default that is missing.
-        What the task raises: ValueError and TypeError for values out of range, FileNotFoundError without its data,
-        ImportError without a package it needs.
+        ValueError: an unknown name, or an option out of range.
+        TypeError: an unknown option, a missing option that has no default, or an option of the wrong type.
+        FileNotFoundError: the task needs data that do not exist.
+        ImportError: the task needs a package that is not installed.
 
     Example:
         >>> get("mqar", length=64, pairs=4)
@@ -61,7 +62,7 @@ def get(name: str, **options: object) -> Task:
 
 
 def options(name: str) -> dict[str, object]:
-    """The options of a task with their defaults, `inspect.Parameter.empty` for those that must be given.
+    """The options of a task with their defaults; `inspect.Parameter.empty` for options without one.
 
     Example:
         >>> options("selective-copying")
@@ -71,6 +72,5 @@ def options(name: str) -> dict[str, object]:
 
 
 def _class(name: str) -> type[Task]:
-    if name not in _TASKS:
-        raise ValueError(f"tasks.get: name must be one of {', '.join(map(repr, NAMES))}, got {name!r}")
+    check.one_of("tasks.get", "name", name, NAMES)
     return _TASKS[name]

@@ -1,4 +1,4 @@
-"""Text that is there without a download: the source of the running interpreter's standard library."""
+"""Text without a download: the source of the running interpreter's standard library."""
 
 import functools
 import os
@@ -17,11 +17,12 @@ _END_OF_FILE = b"\0"  # in no source file
 
 
 def library_files() -> list[tuple[Path, str]]:
-    """Source files of the standard library with their module names, tests left out, in a fixed shuffled order."""
+    """Source files of the standard library and their module names, without tests, in a fixed shuffled order."""
     root = Path(sysconfig.get_paths()["stdlib"])
     files = []
     for folder, subfolders, names in os.walk(root):
-        subfolders[:] = [name for name in subfolders if name not in _SKIPPED]  # in place: os.walk leaves them out
+        # In place, so that os.walk does not enter the skipped folders.
+        subfolders[:] = [name for name in subfolders if name not in _SKIPPED]
         for path in (Path(folder, name) for name in names if name.endswith(".py")):
             module = ".".join(path.relative_to(root).parts).removesuffix(".py").removesuffix(".__init__")
             files.append((path, module))
@@ -36,25 +37,25 @@ def top_level(name: str) -> str:
 
 
 def bucket(name: str, buckets: int) -> int:
-    """A number below `buckets` that depends on nothing but the name."""
+    """A number below `buckets` that depends only on the name."""
     return zlib.crc32(name.encode()) % buckets  # hash() of a string changes from process to process
 
 
 @functools.cache
 def split_bytes(split: str) -> Tensor:
-    """All source of a split as one uint8 tensor; a file belongs to one split (80, 10 and 10 %) by its name.
+    """All source of a split as one uint8 tensor; the name of a file decides its split (80, 10 and 10 %).
 
-    Every file ends with a zero byte; of files with the same content only one is read.
+    Every file ends with a zero byte. Files with the same content are read once.
     """
     return _joined([text for name, text in _texts() if _split_of(name) == split])
 
 
 @functools.cache
 def package_bytes(packages: int) -> dict[str, dict[str, Tensor]]:
-    """{package: {split: uint8 tensor}} of the packages with most source; a file belongs to one split.
+    """{package: {split: uint8 tensor}} of the packages with the most source; a file belongs to one split.
 
-    A package's files, in an order that depends on their names only, go to val until it has a fifth of the bytes, then
-    to test until it has a fifth, and the others to train. Packages with fewer than five files don't count.
+    In an order that depends only on the names, the files of a package go to val until that has a fifth of the bytes,
+    then to test until that has a fifth; the others go to train. Packages with fewer than five files are left out.
 
     Raises:
         ValueError: the library has fewer such packages.
@@ -66,8 +67,8 @@ def package_bytes(packages: int) -> dict[str, dict[str, Tensor]]:
     largest = sorted(eligible, key=lambda package: (-sum(len(text) for _, text in eligible[package]), package))
     if len(largest) < packages:
         raise ValueError(
-            f"the standard library in {sysconfig.get_paths()['stdlib']} has {len(largest)} packages of at least five "
-            f"files, expected {packages}"
+            f"the standard library in {sysconfig.get_paths()['stdlib']} must have {packages} packages of at least five "
+            f"files, got {len(largest)}"
         )
     return {package: _package_splits([text for _, text in eligible[package]]) for package in sorted(largest[:packages])}
 
@@ -83,7 +84,7 @@ def _package_splits(texts: list[bytes]) -> dict[str, Tensor]:
 
 @functools.cache
 def _texts() -> list[tuple[str, bytes]]:
-    texts = {}
+    texts: dict[bytes, str] = {}
     for path, name in library_files():
         texts.setdefault(path.read_bytes(), name)
     return [(name, text) for text, name in texts.items() if text]
@@ -94,6 +95,6 @@ def _split_of(name: str) -> str:
 
 
 def _joined(texts: list[bytes]) -> Tensor:
-    if not texts:  # an interpreter that came without its source
+    if not texts:  # an interpreter without its source
         return torch.empty(0, dtype=torch.uint8)
     return torch.frombuffer(bytearray(b"".join(text + _END_OF_FILE for text in texts)), dtype=torch.uint8)

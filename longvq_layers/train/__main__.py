@@ -1,6 +1,6 @@
 """Train a small model on a task: `python -m longvq_layers.train mqar --block longvq --steps 2000`.
 
-A run that was killed goes on from its last checkpoint when the same command is given again.
+A killed run continues from its last checkpoint when the same command is given again.
 """
 
 import argparse
@@ -46,17 +46,17 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"Written: {folder / 'curve.png'}")
 
 
-_WORDS = {"true": True, "false": False, "none": None}  # in any case
+_WORDS = {"true": True, "false": False, "none": None}  # upper or lower case
 
 
 class _Progress:
-    """A bar with tqdm where that is installed, and a line for every evaluation."""
+    """A progress bar if tqdm is installed, and a line for every evaluation."""
 
     def __init__(self, steps: int, done: int, quiet: bool) -> None:
         try:
             from tqdm import tqdm
         except ImportError:
-            quiet, tqdm = True, None
+            quiet = True
         self._bar = None if quiet else tqdm(total=steps, initial=done, unit="step", dynamic_ncols=True)
 
     def __enter__(self) -> "_Progress":
@@ -98,7 +98,7 @@ def _parser() -> argparse.ArgumentParser:
         ("parameters", int, "size of the model; chooses the width of the feed-forward blocks"),
         ("dropout", float, "probability of dropping an element"),
         ("steps", int, "optimiser steps"),
-        ("seconds", float, "also end after so many seconds of training"),
+        ("seconds", float, "end also after so many seconds of training"),
         ("batch_size", int, "sequences per step"),
         ("lr", float, "peak learning rate"),
         ("weight_decay", float, "decay of the weight matrices"),
@@ -113,9 +113,9 @@ def _parser() -> argparse.ArgumentParser:
     ):
         parser.add_argument(f"--{name.replace('_', '-')}", type=kind, default=default[name], help=text)
     parser.add_argument(
-        "--causal", action="store_true", help="let blocks see only the past, also where the task doesn't"
+        "--causal", action="store_true", help="let blocks see only the past, also where the task does not need it"
     )
-    parser.add_argument("--gradient-checkpointing", action="store_true", help="compute blocks again in the backward")
+    parser.add_argument("--gradient-checkpointing", action="store_true", help="compute blocks again during backward")
     parser.add_argument("--out", type=Path, help="folder of the run; default runs/TASK-BLOCK-SEED")
     parser.add_argument("--plot", action="store_true", help="draw the curve (needs matplotlib)")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")

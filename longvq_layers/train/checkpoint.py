@@ -1,4 +1,4 @@
-"""What a killed run needs to go on as if nothing had happened."""
+"""The checkpoint of a run: a killed run continues from it to the same curve."""
 
 import os
 from pathlib import Path
@@ -8,7 +8,7 @@ from torch import nn
 
 
 def save(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, progress: dict[str, float]) -> None:
-    """Write model, optimiser, random state and `progress` (step, seconds); a half-written file never replaces one."""
+    """Write model, optimiser, random state and `progress` (step, seconds); an interrupted call keeps the old file."""
     state = {
         "model": model.state_dict(),
         "optimizer": optimizer.state_dict(),
@@ -26,4 +26,5 @@ def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict
     model.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
     torch.set_rng_state(state["random"])
-    return state["progress"]
+    progress: dict[str, float] = state["progress"]
+    return progress

@@ -16,9 +16,19 @@ def loss_of(logits: Tensor, targets: Tensor) -> Tensor:
 
 @torch.no_grad()
 def evaluate(model: nn.Module, task: Task, split: str, batch_size: int, batches: int) -> dict[str, float]:
-    """Loss in nats, accuracy, and for language models bits per byte, over `batches` batches, 0 = all of a finite set.
+    """Loss in nats, accuracy, and for language models bits per byte.
 
-    The model is in eval mode meanwhile, and afterwards in the mode it was in.
+    The model is evaluated in eval mode and then returned to its mode.
+
+    Args:
+        model: takes the inputs and the padding mask of a batch.
+        task: gives the batches.
+        split: "train", "val" or "test".
+        batch_size: of the batches.
+        batches: how many; 0 = all of a finite set.
+
+    Raises:
+        ValueError: all batches of an endless set.
     """
     training = model.training
     model.eval()
@@ -41,7 +51,7 @@ def evaluate(model: nn.Module, task: Task, split: str, batch_size: int, batches:
 def _batches(task: Task, split: str, batch_size: int, batches: int) -> Iterator[Batch]:
     finite = task.size(split) is not None
     if batches == 0 and not finite:
-        raise ValueError(f"evaluate: eval_batches must be 1 or more, for {task.name!r} is endless, got 0")
+        raise ValueError(f"evaluate: batches must be at least 1, because {task.name!r} is endless, got 0")
     if not finite:
         for step in range(batches):
             yield task.batch(split, step, batch_size)

@@ -9,19 +9,18 @@ matplotlib.use("Agg")  # no display needed
 
 from matplotlib import pyplot
 
-from longvq_layers.train.log import read
+from longvq_layers.train.log import column, read
 
 
 def draw(path: Path, folders: Sequence[Path]) -> None:
-    """Validation loss over steps and over seconds of training, a line for each folder of a run."""
-    style = {"axes.spines.right": False, "axes.spines.top": False}
-    with pyplot.rc_context(style):
+    """Validation loss over steps and over seconds of training, one line for each run."""
+    with pyplot.rc_context({"axes.spines.right": False, "axes.spines.top": False}):
         figure, (by_step, by_time) = pyplot.subplots(1, 2, figsize=(11, 4), sharey=True)
         for folder in folders:
             rows = read(folder / "log.csv")
-            losses = [row["val_loss"] for row in rows]
-            by_step.plot([row["step"] for row in rows], losses, marker=".", label=folder.name)
-            by_time.plot([row["seconds"] for row in rows], losses, marker=".", label=folder.name)
+            losses = column(rows, "val_loss")
+            by_step.plot(column(rows, "step"), losses, marker=".", label=folder.name)
+            by_time.plot(column(rows, "seconds"), losses, marker=".", label=folder.name)
         by_step.set(xlabel="step", ylabel="validation loss, nats")
         by_time.set(xlabel="seconds of training")
         by_step.legend(frameon=False)

@@ -1,9 +1,10 @@
-"""Everything that decides what a training run computes."""
+"""The settings of a training run; they determine what it computes."""
 
 import json
 import os
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+from typing import Any
 
 from longvq_layers import _checks as check
 
@@ -16,28 +17,28 @@ class TrainSettings:
         task, task_options: see `tasks.get`.
         block, block_options: of `models.SequenceEncoder`.
         d_model, depth: width and number of the blocks.
-        causal: whether the blocks see only the past; default: where the task needs it.
+        causal: whether the blocks see only the past, also where the task does not need it.
         parameters: if given, `d_ff` of the blocks is chosen so that the model has about that many parameters.
         dropout: of the model.
-        gradient_checkpointing: whether blocks are computed again in the backward.
+        gradient_checkpointing: whether blocks are computed again during backward.
         steps: optimiser steps.
-        seconds: if given, training also ends when that time was spent in steps, and the learning rate falls with
-            whatever of time and steps is further on; such a run is not the same twice.
+        seconds: if given, training ends also after that time in steps. The learning rate then falls with the share of
+            steps or of time, whichever is larger. Two such runs differ.
         batch_size: sequences per step.
         lr, weight_decay, ssm_lr: see `optimizer_groups`.
-        warmup: steps in which the learning rate rises linearly; then a cosine down to a tenth.
+        warmup: steps in which the learning rate rises linearly; then it falls by a cosine to a tenth.
         grad_clip: largest norm of the gradient.
-        seed: of the initial weights, the order of the data and everything random in training.
-        eval_every: steps between evaluations; the last step is always followed by one.
+        seed: of the initial weights, the order of the data and all random numbers of training.
+        eval_every: steps between evaluations; the last step is always evaluated.
         eval_batches: batches of an evaluation; 0 = all of a finite set.
         checkpoint_every: steps between checkpoints; 0 = only at the end.
-        threads: of PyTorch; None = as it is. Changes the last bits of the results.
+        threads: of PyTorch; None = unchanged. The last bits of the results depend on them.
     """
 
     task: str
-    task_options: dict = field(default_factory=dict)
+    task_options: dict[str, Any] = field(default_factory=dict)
     block: str = "longvq"
-    block_options: dict = field(default_factory=dict)
+    block_options: dict[str, Any] = field(default_factory=dict)
     d_model: int = 128
     depth: int = 2
     causal: bool = False
@@ -67,7 +68,9 @@ class TrainSettings:
         if self.parameters is not None:
             check.positive(name, parameters=self.parameters)
             if "d_ff" in self.block_options:
-                raise ValueError(f"{name}: give parameters, which chooses d_ff, or d_ff in block_options, not both")
+                raise ValueError(
+                    f"{name}: parameters, which chooses d_ff, or d_ff in block_options must be given, not both"
+                )
         if self.threads is not None:
             check.positive(name, threads=self.threads)
         for option in ("lr", "grad_clip", "seconds"):
@@ -76,7 +79,7 @@ class TrainSettings:
 
     def save(self, path: Path) -> None:
         """Write JSON."""
-        unfinished = path.with_suffix(".unfinished")  # a run killed in between must find its settings again
+        unfinished = path.with_suffix(".unfinished")  # if the run is killed now, the old settings remain
         unfinished.write_text(json.dumps(asdict(self), indent=2) + "\n")
         os.replace(unfinished, path)
 
@@ -86,6 +89,6 @@ class TrainSettings:
         return cls(**json.loads(path.read_text()))
 
     def difference(self, other: "TrainSettings") -> str:
-        """The settings in which the two differ, readable; empty if none."""
+        """The settings in which the two differ, as text; empty if none."""
         pairs = ((f.name, getattr(self, f.name), getattr(other, f.name)) for f in fields(self))
         return ", ".join(f"{name}: {mine!r} and {theirs!r}" for name, mine, theirs in pairs if mine != theirs)

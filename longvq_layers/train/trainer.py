@@ -19,14 +19,14 @@ from longvq_layers.train.settings import TrainSettings
 
 
 class Trainer:
-    """Trains the model of `settings` and keeps everything in a folder.
+    """Trains the model of `settings` and writes everything to a folder.
 
-    The folder gets `settings.json`, `log.csv` and `checkpoint.pt`. If a checkpoint is there, the run goes on from it,
-    and ends with the same weights and the same curve as one that was never interrupted.
+    The folder gets `settings.json`, `log.csv` and `checkpoint.pt`. If it has a checkpoint, the run continues from it,
+    and ends with the same weights and the same curve as an uninterrupted run.
 
     Args:
         settings: of the run.
-        folder: made if it is not there.
+        folder: made if it does not exist.
 
     Raises:
         ValueError: the folder holds a run with other settings or is a file; eval_batches=0 with an endless task.
@@ -41,7 +41,7 @@ class Trainer:
         self.settings, self.folder = settings, Path(folder)
         self.task = tasks.get(settings.task, **settings.task_options)
         if not settings.eval_batches and self.task.size("val") is None:
-            raise ValueError(f"Trainer: eval_batches must be 1 or more, for {settings.task!r} is endless, got 0")
+            raise ValueError(f"Trainer: eval_batches must be at least 1, because {settings.task!r} is endless, got 0")
         self._check_folder()
         if settings.threads is not None:
             torch.set_num_threads(settings.threads)
@@ -55,7 +55,7 @@ class Trainer:
         if self._checkpoint.exists():
             progress = checkpoint.load(self._checkpoint, self.model, self.optimizer)
             self.step, self.seconds = int(progress["step"]), float(progress["seconds"])
-        self.folder.mkdir(parents=True, exist_ok=True)  # only now: settings that don't work leave nothing behind
+        self.folder.mkdir(parents=True, exist_ok=True)  # last: settings that don't work leave no folder
         settings.save(self._settings_file)
         self._log = Log(self.folder / "log.csv", self.step)
 
@@ -66,7 +66,7 @@ class Trainer:
 
     @property
     def done(self) -> bool:
-        """Whether all steps are taken, or all the time is spent."""
+        """Whether all steps are taken, or all time is used."""
         limit = self.settings.seconds
         return self.step >= self.settings.steps or (limit is not None and self.seconds >= limit)
 
@@ -74,13 +74,14 @@ class Trainer:
         """Train to the end.
 
         Args:
-            progress: called after every step with "step", "train_loss" and, after an evaluation, all columns of the
-                log.
+            progress: called after every step with "step", "train_loss" and more columns of the log; after an
+                evaluation with all of them.
 
         Returns:
-            The last line of the log; of a run that is complete already, an evaluation of its model.
+            The last line of the log; for a run that is already complete, an evaluation of its model.
         """
-        settings, row = self.settings, {}
+        settings = self.settings
+        row: dict[str, float] = {}
         self.model.train()
         while not self.done:
             row = self.train_step()
@@ -97,7 +98,11 @@ class Trainer:
         checkpoint.save(self._checkpoint, self.model, self.optimizer, {"step": self.step, "seconds": self.seconds})
 
     def test(self, batches: int = 0) -> dict[str, float]:
-        """Loss and score on the test set: `batches` batches, 0 = all of a finite set, `eval_batches` of an endless."""
+        """Loss and score on the test set.
+
+        Args:
+            batches: how many; 0 = all of a finite set, and `eval_batches` of an endless one.
+        """
         if not batches and self.task.size("test") is None:
             batches = self.settings.eval_batches
         return evaluate(self.model, self.task, "test", self.settings.batch_size, batches)
@@ -113,15 +118,15 @@ class Trainer:
     def _check_folder(self) -> None:
         path = self._settings_file
         if self.folder.exists() and not self.folder.is_dir():
-            raise ValueError(f"Trainer: the folder of the run must be a folder, got the file {self.folder}")
+            raise ValueError(f"Trainer: folder must be a folder, got the file {self.folder}")
         if path.exists() and (difference := self.settings.difference(TrainSettings.load(path))):
             raise ValueError(
-                f"Trainer: {self.folder} holds a run with other settings ({difference}, asked for and found); choose "
-                "another folder or delete it"
+                f"Trainer: folder must be new or hold a run with these settings, got {self.folder} with other settings "
+                f"({difference}, asked for and found); choose another folder or delete it"
             )
 
     def train_step(self) -> dict[str, float]:
-        """One step of the optimiser on the next batch; the model must be in training mode. Part of `run`."""
+        """One optimiser step on the next batch, as `run` takes it; the model must be in training mode."""
         start = perf_counter()
         batch = self.task.batch("train", self.step, self.settings.batch_size, self.settings.seed)
         rate = self._rate()
@@ -150,7 +155,7 @@ class Trainer:
         }
 
     def _rate(self) -> float:
-        # A linear warm-up, then a cosine down to a tenth.
+        # A linear warm-up, then a cosine to a tenth.
         settings = self.settings
         share = self.step / settings.steps
         if settings.seconds is not None:

@@ -1,4 +1,4 @@
-"""Experiments: every variant is trained alike, finished runs are kept, the table says what the runs found."""
+"""Experiments: variants are trained alike, finished runs are not repeated, the table shows their results."""
 
 import json
 import subprocess
@@ -52,7 +52,7 @@ def test_a_suite_is_run_reported_and_not_run_again(tmp_path, monkeypatch, capsys
     command.main(arguments)
 
 
-def test_no_jobs_are_refused(capsys):
+def test_zero_jobs_are_refused(capsys):
     with pytest.raises(SystemExit):
         command.main(["digits", "--jobs", "0"])
     assert "--jobs must be at least 1, got 0" in capsys.readouterr().err
@@ -63,11 +63,10 @@ def test_runs_end_with_the_command(tmp_path):
     arguments = ["-m", "longvq_layers.experiments", "digits", "--jobs", "1", "--out", str(tmp_path)]
     process = subprocess.Popen([sys.executable, *arguments], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     log = tmp_path / "longvq-0" / "log.csv"
-    deadline = time.monotonic() + 60
-    while not log.exists() and time.monotonic() < deadline:
+    while not log.exists() and process.poll() is None:
         time.sleep(0.1)
     process.terminate()
-    assert process.wait(timeout=60) == 143
+    assert process.wait() == 143
     running = [path for path in Path("/proc").glob("[0-9]*/cmdline") if str(tmp_path).encode() in _read(path)]
     assert log.exists() and not running
 
@@ -88,7 +87,7 @@ def test_a_failed_run_is_reported_with_its_output(tmp_path):
         runner.run_all(broken, tmp_path, [0], 1, lambda line: None)
 
 
-def test_the_better_score_stands_first():
+def test_the_better_score_comes_first():
     lines = [report.Line("low", 1, 1, 1.0, (0.1, 0.3)), report.Line("high", 1, 1, 1.0, (0.9,))]
     accuracy = report.markdown(TINY, lines).splitlines()
     bits = report.markdown(Suite("", "bits_per_byte", {}, {}), lines).splitlines()
@@ -97,7 +96,7 @@ def test_the_better_score_stands_first():
 
 
 @pytest.mark.parametrize("name", SUITES)
-def test_variants_differ_in_their_blocks_and_rates_alone(name):
+def test_variants_differ_only_in_blocks_and_rates(name):
     suite = SUITES[name]()
     settings = [suite.settings(label, 0) for label in suite.variants]
     assert {frozenset(changes) <= {"block", "block_options", "lr"} for changes in suite.variants.values()} == {True}

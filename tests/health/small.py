@@ -1,4 +1,4 @@
-"""Tiny models of every kind of block, and a second of real training on associative recall."""
+"""Tiny models of every kind of block, and a short training on associative recall."""
 
 import torch
 from torch import Tensor, nn
@@ -45,7 +45,7 @@ def tokens(batch: int = 2, length: int = 20) -> Tensor:
 
 
 def train(model: nn.Module, steps: int, monitor=None) -> None:
-    """Real training; the gradients of the last step stay, after its update."""
+    """Train on associative recall; the gradients of the last step are kept."""
     optimizer = torch.optim.AdamW(optimizer_groups(model, lr=3e-3, weight_decay=0.01))
     for step in range(steps):
         batch = TASK.batch("train", step, 8)

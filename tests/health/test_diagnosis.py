@@ -1,4 +1,4 @@
-"""`diagnose` names what was broken on purpose, and nothing in a model that trains well."""
+"""`diagnose` finds what a test broke, and finds nothing in a model that trains well."""
 
 import copy
 import math
@@ -44,7 +44,7 @@ def kinds(model, monitor=None, **thresholds):
 def test_a_model_that_trains_is_healthy(kind):
     model = build(kind)
     with Monitor(model) as monitor:
-        train(model, 120, monitor)  # enough for codebooks to be judged
+        train(model, 120, monitor)  # more than the 110 calls after which codebooks are judged
     assert str(diagnose(model, monitor)) == "healthy"
     assert str(diagnose(model)) == "healthy"
 
@@ -115,7 +115,7 @@ def test_a_frozen_codebook_is_only_noted(model):
     assert diagnose(model.eval()).findings == []
 
 
-def test_codes_that_miss_the_keys(model):
+def test_codes_far_from_the_keys(model):
     # Keys that have moved away by more than their spread; the moving averages follow them slowly.
     book = blocks(model)[2].codebook
     book.freeze()
@@ -131,7 +131,7 @@ def test_codes_that_miss_the_keys(model):
     assert ("quantization_error", name(2, "attention.codebook")) not in kinds(model)
 
 
-def test_codes_that_are_no_numbers(model):
+def test_codes_that_are_nan(model):
     blocks(model)[1].codebook.embedding[0, 2, 1] = math.nan
     assert "1 codes are NaN" in only(model, "codebook_not_finite", name(1, "attention.codebook"), severity="error")
 
@@ -163,7 +163,7 @@ def test_a_closed_output_gate(model):
         model.eval()(tokens())
         assert "below 0.05 for 100%" in only(model, "output_gate_closed", gate, monitor, severity="error")
         nn.init.constant_(blocks(model)[0].output_gate.bias, 20.0)
-        for _ in range(200):  # until nothing is left of the first reading
+        for _ in range(200):  # until the first reading has left the average
             model(tokens(1, 2))
         assert "above 0.95 for 100" in only(model, "output_gate_open", gate, monitor)
 
@@ -209,7 +209,7 @@ def test_a_commitment_loss_that_dominates():
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_exploding_gradient(kind):
     model = build(kind)
-    nn.init.normal_(blocks(model)[0].ffn.down.weight, std=2e3)  # some 1e4 times what it was
+    nn.init.normal_(blocks(model)[0].ffn.down.weight, std=2e3)  # about 1e4 times the initial value
     train(model, 1)
     findings = {f.kind: f for f in reversed(diagnose(model).findings)}
     assert findings["large_weight"].module == name(0, "ffn.down.weight")
@@ -236,7 +236,7 @@ def test_gradients_that_are_exactly_zero(model):
     assert "ssm: the gradient is exactly 0" in text and "ssm_lr" in text
 
 
-def test_numbers_that_are_none(model):
+def test_nan_and_infinity(model):
     model.get_submodule(name(1)).k_proj.weight.data[2, 3] = math.nan
     assert "1 of 128 elements" in only(model, "not_finite", name(1, "k_proj.weight"), severity="error")
     model.get_submodule(name(1)).k_proj.weight.data[2, 3] = 0
@@ -246,7 +246,7 @@ def test_numbers_that_are_none(model):
 
 
 @pytest.mark.parametrize("kind", ["longvq", "s4d"])
-def test_a_memory_that_is_none(kind):
+def test_an_ssm_without_memory(kind):
     model = build(kind)
     model(tokens())
     path, ssm = next((n, m) for n, m in model.named_modules() if isinstance(m, DiagonalSSM))
@@ -297,7 +297,7 @@ def test_gradients_that_were_zeroed_are_only_noted():
     assert diagnose(model).healthy
 
 
-def test_nothing_is_changed(model):
+def test_the_model_is_not_changed(model):
     before = {key: value.clone() for key, value in model.state_dict().items()}
     random = torch.get_rng_state()
     diagnose(model)
@@ -312,7 +312,7 @@ def test_arguments_are_checked(model):
         diagnose(model, {})
     with pytest.raises(ValueError, match="of the same model"):
         diagnose(model, Monitor(build()))
-    with pytest.raises(ValueError, match=r"thresholds must be named codebook_calls, .*; got 'entropi'"):
+    with pytest.raises(ValueError, match=r"thresholds must be named codebook_calls, .*, got 'entropi'"):
         diagnose(model, thresholds={"entropi": 1})
     with pytest.raises(TypeError, match=r"thresholds\['entropy'\]"):
         diagnose(model, thresholds={"entropy": "high"})

@@ -111,7 +111,7 @@ def test_uniform_and_single_key():
     assert attention_entropy(attention, q, k, torch.ones(2, 11, dtype=torch.bool)).isnan().all()
 
 
-def test_what_stands_at_masked_positions_does_not_matter():
+def test_values_at_masked_positions_do_not_matter():
     attention, q, k = made(local_keys="exact")
     mask = torch.zeros(2, 11, dtype=torch.bool)
     mask[:, 6:] = True

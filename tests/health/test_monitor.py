@@ -1,4 +1,4 @@
-"""A monitor changes nothing, reads what is there, and lets go of everything."""
+"""A monitor does not change the model, records its readings, and can be removed without a trace."""
 
 import copy
 import gc
@@ -24,7 +24,7 @@ def mask(batch=2, length=20):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_everything_stays_bit_by_bit(kind):
+def test_a_monitored_model_is_bit_identical(kind):
     results = []
     for monitored in (False, True):
         torch.manual_seed(0)
@@ -95,7 +95,7 @@ def test_the_gates_of_a_mega_block():
     assert 0 < reading.last[1] < 1
 
 
-def test_gates_of_no_position():
+def test_gates_of_a_batch_of_padding():
     model = build()
     with Monitor(model) as monitor:
         model(tokens(), torch.ones(2, 20, dtype=torch.bool))
@@ -104,7 +104,7 @@ def test_gates_of_no_position():
         model(tokens())
         model(tokens(), torch.ones(2, 20, dtype=torch.bool))
         for reading in (*monitor.entropy.values(), *monitor.output_gates.values()):
-            assert math.isnan(reading.last[0]) and 0 < reading.average <= 1  # the average is that of the call before
+            assert math.isnan(reading.last[0]) and 0 < reading.average <= 1  # NaN leaves the average as it was
 
 
 def test_the_moving_average():
@@ -118,7 +118,7 @@ def test_the_moving_average():
             model(tokens())
     reading = monitor.output_gates[name(0, "output_gate")]
     assert (reading.last[0] == pytest.approx(0.3) and reading.average == reading.mean[0]) or reading.calls == 4
-    assert reading.mean[0] == pytest.approx(sum(values) / 4)  # a plain mean until there are 20
+    assert reading.mean[0] == pytest.approx(sum(values) / 4)  # the plain mean of the first 20 readings
 
 
 def test_the_commitment_ratio():
@@ -146,7 +146,7 @@ def test_packed_documents_and_steps():
     with Monitor(model) as monitor, torch.no_grad():
         model.encoder(tokens(1, 20), cu_seqlens=torch.tensor([0, 9, 20], dtype=torch.int32))
         assert all(reading.calls == 1 for reading in monitor.entropy.values())
-        model.step(tokens(2, 5), model.initial_state(2))  # gates are read, attention has no whole sequence to look at
+        model.step(tokens(2, 5), model.initial_state(2))  # a step has gates, but no attention rows
         assert all(reading.calls == 1 for reading in monitor.entropy.values())
         assert all(0 < reading.average < 1 for reading in monitor.output_gates.values())
 
@@ -154,7 +154,7 @@ def test_packed_documents_and_steps():
 # ---- when it is read -----------------------------------------------------------------------------------------------
 
 
-def test_every():
+def test_every_third_call_is_recorded():
     model = build()
     monitor = Monitor(model, every=3)
     train(model, 7, monitor)
@@ -226,7 +226,7 @@ def test_remove_and_the_context_manager():
     with Monitor(model) as monitor:
         model(tokens())
         assert sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()) > hooks
-    monitor.remove()  # twice does no harm
+    monitor.remove()  # a second call does nothing
     assert sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()) == hooks
     model(tokens())
     assert all(reading.calls == 1 for reading in monitor.entropy.values())  # the readings stay
@@ -257,7 +257,7 @@ def test_a_forgotten_monitor_records_nothing():
 
 
 @pytest.mark.parametrize("kind", ["longvq", "mega"])
-def test_nothing_of_a_forward_is_kept(kind, monkeypatch):
+def test_tensors_of_a_forward_are_freed(kind, monkeypatch):
     model = build(kind, depth=1)
     padding, alive = mask(), []
     watched = weakref.ref(padding)
@@ -275,7 +275,7 @@ def test_nothing_of_a_forward_is_kept(kind, monkeypatch):
         assert alive and all(reference() is None for reference in alive)
 
 
-def test_the_model_is_asked_for_what_it_has():
+def test_only_parts_that_the_model_has_are_recorded():
     with Monitor(build("transformer")) as monitor:
         monitor.model(tokens())
         assert monitor.entropy == monitor.output_gates == monitor.attention_gates == {}

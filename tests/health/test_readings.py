@@ -1,4 +1,4 @@
-"""The tables of codebooks and gradients, and the row for a log, against what is computed by hand."""
+"""The tables of codebooks and gradients, and the row for a log, against values computed by hand."""
 
 import math
 
@@ -8,10 +8,10 @@ from torch import nn
 
 from longvq_layers import Codebook, VQAttention
 from longvq_layers.health import Monitor, codebook_statistics, gradient_scales, log_row
-from longvq_layers.health._parts import parts
+from longvq_layers.health._model_parts import parts
 from tests.health.small import KINDS, blocks, build, name, tokens, train
 
-# kind of block -> kind of gradient -> the beginnings of its parameters' names in the block
+# kind of block -> kind of gradient -> prefixes of its parameters' names in the block
 EXPECTED = {
     "longvq": {
         "ssm": ("ssm.",),
@@ -54,7 +54,7 @@ def test_every_parameter_has_the_kind_of_its_module(kind):
     assert len(parts(model)) == len(list(model.parameters()))
 
 
-def test_gradients_against_parameters_by_hand():
+def test_gradient_scales_by_hand():
     model = build(depth=2)
     assert all(math.isnan(row.grad_norm) and math.isnan(row.ratio) for row in gradient_scales(model))
     train(model, 1)

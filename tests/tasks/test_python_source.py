@@ -72,7 +72,7 @@ class TestText:
         files = {f"{p}.m{n}": f"{p}{n}".encode() * size for p, size in sizes.items() for n in range(6)}
         library({**files, "single": b"long" * 1000})
         assert list(standard_library.package_bytes(3)) == ["b", "c", "d"]
-        with pytest.raises(ValueError, match="has 4 packages of at least five files, expected 5"):
+        with pytest.raises(ValueError, match="must have 5 packages of at least five files, got 4"):
             standard_library.package_bytes(5)
 
 
@@ -106,7 +106,7 @@ class TestBytesLM:
 
 
 class TestBytesClassify:
-    def test_a_window_is_from_the_package_it_is_said_to_be_from(self):
+    def test_a_window_is_from_the_package_of_its_class(self):
         task = BytesClassify(length=100)
         texts = standard_library.package_bytes(8)
         for split in SPLITS:

@@ -1,4 +1,4 @@
-"""What every task promises, whatever it asks."""
+"""What every task guarantees."""
 
 import copy
 import hashlib
@@ -91,11 +91,11 @@ def test_splits_share_no_example(task):
     assert not seen["train"] & seen["val"] and not seen["train"] & seen["test"] and not seen["val"] & seen["test"]
 
 
-def test_a_finite_split_is_gone_through_once(task):
+def test_batches_give_every_example_of_a_finite_split_once(task):
     for split in SPLITS:
         size = task.size(split)
         if size is None:
-            with pytest.raises(ValueError, match=f"{task.name}: {split} has no end"):
+            with pytest.raises(ValueError, match=f"{task.name}: examples must be given, because {split} is endless"):
                 task.batches(split, 8)
             assert sum(len(batch.targets) for batch in task.batches(split, 8, examples=9)) == 16
             continue

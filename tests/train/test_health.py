@@ -1,4 +1,4 @@
-"""What a run says about its health: columns of the log, which change nothing else, and a diagnosis at the end."""
+"""The health of a run: columns of the log, which do not change the run, and a diagnosis at its end."""
 
 import contextlib
 
@@ -15,12 +15,12 @@ SEEN = ("attention_entropy", "output_gate")
 
 
 class _Blind:
-    """A monitor that sees nothing."""
+    """A monitor without readings."""
 
     entropy, output_gates = {}, {}
 
 
-def test_looking_changes_nothing(tmp_path, monkeypatch):
+def test_monitoring_does_not_change_the_run(tmp_path, monkeypatch):
     seen = Trainer(TrainSettings(**TINY), tmp_path / "seen")
     seen.run()
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in seen.model.modules())
@@ -53,7 +53,7 @@ def test_the_command_ends_with_a_diagnosis(tmp_path, capsys):
     assert "health: healthy" in capsys.readouterr().out
 
 
-def test_the_command_says_what_diverged(tmp_path, capsys, monkeypatch):
+def test_the_command_names_the_parameter_that_diverged(tmp_path, capsys, monkeypatch):
     def spoil(trainer, progress):
         trainer.model.encoder.backbone.blocks[0].q_proj.weight.data[0, 0] = torch.nan
         trainer.train_step()

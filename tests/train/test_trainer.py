@@ -46,7 +46,7 @@ class Killed(Exception):
 
 
 @pytest.mark.parametrize("killed_at", [1, 3, 4, 7])
-def test_a_killed_run_goes_on_to_the_same_curve(tmp_path, killed_at):
+def test_a_killed_run_continues_to_the_same_curve(tmp_path, killed_at):
     settings = TrainSettings(**TINY)
     whole = Trainer(settings, tmp_path / "whole")
     last = whole.run()
@@ -68,7 +68,7 @@ def test_a_killed_run_goes_on_to_the_same_curve(tmp_path, killed_at):
         assert torch.equal(weights(resumed)[name], value), name
 
 
-def test_the_seed_and_nothing_else_decides(tmp_path):
+def test_the_curve_depends_only_on_the_seed(tmp_path):
     for folder in ("a", "b"):
         Trainer(TrainSettings(**TINY), tmp_path / folder).run()
     Trainer(TrainSettings(**TINY, seed=1), tmp_path / "c").run()
@@ -92,21 +92,23 @@ def test_a_folder_belongs_to_one_run(tmp_path):
         Trainer(TrainSettings(**TINY, lr=0.01), tmp_path)
 
 
-def test_settings_that_do_not_work_leave_nothing_behind(tmp_path):
+def test_wrong_settings_leave_no_folder(tmp_path):
     with pytest.raises(TypeError, match="unexpected keyword argument 'codes'"):
         Trainer(TrainSettings(**{**TINY, "block_options": {"codes": 3}}), tmp_path / "run")
-    with pytest.raises(ValueError, match="eval_batches must be 1 or more, for 'selective-copying' is endless, got 0"):
+    with pytest.raises(
+        ValueError, match="eval_batches must be at least 1, because 'selective-copying' is endless, got 0"
+    ):
         Trainer(TrainSettings(**{**TINY, "eval_batches": 0}), tmp_path / "run")
     assert not (tmp_path / "run").exists()
     Trainer(TrainSettings(**TINY), tmp_path / "run")
     (tmp_path / "file").write_text("")
-    with pytest.raises(ValueError, match="the folder of the run must be a folder, got the file"):
+    with pytest.raises(ValueError, match="folder must be a folder, got the file"):
         Trainer(TrainSettings(**TINY), tmp_path / "file")
 
 
-def test_unfinished_settings_never_replace_any(tmp_path, monkeypatch):
+def test_an_interrupted_save_keeps_the_old_settings(tmp_path, monkeypatch):
     TrainSettings(**TINY).save(tmp_path / "settings.json")
-    monkeypatch.setattr("os.replace", lambda *paths: pytest.fail("killed"))
+    monkeypatch.setattr("os.replace", lambda *_: pytest.fail("killed"))
     with pytest.raises(pytest.fail.Exception):
         TrainSettings(**TINY, lr=0.5).save(tmp_path / "settings.json")
     assert TrainSettings.load(tmp_path / "settings.json") == TrainSettings(**TINY)
@@ -120,7 +122,7 @@ def test_options_of_the_command(text, value):
     assert command._option(text) == ("a", value)
 
 
-def test_an_unfinished_checkpoint_never_replaces_one(tmp_path, monkeypatch):
+def test_an_interrupted_save_keeps_the_old_checkpoint(tmp_path, monkeypatch):
     trainer = Trainer(TrainSettings(**TINY), tmp_path)
     trainer.save()
     before = (tmp_path / "checkpoint.pt").read_bytes()
@@ -146,7 +148,7 @@ def test_a_time_limit_ends_the_run_and_lowers_the_rate(tmp_path, monkeypatch):
     )
 
 
-def test_learning_happens(tmp_path):
+def test_the_loss_falls(tmp_path):
     settings = TrainSettings(**{**TINY, "steps": 150, "eval_every": 50, "lr": 1e-2, "dropout": 0.0, "batch_size": 16})
     Trainer(settings, tmp_path).run()
     losses = [row["val_loss"] for row in curve(tmp_path)]
@@ -166,7 +168,7 @@ def test_parameters_chooses_the_feed_forward_width(block):
     task = tasks.get("listops-short")
     settings = TrainSettings("listops-short", block=block, d_model=32, parameters=60_000)
     assert models.count(models.build(settings, task)) == pytest.approx(60_000, rel=0.01)
-    with pytest.raises(ValueError, match=r"parameters=3,000 is too few .* they have"):
+    with pytest.raises(ValueError, match=r"parameters must be above .* got 3,000"):
         models.build(TrainSettings("listops-short", block=block, d_model=32, parameters=3000), task)
 
 
@@ -213,7 +215,7 @@ def test_the_command(tmp_path):
     start = [sys.executable, "-m", "longvq_layers.train", "mqar", "--block", "s4d", "--causal", "--steps", "4"]
     options = ["--task-option", "length=16", "--task-option", "pairs=2", "--task-option", "vocab=16", "--d-model", "8"]
     options += ["--eval-every", "2", "--eval-batches", "1", "--batch-size", "2", "--plot", "--out", str(tmp_path)]
-    done = subprocess.run([*start, *options], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([*start, *options], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "s4d" in done.stdout and "test: loss" in done.stdout and "health: healthy" in done.stdout
     assert (tmp_path / "curve.png").stat().st_size > 5_000

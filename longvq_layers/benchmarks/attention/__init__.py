@@ -1,0 +1,1 @@
+"""The benchmark of attention: `python -m longvq_layers.benchmarks attention`."""

@@ -1,0 +1,1 @@
+"""The run on a GPU: `python -m longvq_layers.benchmarks gpu`."""
