@@ -23,6 +23,18 @@ from setuptools.command.build import build
 
 ROOT = Path(__file__).resolve().parent
 PACKAGE = "longvq_layers"
+# Of the sdist, beside the package, README.md, LICENSE, setup.py and pyproject.toml.
+SHIPPED_FOLDERS = ("csrc", "docs", "tests", ".ci")
+SHIPPED_FILES = (
+    ".clang-format",
+    ".editorconfig",
+    ".pre-commit-config.yaml",
+    "CHANGELOG.md",
+    "CITATION.cff",
+    "CONTRIBUTING.md",
+    "Makefile",
+    "SECURITY.md",
+)
 sys.path.insert(0, str(ROOT / "csrc" / "build_support"))
 
 import cuda_library  # noqa: E402
@@ -111,11 +123,11 @@ class build_native(Command):
         return {}
 
     def get_source_files(self) -> list[str]:
-        """What the sdist ships beside the Python package: all that builds, tests and documents it."""
-        files = [ROOT / "CHANGELOG.md", ROOT / "Makefile"]
-        for folder in ("csrc", "tests", "docs"):
-            files += [p for p in (ROOT / folder).rglob("*") if p.is_file() and "__pycache__" not in p.parts]
-        return sorted(str(p.relative_to(ROOT)) for p in files)
+        """The files that the sdist ships beside the Python package: those that build, test and document it."""
+        files = [ROOT / name for name in SHIPPED_FILES]
+        for folder in SHIPPED_FOLDERS:
+            files += [p for p in (ROOT / folder).rglob("*") if "__pycache__" not in p.parts]
+        return sorted(str(p.relative_to(ROOT)) for p in files if p.is_file())
 
 
 class build_with_native(build):
