@@ -56,6 +56,15 @@ def test_linked_headings_exist(page):
         assert heading in [anchor(title) for title in re.findall(r"^#+ (.*)$", text, re.MULTILINE)], heading
 
 
+@pytest.mark.parametrize("page", PAGES, ids=[page.name for page in PAGES])
+def test_named_files_exist(page):
+    """Paths in backticks that begin with a folder of the repository; `<name>`, `*` and `…` stand for others."""
+    text = page.read_text()
+    named = re.findall(r"`((?:longvq_layers|csrc|tests|docs|\.ci|\.github)/[\w./-]*)`", text)
+    missing = [path for path in named if not (ROOT / path).exists()]
+    assert not missing, missing
+
+
 def anchor(title: str) -> str:
     """The name that GitHub gives to a heading."""
     return re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-")
