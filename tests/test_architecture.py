@@ -25,19 +25,19 @@ LEVELS = (
     (PACKAGE,),  # __init__.py of the whole package
     ("info", "tasks"),
     ("train",),
-    ("benchmarks.common",),
-    ("demo", "experiments"),
     ("benchmarks",),
+    ("demo", "experiments"),
 )
 
 # The same inside replace/.
 LEVELS_OF_REPLACE = (
-    ("slot",),
+    ("model_inputs", "slot"),
     ("adapters.base",),
     ("adapters",),
     ("install",),
-    ("calibration",),
-    ("distill", "load"),
+    ("options", "rotary_policy", "report"),
+    ("select",),
+    ("calibration", "distill", "load"),
     ("api",),
     ("replace",),  # __init__.py
 )
