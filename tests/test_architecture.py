@@ -33,10 +33,9 @@ LEVELS = (
 LEVELS_OF_REPLACE = (
     ("model_inputs", "slot"),
     ("adapters.base",),
-    ("adapters",),
-    ("install",),
-    ("options", "rotary_policy", "report"),
-    ("select",),
+    ("adapters", "plan", "rotary_policy"),
+    ("install", "options"),
+    ("report", "select"),
     ("calibration", "distill", "load"),
     ("api",),
     ("replace",),  # __init__.py
