@@ -58,10 +58,12 @@ def test_linked_headings_exist(page):
 
 @pytest.mark.parametrize("page", PAGES, ids=[page.name for page in PAGES])
 def test_named_files_exist(page):
-    """Paths in backticks that begin with a folder of the repository; `<name>`, `*` and `…` stand for others."""
-    text = page.read_text()
-    named = re.findall(r"`((?:longvq_layers|csrc|tests|docs|\.ci|\.github)/[\w./-]*)`", text)
-    missing = [path for path in named if not (ROOT / path).exists()]
+    """Files and folders in backticks, from the root or from the folder that the text is about."""
+    folders = ("longvq_layers", "csrc", "tests", "docs", ".ci", ".github")
+    paths = [path for folder in folders for path in (ROOT / folder, *(ROOT / folder).rglob("*"))]
+    known = [f"/{path.relative_to(ROOT)}{'/' if path.is_dir() else ''}" for path in (*paths, *ROOT.glob("*.*"))]
+    named = re.findall(r"`([\w./-]+(?:/|\.(?:py|cpp|cu|h|md|png)))`", page.read_text())
+    missing = [name for name in named if not any(path.endswith(f"/{name}") for path in known)]
     assert not missing, missing
 
 
