@@ -1,13 +1,13 @@
 // Adds the compiled CPU kernels to the operators that longvq_layers/ops/_schema.py defines.
 #include <torch/csrc/stable/library.h>
 
-#include "cpu_capability.h"
-#include "export.h"
-#include "ssm/scan.h"
-#include "ssm/step.h"
-#include "vq/assign.h"
-#include "vq/attention.h"
-#include "vq/attention_step.h"
+#include "common/cpu_capability.h"
+#include "common/export.h"
+#include "ssm/scan/scan.h"
+#include "ssm/step/step.h"
+#include "vq/assign/assign.h"
+#include "vq/attention/attention.h"
+#include "vq/step/step.h"
 
 STABLE_TORCH_LIBRARY_IMPL(longvq, CPU, m) {
   // A refused LONGVQ_CPU_CAPABILITY registers nothing: Python finds the reason and the torch kernels keep serving.
@@ -15,8 +15,9 @@ STABLE_TORCH_LIBRARY_IMPL(longvq, CPU, m) {
     return;
   }
   m.impl("vq_assign", TORCH_BOX(&longvq::vq_assign_cpu));
-  m.impl("vq_attention", TORCH_BOX(&longvq::vq_attention_cpu));
-  m.impl("vq_attention_backward", TORCH_BOX(&longvq::vq_attention_backward_cpu));
+  m.impl("vq_attention", TORCH_BOX(&longvq::vq_attention_operator<&longvq::vq_attention_cpu>));
+  m.impl(
+      "vq_attention_backward", TORCH_BOX(&longvq::vq_attention_backward_operator<&longvq::vq_attention_backward_cpu>));
   m.impl("vq_attention_step", TORCH_BOX(&longvq::vq_attention_step_cpu));
   m.impl("ssm_scan", TORCH_BOX(&longvq::ssm_scan_cpu));
   m.impl("ssm_scan_backward", TORCH_BOX(&longvq::ssm_scan_backward_cpu));

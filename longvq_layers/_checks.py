@@ -9,6 +9,7 @@ import math
 import os
 from collections.abc import Sequence
 from numbers import Real
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -20,7 +21,7 @@ _NUMBERS = (int, float, Real)  # Real covers NumPy's scalars; the builtin types 
 
 
 def integer(op: str, name: str, value: object, least: int | None = None) -> None:
-    """``value`` is an int, and at least ``least`` if that is given."""
+    """``value`` is an int, and at least ``least`` where a least value is given."""
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{op}: {name} must be an int, got {type(value).__name__}")
     if least is not None and value < least:
@@ -34,12 +35,12 @@ def positive(op: str, **values: object) -> None:
 
 
 def number(op: str, name: str, value: object) -> None:
-    """``value`` is a real number and no bool."""
+    """``value`` is a real number; a bool is not one."""
     if isinstance(value, bool) or not isinstance(value, _NUMBERS):
         raise TypeError(f"{op}: {name} must be a number, got {value!r}")
 
 
-def probability(op: str, name: str, value: object) -> None:
+def probability(op: str, name: str, value: float) -> None:
     """``value`` is a number in [0, 1)."""
     number(op, name, value)
     if not 0 <= value < 1:
@@ -54,20 +55,20 @@ def flags(op: str, **values: object) -> None:
 
 
 def function(op: str, name: str, value: object, optional: bool = True) -> None:
-    """``value`` can be called, or is None where it is optional."""
+    """``value`` is callable, or None where it is optional."""
     if not callable(value) and not (optional and value is None):
         wanted = "a callable or None" if optional else "a callable"
         raise TypeError(f"{op}: {name} must be {wanted}, got {type(value).__name__}")
 
 
 def path(op: str, name: str, value: object) -> None:
-    """``value`` is a path, as a string or an object."""
+    """``value`` is a path: a string or an `os.PathLike`."""
     if not isinstance(value, str | os.PathLike):
         raise TypeError(f"{op}: {name} must be a path, got {type(value).__name__}")
 
 
 def module(op: str, name: str, value: object) -> None:
-    """``value`` is a module of PyTorch."""
+    """``value`` is a `torch.nn.Module`."""
     if not isinstance(value, torch.nn.Module):
         raise TypeError(f"{op}: {name} must be a torch.nn.Module, got {type(value).__name__}")
 
@@ -90,6 +91,13 @@ def floating(op: str, dtype: object) -> None:
         raise TypeError(f"{op}: dtype must be a floating torch dtype, got {dtype!r}")
 
 
+class _OnDevice(Protocol):
+    """A tensor, or a state of tensors."""
+
+    @property
+    def device(self) -> torch.device: ...
+
+
 # ---- tensors --------------------------------------------------------------------------------------------------------
 
 
@@ -105,35 +113,47 @@ def tensor(op: str, name: str, x: object, dims: str) -> None:
 
 
 def real(op: str, name: str, x: Tensor) -> None:
+    """``x`` is a real floating-point tensor."""
     if not x.is_floating_point():
         raise TypeError(f"{op}: {name} must be a real floating-point tensor, got {x.dtype}")
 
 
-def same_device(op: str, first: str, expected: Tensor, **others: Tensor | None) -> None:
+def same_device(op: str, first: str, expected: Tensor, **others: _OnDevice | None) -> None:
+    """All other tensors and states are on the device of ``expected``, an argument named ``first``; None is skipped."""
     for name, x in others.items():
         if x is not None and x.device != expected.device:
             raise ValueError(f"{op}: {name} must be on the device of {first}, {expected.device}, got {x.device}")
 
 
+def same_dtype(op: str, first: str, expected: torch.dtype, **others: Tensor | None) -> None:
+    """All others have the expected dtype, that of an argument named ``first``; None is skipped."""
+    for name, x in others.items():
+        if x is not None and x.dtype != expected:
+            raise TypeError(f"{op}: {name} must have the dtype of {first}, {expected}, got {x.dtype}")
+
+
 def size(op: str, name: str, x: Tensor, expected: tuple[int, ...], dims: str) -> None:
+    """``x`` has the expected shape; ``dims`` ("B H L D") names its axes."""
     if tuple(x.shape) != expected:
         raise ValueError(f"{op}: {name} must have shape ({dims.replace(' ', ', ')}) = {expected}, got {tuple(x.shape)}")
 
 
 def at_least_one(op: str, name: str, x: Tensor, axis: int, meaning: str) -> None:
+    """``axis`` of ``x`` has at least one entry; ``meaning`` names such an entry."""
     if x.shape[axis] < 1:
-        raise ValueError(f"{op}: {name} needs at least one {meaning}, got shape {tuple(x.shape)}")
+        raise ValueError(f"{op}: {name} must have at least one {meaning}, got shape {tuple(x.shape)}")
 
 
-def key_padding_mask(op: str, mask: object, batch: int, length: int) -> None:
+def key_padding_mask(op: str, mask: Tensor, batch: int, length: int) -> None:
+    """``mask`` is a bool tensor (B, L)."""
     tensor(op, "key_padding_mask", mask, "B L")
     if mask.dtype != torch.bool:
         raise TypeError(f"{op}: key_padding_mask must be bool with True = ignore, got {mask.dtype}")
     size(op, "key_padding_mask", mask, (batch, length), "B L")
 
 
-def cu_seqlens(op: str, first: str, x: Tensor, value: object, axis: int = 1) -> None:
-    """``value`` (N+1,) splits the only row of ``x``, called ``first``, whose length is that of ``axis``."""
+def cu_seqlens(op: str, first: str, x: Tensor, value: Tensor, axis: int = 1) -> None:
+    """``value`` (N+1,) splits ``x``, an argument named ``first`` with a batch of 1, along ``axis``."""
     tensor(op, "cu_seqlens", value, "N+1")
     if value.dtype != torch.int32:
         hint = "; use cu_seqlens.int()" if value.dtype == torch.int64 else ""
@@ -141,7 +161,8 @@ def cu_seqlens(op: str, first: str, x: Tensor, value: object, axis: int = 1) -> 
     same_device(op, first, x, cu_seqlens=value)
     if x.shape[0] != 1:
         raise ValueError(
-            f"{op}: with cu_seqlens all documents lie in one row, so the batch of {first} must be 1, got {x.shape[0]}"
+            f"{op}: {first} must have a batch of 1 with cu_seqlens, which packs all documents into one row, "
+            f"got {x.shape[0]}"
         )
     at_least_one(op, "cu_seqlens", value, 0, "offset")
     if values_are_readable(value):
@@ -149,17 +170,18 @@ def cu_seqlens(op: str, first: str, x: Tensor, value: object, axis: int = 1) -> 
 
 
 def offsets(op: str, values: list[int], length: int) -> None:
-    """``values`` of ``cu_seqlens`` start at 0, never fall and end at ``length``."""
+    """The values of ``cu_seqlens`` start with 0, never decrease and end with ``length``."""
     if values[0] != 0:
         raise ValueError(f"{op}: cu_seqlens must start with 0, got {values[0]}")
     if values[-1] != length:
         raise ValueError(f"{op}: cu_seqlens must end with the length L = {length}, got {values[-1]}")
     for n, (start, end) in enumerate(itertools.pairwise(values)):
         if end < start:
-            raise ValueError(f"{op}: cu_seqlens must not fall, got {start} and then {end} at index {n + 1}")
+            raise ValueError(f"{op}: cu_seqlens must not decrease, got {start} and then {end} at index {n + 1}")
 
 
 def window(op: str, value: object) -> None:
+    """``value`` is a number of positions, 0 or more."""
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{op}: window must be an int, in positions, got {type(value).__name__}")
     if value < 0:
@@ -167,20 +189,20 @@ def window(op: str, value: object) -> None:
 
 
 def values_are_readable(x: Tensor) -> bool:
-    """Whether looking at the values is cheap and possible: on the CPU, not while tracing or inside `torch.func`."""
+    """Whether values can be read cheaply: ``x`` is on the CPU, and neither a tracer nor `torch.func` is active."""
     if x.device.type != "cpu" or type(x) not in (Tensor, torch.nn.Parameter):
         return False
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return False
     try:
-        x.data_ptr()  # the wrappers of `torch.func` are of type Tensor, but have no storage of their own
+        x.data_ptr()  # raises for the wrappers of `torch.func`, which are Tensors without storage
     except RuntimeError:
         return False
     return True
 
 
 def codebook_values(op: str, codebook: Tensor) -> None:
-    """``codebook`` (H, S, D) is not empty and finite; the values are looked at on the CPU only."""
+    """``codebook`` (H, S, D) is not empty and is finite; only values on the CPU are checked."""
     at_least_one(op, "codebook", codebook, 1, "code S")
     at_least_one(op, "codebook", codebook, 2, "dimension D")
     if values_are_readable(codebook) and not _all_finite(codebook.detach()):
@@ -189,5 +211,5 @@ def codebook_values(op: str, codebook: Tensor) -> None:
 
 
 def _all_finite(x: Tensor) -> bool:
-    """A finite sum has finite terms, and costs a fraction of looking at each; only then look at each."""
+    # A finite sum has finite terms, and is much cheaper than a test of every entry; large entries can overflow the sum.
     return math.isfinite(float(x.sum())) or bool(torch.isfinite(x).all())

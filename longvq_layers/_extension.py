@@ -1,8 +1,8 @@
 """Find and load the compiled library; keep the reason if that fails.
 
-`import longvq_layers` calls :func:`load` once. It never raises: without the library every operator runs its PyTorch
-code, and :func:`load_error` says why. A library that was never built is normal and silent; one that is there but
-can't be used is worth a single warning.
+`import longvq_layers` calls :func:`load` once. :func:`load` never raises: without the library every operator runs its
+PyTorch code, and :func:`load_error` gives the reason. A library that was never built causes no warning; a library that
+exists but can't be used causes a single warning.
 """
 
 from __future__ import annotations
@@ -15,16 +15,17 @@ import platform
 import struct
 import warnings
 from pathlib import Path
+from typing import Any
 
 DISABLE = "LONGVQ_DISABLE_EXTENSION"
-ANOTHER_LIBRARY = "LONGVQ_LIBRARY"  # path of a library to load instead of the package's, for example a sanitized one
+ANOTHER_LIBRARY = "LONGVQ_LIBRARY"  # path of a library to load instead of the package's, for example a sanitized build
 CPU_CAPABILITY = "LONGVQ_CPU_CAPABILITY"  # default | avx2 | avx512, read by the library itself
 
 _PACKAGE = Path(__file__).resolve().parent
 IS_ANOTHER_LIBRARY = bool(os.environ.get(ANOTHER_LIBRARY))
 LIBRARY = Path(os.environ[ANOTHER_LIBRARY]).absolute() if IS_ANOTHER_LIBRARY else _PACKAGE / "lib" / "liblongvq.so"
 CUDA_LIBRARY = _PACKAGE / "lib" / "liblongvq_cuda.so"
-BUILD_INFO = _PACKAGE / "_build_info.json"  # of the package's library
+BUILD_INFO = _PACKAGE / "_build_info.json"  # describes the package's library
 
 _library: ctypes.CDLL | None = None
 _error: str | None = "not loaded yet: import longvq_layers loads it"
@@ -44,7 +45,6 @@ def load() -> bool:
         _library = _open(LIBRARY, "cpu")
         _error = None
     except (OSError, RuntimeError) as error:
-        # The interpreter keeps warnings from the same line apart by their text, so this is shown once.
         name = f"{ANOTHER_LIBRARY}={LIBRARY}" if IS_ANOTHER_LIBRARY else LIBRARY
         _error = f"{name} does not load: {_explain(LIBRARY, error)}"
         warnings.warn(
@@ -56,7 +56,7 @@ def load() -> bool:
 
 
 def load_cuda() -> bool:
-    """Load the library of the CUDA kernels, if it was built and torch has CUDA. Returns whether it is loaded now."""
+    """Load the library of the CUDA kernels if it exists and torch has CUDA. Returns whether it is loaded now."""
     import torch
 
     global _cuda_library, _cuda_error
@@ -67,7 +67,7 @@ def load_cuda() -> bool:
         _cuda_error = _error
     elif not CUDA_LIBRARY.exists():
         _cuda_error = f"not built: {built.get('reason') or 'the file is missing; reinstall longvq-layers'}"
-    elif not torch.backends.cuda.is_built():  # without looking for a GPU, which would spoil later forks
+    elif not torch.backends.cuda.is_built():  # asking for a GPU would initialise CUDA and break later forks
         _cuda_error = "this torch was built without CUDA"
     else:
         try:
@@ -107,10 +107,10 @@ def cpu_capability() -> str | None:
 
 
 @functools.cache
-def build_info() -> dict[str, object]:
-    """What the installation recorded about its libraries: torch, compiler, flags, instruction sets; under "cuda" nvcc.
+def build_info() -> dict[str, Any]:
+    """The record of the installation: torch, compiler, flags, instruction sets, and under `"cuda"` nvcc.
 
-    Without a library `"built"` is False and `"reason"` says why.
+    Without a library `"built"` is False and `"reason"` gives the reason.
     """
     try:
         info = json.loads(BUILD_INFO.read_text())
@@ -128,7 +128,7 @@ def _why_not_to_try() -> str | None:
         return f"disabled by {DISABLE}={os.environ[DISABLE]}"
     if LIBRARY.exists():
         return None
-    if IS_ANOTHER_LIBRARY:  # asked for by name: the package's own must not stand in for it
+    if IS_ANOTHER_LIBRARY:  # the user named a library: never load another one instead
         error = f"missing: {ANOTHER_LIBRARY}={LIBRARY} does not exist"
     elif build_info().get("built"):
         error = f"missing: {LIBRARY} was built and installed but is no longer there; reinstall longvq-layers"
@@ -139,11 +139,11 @@ def _why_not_to_try() -> str | None:
 
 
 def _open(path: Path, device: str) -> ctypes.CDLL:
-    """Load a library, which registers its kernels for a type of device, and check that it did."""
+    """Load a library, which registers its kernels for a device type, and check that all were registered."""
     import torch
 
     torch.ops.load_library(str(path))
-    library = ctypes.CDLL(str(path))  # the same handle again, to call its plain C functions
+    library = ctypes.CDLL(str(path))  # the library that is loaded already, to call its C functions
     try:
         refused = _text(library, "longvq_cpu_capability_error") if device == "cpu" else None
         operators = _text(library, f"longvq_{device}_operators")
@@ -164,24 +164,24 @@ def _text(library: ctypes.CDLL, function: str) -> str | None:
     return None if answer is None else answer.decode()
 
 
-# e_machine of the ELF header, for the processors that PyTorch has wheels for.
+# e_machine of the ELF header, for processors that PyTorch has wheels for.
 _ELF_MACHINES = {0x3E: "x86_64", 0xB7: "aarch64", 0x03: "i386", 0x15: "ppc64", 0x16: "s390x", 0xF3: "riscv64"}
 
 
 def _explain(path: Path, error: Exception) -> str:
-    """The loader's message, led by what it means."""
+    """The loader's message, with its meaning in front."""
     if not isinstance(error, OSError):
         return str(error)
-    message = str(error.__cause__ or error)  # torch wraps the loader's own message, which has the details
+    message = str(error.__cause__ or error)  # torch wraps the error of the loader, whose message has the details
     if "undefined symbol" in message:
         return f"undefined symbol: it needs a newer torch than the one installed, or was built wrongly ({message})"
     try:
         with path.open("rb") as file:
             header = file.read(20)
     except OSError as unreadable:
-        return f"it can't be read ({unreadable})"
+        return f"unreadable ({unreadable})"
     if len(header) < 20 or header[:4] != b"\x7fELF":
-        return f"corrupt: it is no shared library ({message})"
+        return f"corrupt: the file is no shared library ({message})"
     (machine,) = struct.unpack("<H" if header[5] == 1 else ">H", header[18:20])
     built_for = _ELF_MACHINES.get(machine, f"machine {machine:#x}")
     here = {"AMD64": "x86_64", "arm64": "aarch64"}.get(platform.machine(), platform.machine())

@@ -1,4 +1,4 @@
-"""What this installation can do: `python -m longvq_layers.info`. Paste its output into bug reports."""
+"""`python -m longvq_layers.info`: what this installation can do. Paste the output into bug reports."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def _machine() -> Iterable[tuple[str, str]]:
 
 
 def _operators() -> str:
-    """One line per operator and device; dtypes with the same answer share it, reasons are listed once below."""
+    """A line per operator, device and dtype; each reason is listed once, below the table."""
     rows = _dispatch.availability()
     backends = list(rows[0][3]) if rows else []
     reasons: dict[str, int] = {}

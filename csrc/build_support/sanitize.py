@@ -56,7 +56,7 @@ def main() -> None:
     check = [sys.executable, "-c", _CHECK, str(library)]
     best = subprocess.run(check, env=environment, check=True, stdout=subprocess.PIPE, text=True).stdout.strip()
 
-    tests = sys.argv[1:] or ["-q", "-m", "not slow", *sorted(map(str, ROOT.glob("tests/ops/test_*_native.py")))]
+    tests = sys.argv[1:] or ["-q", "-m", "not slow", *sorted(map(str, ROOT.glob("tests/ops/**/test_*_native.py")))]
     pytest = [sys.executable, "-m", "pytest", "--capture=sys", *tests]  # the default would swallow a report
     instruction_sets, failed = info["instruction_sets"], []
     for capability in instruction_sets[: instruction_sets.index(best) + 1]:

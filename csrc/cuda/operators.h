@@ -1,26 +1,20 @@
 // The operators of longvq_layers/ops/_schema.py on CUDA tensors; arguments and results as there.
 #pragma once
 
-#include <string>
 #include <tuple>
 
+#include "../vq/attention_operator.h"
 #include "tensors.h"
 
 namespace longvq::cuda {
 
 Tensor vq_assign(const Tensor& k, const Tensor& codebook);
 
-std::tuple<Tensor, Tensor> vq_attention(
-    const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& codebook, const Tensor& codes,
-    const OptionalTensor& bias, const OptionalTensor& key_padding_mask, const OptionalTensor& cu_seqlens, double scale,
-    bool causal, int64_t window, const std::string& activation, const std::string& local_keys,
-    const std::string& key_grad, int64_t near_dim);
+AttentionResult vq_attention(const AttentionInputs& inputs, const AttentionOptions& options);
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> vq_attention_backward(
-    const Tensor& grad, const Tensor& out, const Tensor& normalizers, const Tensor& q, const Tensor& k, const Tensor& v,
-    const Tensor& codebook, const Tensor& codes, const OptionalTensor& bias, const OptionalTensor& key_padding_mask,
-    const OptionalTensor& cu_seqlens, double scale, bool causal, int64_t window, const std::string& activation,
-    const std::string& local_keys, const std::string& key_grad, int64_t near_dim);
+AttentionGradientTensors vq_attention_backward(
+    const Tensor& grad, const Tensor& out, const Tensor& normalizers, const AttentionInputs& inputs,
+    const AttentionOptions& options);
 
 std::tuple<Tensor, Tensor> ssm_scan(
     const Tensor& u, const Tensor& log_decay, const Tensor& weight, const OptionalTensor& skip,

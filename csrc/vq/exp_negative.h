@@ -1,7 +1,7 @@
 // exp for weights, for *_kernel.cpp files; see simd.h.
 #pragma once
 
-#include "../simd.h"
+#include "../common/simd.h"
 
 namespace longvq {
 namespace {

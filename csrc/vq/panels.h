@@ -1,11 +1,11 @@
-// Matrices with strides, and in the panels that the kernels read (attention_kernel.h).
+// Matrices with strides, and matrices in panels as the kernels read them (attention/kernel/attention_kernel.h).
 #pragma once
 
 #include <algorithm>
 #include <cstdint>
 
-#include "../aligned.h"
-#include "../element.h"
+#include "../common/aligned_array.h"
+#include "../common/convert.h"
 
 namespace longvq {
 
@@ -19,7 +19,7 @@ struct Matrix {
   int64_t row_stride, column_stride, columns;
   ElementType type;
 
-  // Row `i` as contiguous floats: in place where that is what it is, else in `buffer`.
+  // Row `i` as contiguous floats: a pointer into the matrix if its rows are that already, else into `buffer`.
   const float* row(int64_t i, float* buffer) const {
     const char* first = data + i * row_stride * element_size(type);
     if (type == ElementType::kFloat && column_stride == 1) {
@@ -30,7 +30,7 @@ struct Matrix {
   }
 };
 
-// A (depth, columns) matrix in panels, see attention_kernel.h.
+// A matrix (depth, columns) in panels.
 struct Panels {
   int64_t depth, columns, panel;
   AlignedArray<float> data;
@@ -38,7 +38,7 @@ struct Panels {
   Panels(int64_t depth, int64_t columns, int64_t panel)
       : depth(depth), columns(columns), panel(panel), data(aligned_array<float>(depth * columns)) {}
 
-  // Makes it smaller than, or as large as, it was made.
+  // Changes the sizes without a new allocation: the product must not exceed that of the constructor.
   void resize(int64_t new_depth, int64_t new_columns) {
     depth = new_depth;
     columns = new_columns;
@@ -48,7 +48,7 @@ struct Panels {
 
   int64_t width(int64_t first_column) const { return std::min(panel, columns - first_column); }
 
-  // Column `column` becomes `depth` numbers.
+  // Copies `depth` numbers to a column.
   void set_column(int64_t column, const float* values) {
     const int64_t first = column / panel * panel, step = width(first);
     float* out = data.get() + first * depth + column - first;
@@ -57,7 +57,7 @@ struct Panels {
     }
   }
 
-  // Row `row` becomes, or grows by, `count` numbers.
+  // Copies, or adds, `count` numbers to a row.
   void set_row(int64_t row, const float* values, int64_t count) {
     pieces(row, count, [&](float* out, int64_t first, int64_t n) { std::copy_n(values + first, n, out); });
   }
@@ -71,7 +71,7 @@ struct Panels {
   }
 
  private:
-  // use(numbers of the row in a panel, its first column, their count)
+  // Calls use(pointer, first column, number of columns) for each panel's piece of a row.
   template <typename Use>
   void pieces(int64_t row, int64_t count, const Use& use) {
     for (int64_t first = 0; first < count; first += panel) {

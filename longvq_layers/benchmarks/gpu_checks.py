@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from longvq_layers import LongVQBlock, S4DLayer, VQAttention
+from longvq_layers.ops._attention_inputs import AttentionInputs
+from longvq_layers.ops._attention_options import Activation, AttentionOptions, KeyGrad, LocalKeys
 
 # Relative to the largest number of the right result: some roundings of 8, 11 or 24 bits.
 _BOUNDS = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
@@ -141,20 +143,24 @@ def _attention(draw: random.Random, dtype: torch.dtype, device: str, namespace: 
     q = torch.randn(1, kv_heads * group, length, depth, device=device).to(dtype)
     k = torch.randn(1, kv_heads, length, depth, device=device).to(dtype)
     v = torch.randn(1, kv_heads, length, values, device=device).to(dtype)
-    codebook = torch.randn(kv_heads, codes, depth, device=device).to(dtype).float()
-    codebook[..., :near_dim] = 0
+    far_q = far_k = None
+    if near_dim:
+        (q, far_q), (k, far_k) = (x.split([near_dim, depth - near_dim], dim=-1) for x in (q, k))
+    codebook = torch.randn(kv_heads, codes, depth - near_dim, device=device).to(dtype).float()
     z = torch.randint(codes, (1, kv_heads, length), device=device)
     bias = None
     if window and draw.random() < 0.5:
         bias = torch.randn(kv_heads * group, window if causal else 2 * window - 1, device=device)
     mask = torch.rand(1, length, device=device) < 0.1 if draw.random() < 0.5 else None
-    options = (depth**-0.5, causal, window, "laplace" if laplace else "softmax", "exact" if exact else "quantized")
+    activation = Activation.LAPLACE if laplace else Activation.SOFTMAX
+    local_keys = LocalKeys.EXACT if exact else LocalKeys.QUANTIZED
+    options = AttentionOptions(depth**-0.5, causal, window, activation, local_keys, KeyGrad.CLUSTER)
     documents = _documents(draw, length, device)
     grad = torch.randn(*q.shape[:3], values, device=device).to(dtype)
 
-    def call(precise: bool, q, k, v, codebook, z, bias, mask, grad):
+    def call(precise: bool, q, k, v, codebook, z, bias, mask, far_q, far_k, grad):
         ops = torch.ops.longvq_torch if precise else namespace
-        arguments = (q, k, v, codebook, z, bias, mask, documents, *options, "cluster", near_dim)
+        arguments = (*AttentionInputs(q, k, v, codebook, z, bias, mask, documents, far_q, far_k), *options)
         out, normalizers = ops.vq_attention(*arguments)
         return out, *ops.vq_attention_backward(grad, out, normalizers, *arguments)
 
@@ -162,7 +168,8 @@ def _attention(draw: random.Random, dtype: torch.dtype, device: str, namespace: 
         f"H {kv_heads * group}, Hkv {kv_heads}, L {length}, D {depth}, E {values}, S {codes}, {options}, "
         f"near {near_dim}, bias {bias is not None}, mask {mask is not None}, documents {documents}"
     )
-    return what, _pairs(call, (q, k, v, codebook, z, bias, mask, grad), ("out", "dq", "dk", "dv", "dbias"))
+    names = ("out", "dq", "dk", "dv", "dbias", "dfar_q", "dfar_k")
+    return what, _pairs(call, (q, k, v, codebook, z, bias, mask, far_q, far_k, grad), names)
 
 
 def _scan(draw: random.Random, dtype: torch.dtype, device: str, namespace: object) -> tuple[str, dict]:

@@ -1,4 +1,4 @@
-"""Derivatives that the operators don't have: say so, where PyTorch would take them for zero."""
+"""Refuse derivatives that the operators don't have and that PyTorch would take for zero."""
 
 import torch
 from torch import Tensor
@@ -8,7 +8,7 @@ from torch.autograd import forward_ad
 def refuse_forward_mode(op: str, *tensors: Tensor | None) -> None:
     """Raises NotImplementedError if one of the tensors carries a forward-mode tangent.
 
-    An operator defined through ``torch.library`` passes tangents by when nothing requires a gradient.
+    An operator defined through ``torch.library`` drops tangents silently when no argument requires a gradient.
     """
     if torch.compiler.is_compiling() or forward_ad._current_level < 0:
         return

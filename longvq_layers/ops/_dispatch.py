@@ -1,8 +1,8 @@
-"""Which backend serves a call, and why another one declines.
+"""Which backend serves a call, and why the native one declines.
 
-``"reference"`` and ``"torch"`` serve everything. ``"native"`` serves what the compiled library has kernels for: each
-entry of :data:`NATIVE_KERNELS` states, per operator and device type, the dtypes covered. ``"auto"`` takes native where
-it can and torch elsewhere; a backend asked for by name is never replaced by another.
+``"reference"`` and ``"torch"`` serve every call. ``"native"`` serves the operators, device types and dtypes listed in
+:data:`NATIVE_KERNELS`. ``"auto"`` chooses native where native serves the call, otherwise torch. A backend that the user
+names is never replaced by another one.
 """
 
 import warnings
@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 import torch
 
+from longvq_layers import _checks as check
 from longvq_layers import _extension
 
 BACKENDS = ("auto", "native", "torch", "reference")
@@ -27,13 +28,13 @@ NATIVE_KERNELS: dict[str, dict[str, tuple[torch.dtype, ...]]] = {
     "long_conv": {},
 }
 
-# Device types whose kernels have not passed their tests on a device: they serve who asks for them by name, with a
-# warning, and are never chosen.
+# Device types whose kernels have not been tested on a device. "auto" never chooses them; backend="native" uses them
+# with a warning.
 UNPROVEN = ("cuda",)
 
 
 def native_declines(op: str, device: torch.device, dtypes: tuple[torch.dtype, ...]) -> str | None:
-    """Why the compiled library can't serve this call; None if it can."""
+    """The reason why the compiled library can't serve this call; None if it can."""
     kernels = NATIVE_KERNELS.get(op, {})
     if not kernels:
         return f"{op} has no compiled kernel yet"
@@ -60,15 +61,15 @@ def choose(
 ) -> str:
     """Resolve ``backend`` to ``"native"``, ``"torch"`` or ``"reference"``.
 
-    ``cuda_declines`` says why the CUDA kernels don't take arguments of these sizes, if they don't; it is only asked on
-    a GPU.
+    ``cuda_declines`` returns the reason why the CUDA kernels don't take arguments of these sizes, or None. It is only
+    called for tensors on a GPU.
 
     Raises:
         ValueError: ``backend`` is none of the four names.
-        NotImplementedError: ``backend="native"`` and no compiled kernel serves these arguments; says why.
+        NotImplementedError: ``backend="native"`` and no compiled kernel serves these arguments; the message has the
+            reason.
     """
-    if backend not in BACKENDS:
-        raise ValueError(f"{op}: backend must be one of {', '.join(map(repr, BACKENDS))}, got {backend!r}")
+    check.one_of(op, "backend", backend, BACKENDS)
     if backend in ("torch", "reference"):
         return backend
     unproven = device.type in UNPROVEN
@@ -98,10 +99,11 @@ def availability() -> list[tuple[str, str, str, dict[str, str | None]]]:
     """Rows (operator, device type, dtype, {backend: None if available, else the reason}) for this machine."""
     devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
     dtypes = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-    rows = []
+    rows: list[tuple[str, str, str, dict[str, str | None]]] = []
     for op in NATIVE_KERNELS:
         for device in devices:
             for dtype in dtypes:
-                reasons = {"native": native_declines(op, torch.device(device), (dtype,)), "torch": None}
-                rows.append((op, device, str(dtype).removeprefix("torch."), {**reasons, "reference": None}))
+                native = native_declines(op, torch.device(device), (dtype,))
+                reasons = {"native": native, "torch": None, "reference": None}
+                rows.append((op, device, str(dtype).removeprefix("torch."), reasons))
     return rows

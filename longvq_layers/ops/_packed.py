@@ -1,4 +1,4 @@
-"""Documents packed into one row: their places, for the backends that take them one by one."""
+"""Documents packed into one row, for the backends that process them one after the other."""
 
 import itertools
 
@@ -8,12 +8,15 @@ from longvq_layers import _checks as check
 
 
 def documents(op: str, cu_seqlens: Tensor, length: int) -> list[slice]:
-    """The positions of each document, from offsets (N+1,), which are looked at again: compiled callers could not."""
+    """The positions of each document, from the offsets ``cu_seqlens`` (N+1,).
+
+    The values are checked here again, because callers that are compiled could not read them.
+    """
     offsets = cu_seqlens.tolist()
     check.offsets(op, offsets, length)
     return [slice(start, end) for start, end in itertools.pairwise(offsets)]
 
 
 def part(x: Tensor | None, positions: slice, dim: int) -> Tensor | None:
-    """One document's part of an optional tensor."""
+    """These positions of an optional tensor along ``dim``, as a view."""
     return None if x is None else x.narrow(dim, positions.start, positions.stop - positions.start)

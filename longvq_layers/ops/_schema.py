@@ -1,21 +1,26 @@
-"""Every operator of this library: schema, default kernel, shape function, autograd.
+"""Every operator of this library: schema, default implementation, fake, autograd.
 
-One description, two namespaces. ``longvq_torch::x`` always runs the PyTorch code. ``longvq::x`` has that code as its
-default too (``CompositeExplicitAutograd``), and the compiled library overrides it for the devices it has kernels for.
-So operators exist, compile, export and differentiate with or without the library, whatever the load order.
+Each operator is defined in two namespaces. ``longvq_torch::x`` always runs the PyTorch code. ``longvq::x`` also has the
+PyTorch code as its default (``CompositeExplicitAutograd``); the compiled library overrides it for the devices that it
+has kernels for. So all operators exist, compile, export and differentiate with or without the library, in any order of
+loading.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from longvq_layers.ops._attention_inputs import AttentionGradients, AttentionInputs, AttentionStepInputs
+from longvq_layers.ops._attention_options import LOCAL_KEYS, AttentionOptions, LocalKeys, schema_of
 from longvq_layers.ops.torch.assign import vq_assign
 from longvq_layers.ops.torch.attention import vq_attention
 from longvq_layers.ops.torch.attention_backward import vq_attention_backward
 from longvq_layers.ops.torch.attention_step import vq_attention_step
 from longvq_layers.ops.torch.packed_ssm import ssm_scan, ssm_scan_backward
 from longvq_layers.ops.torch.ssm_step import ssm_step, ssm_step_backward
+from longvq_layers.ops.vq_state import VQAttentionState
 
 NATIVE, TORCH = "longvq", "longvq_torch"
 _libraries = {namespace: torch.library.Library(namespace, "DEF") for namespace in (NATIVE, TORCH)}
@@ -30,9 +35,9 @@ def _define(schema: str, default: Callable, fake: Callable) -> None:
 
 
 def _no_double_backward(name: str) -> None:
-    """Gradients of a backward operator would silently be missing; say so instead."""
+    """Make double backward an error: gradients of a backward operator would silently be missing."""
 
-    def refuse(ctx, *grads):
+    def refuse(ctx: Any, *grads: Tensor) -> None:
         raise NotImplementedError(
             f'{name}: double backward is not supported by the compiled and the torch backend; use backend="reference"'
         )
@@ -45,7 +50,7 @@ def _no_double_backward(name: str) -> None:
 
 def _define_autograd(name: str, setup_context: Callable, backward: Callable) -> None:
     for namespace, library in _libraries.items():
-        # Backward stays in the namespace of its forward.
+        # The backward runs in the namespace of its forward.
         ops = getattr(torch.ops, namespace)
         torch.library.register_autograd(
             f"{namespace}::{name}",
@@ -66,40 +71,57 @@ _define("vq_assign(Tensor k, Tensor codebook) -> Tensor", vq_assign, _vq_assign_
 
 # ---- vq_attention ---------------------------------------------------------------------------------------------------
 
-_ATTENTION_INPUTS = (
-    "Tensor q, Tensor k, Tensor v, Tensor codebook, Tensor codes, Tensor? bias, Tensor? key_padding_mask, "
-    "Tensor? cu_seqlens, float scale, bool causal, int window, str activation, str local_keys, str key_grad, "
-    "int near_dim"
-)
+_NUM_INPUTS = len(AttentionInputs._fields)
 
 
-def _vq_attention_fake(q, k, v, codebook, codes, bias, key_padding_mask, cu_seqlens, *options):
-    precise = torch.promote_types(q.dtype, torch.float32)
-    return v.new_empty(*q.shape[:3], v.shape[-1]), q.new_empty(*q.shape[:3], 2, dtype=precise)
+def _call(arguments: Sequence[Any]) -> tuple[AttentionInputs, AttentionOptions]:
+    """The arguments of the operator as the two objects that all Python code takes."""
+    return AttentionInputs(*arguments[:_NUM_INPUTS]), AttentionOptions(*arguments[_NUM_INPUTS:])
 
 
-def _vq_attention_backward_fake(grad, out, normalizers, q, k, v, codebook, codes, bias, *rest):
-    dbias = q.new_empty(0) if bias is None else bias.new_empty(bias.shape)
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), dbias
+def _vq_attention(*arguments: Any) -> tuple[Tensor, Tensor]:
+    return vq_attention(*_call(arguments))
 
 
-def _vq_attention_setup(ctx, inputs, output):
-    tensors, ctx.options = inputs[:8], inputs[8:]
+def _vq_attention_backward(grad: Tensor, out: Tensor, normalizers: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    return tuple(vq_attention_backward(grad, out, normalizers, *_call(arguments)))
+
+
+def _vq_attention_fake(*arguments: Any) -> tuple[Tensor, Tensor]:
+    inputs, _ = _call(arguments)
+    q, v = inputs.q, inputs.v
+    return v.new_empty(*q.shape[:3], v.shape[-1]), q.new_empty(*q.shape[:3], 2, dtype=inputs.precise)
+
+
+def _vq_attention_backward_fake(grad: Tensor, out: Tensor, normalizers: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    inputs, _ = _call(arguments)
+
+    def like(x: Tensor | None) -> Tensor:
+        return inputs.q.new_empty(0) if x is None else x.new_empty(x.shape)
+
+    return tuple(like(x) for x in (inputs.q, inputs.k, inputs.v, inputs.bias, inputs.far_q, inputs.far_k))
+
+
+def _vq_attention_setup(ctx: Any, inputs: Sequence[Any], output: tuple[Tensor, Tensor]) -> None:
+    tensors, ctx.options = inputs[:_NUM_INPUTS], inputs[_NUM_INPUTS:]
     ctx.save_for_backward(*output, *tensors)
 
 
-def _vq_attention_grad(ops, ctx, grad, grad_normalizers):
+def _vq_attention_grad(ops: Any, ctx: Any, grad: Tensor, grad_normalizers: Tensor) -> tuple[Tensor | None, ...]:
     out, normalizers, *tensors = ctx.saved_tensors
-    dq, dk, dv, dbias = ops.vq_attention_backward(grad, out, normalizers, *tensors, *ctx.options)
-    has_bias = tensors[5] is not None
-    return dq, dk, dv, None, None, dbias if has_bias else None, None, None, *[None] * len(ctx.options)
+    gradients = AttentionGradients(*ops.vq_attention_backward(grad, out, normalizers, *tensors, *ctx.options))
+    inputs = AttentionInputs(*tensors)
+    # Gradients of absent tensors are empty: the schema has no optional results.
+    of_inputs = {name: gradient for name, gradient in gradients._asdict().items() if getattr(inputs, name) is not None}
+    return *(of_inputs.get(name) for name in AttentionInputs._fields), *[None] * len(ctx.options)
 
 
-_define(f"vq_attention({_ATTENTION_INPUTS}) -> (Tensor, Tensor)", vq_attention, _vq_attention_fake)
+_ATTENTION = f"{schema_of(AttentionInputs)}, {schema_of(AttentionOptions)}"
+_define(f"vq_attention({_ATTENTION}) -> (Tensor, Tensor)", _vq_attention, _vq_attention_fake)
 _define(
-    f"vq_attention_backward(Tensor grad, Tensor out, Tensor normalizers, {_ATTENTION_INPUTS}) "
-    "-> (Tensor, Tensor, Tensor, Tensor)",
-    vq_attention_backward,
+    f"vq_attention_backward(Tensor grad, Tensor out, Tensor normalizers, {_ATTENTION}) "
+    f"-> ({', '.join(['Tensor'] * len(AttentionGradients._fields))})",
+    _vq_attention_backward,
     _vq_attention_backward_fake,
 )
 _define_autograd("vq_attention", _vq_attention_setup, _vq_attention_grad)
@@ -107,18 +129,28 @@ _no_double_backward("vq_attention")
 
 # ---- vq_attention_step ----------------------------------------------------------------------------------------------
 
+_NUM_STEP_INPUTS = len(AttentionStepInputs._fields)
 
-def _vq_attention_step_fake(q, k, v, *rest):
+
+def _vq_attention_step(*arguments: Any) -> Tensor:
+    inputs = AttentionStepInputs(*arguments[:_NUM_STEP_INPUTS])
+    *tensors, scale, window, activation = arguments[_NUM_STEP_INPUTS:]
+    ring_keys = tensors[4]
+    local_keys = LOCAL_KEYS[LocalKeys.EXACT if ring_keys.shape[3] > 0 else LocalKeys.QUANTIZED]
+    state = VQAttentionState(*(*tensors, window, local_keys))
+    return vq_attention_step(inputs, state, scale, activation)
+
+
+def _vq_attention_step_fake(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> Tensor:
     return v.new_empty(*q.shape[:3], v.shape[-1])
 
 
-# No autograd: `ops.vq_attention_step` refuses gradients, which would have to pass through a state that is gone.
+# No autograd: the step overwrites its state, which a backward would need. `ops.vq_attention_step` refuses gradients.
 _define(
-    "vq_attention_step(Tensor q, Tensor k, Tensor v, Tensor codebook, Tensor? codes, Tensor? bias, "
-    "Tensor? key_padding_mask, Tensor(a!) far_sums, Tensor(b!) far_counts, Tensor(c!) ring_codes, "
-    "Tensor(d!) ring_keys, Tensor(e!) ring_values, Tensor(f!) lengths, float scale, int window, str activation) "
-    "-> Tensor",
-    vq_attention_step,
+    f"vq_attention_step({schema_of(AttentionStepInputs)}, Tensor(a!) far_sums, Tensor(b!) far_counts, "
+    "Tensor(c!) ring_codes, Tensor(d!) ring_keys, Tensor(e!) ring_values, Tensor(f!) lengths, float scale, int window, "
+    "int activation) -> Tensor",
+    _vq_attention_step,
     _vq_attention_step_fake,
 )
 
@@ -130,39 +162,53 @@ _SCAN_INPUTS = (
 )
 
 
-def _ssm_scan_fake(u, log_decay, weight, skip, initial_state, key_padding_mask, cu_seqlens, reverse):
+def _ssm_scan_fake(
+    u: Tensor,
+    log_decay: Tensor,
+    weight: Tensor,
+    skip: Tensor | None,
+    initial_state: Tensor | None,
+    key_padding_mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    reverse: bool,
+) -> tuple[Tensor, Tensor]:
     rows = u.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     return u.new_empty(u.shape), log_decay.new_empty(rows, *log_decay.shape)
 
 
 def _ssm_scan_backward_fake(
-    grad_y,
-    grad_state,
-    u,
-    log_decay,
-    weight,
-    skip,
-    initial_state,
-    mask,
-    cu_seqlens,
-    reverse,
-    need_inputs,
-    need_parameters,
-):
-    du = u.new_empty(u.shape if need_inputs else 0)
-    dlog, dweight = (log_decay.new_empty(log_decay.shape if need_parameters else 0) for _ in range(2))
-    has_dskip, has_dinitial = need_parameters and skip is not None, need_inputs and initial_state is not None
-    dskip = log_decay.new_empty(skip.shape if has_dskip else 0, dtype=log_decay.real.dtype)
-    return du, dlog, dweight, dskip, log_decay.new_empty(initial_state.shape if has_dinitial else 0)
+    grad_y: Tensor,
+    grad_state: Tensor,
+    u: Tensor,
+    log_decay: Tensor,
+    weight: Tensor,
+    skip: Tensor | None,
+    initial_state: Tensor | None,
+    key_padding_mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    reverse: bool,
+    need_inputs: bool,
+    need_parameters: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    def like(x: Tensor | None, needed: bool, dtype: torch.dtype) -> Tensor:
+        return u.new_empty(x.shape if x is not None and needed else 0, dtype=dtype)
+
+    return (
+        like(u, need_inputs, u.dtype),
+        like(log_decay, need_parameters, log_decay.dtype),
+        like(weight, need_parameters, log_decay.dtype),
+        like(skip, need_parameters, log_decay.real.dtype),
+        like(initial_state, need_inputs, log_decay.dtype),
+    )
 
 
-def _ssm_scan_setup(ctx, inputs, output):
+def _ssm_scan_setup(ctx: Any, inputs: Sequence[Any], output: tuple[Tensor, Tensor]) -> None:
     *tensors, ctx.reverse = inputs
     ctx.save_for_backward(*tensors)
 
 
-def _ssm_scan_grad(ops, ctx, grad_y, grad_state):
-    tensors = ctx.saved_tensors  # once: under checkpointing they are computed again at this moment
+def _ssm_scan_grad(ops: Any, ctx: Any, grad_y: Tensor, grad_state: Tensor) -> tuple[Tensor | None, ...]:
+    tensors = ctx.saved_tensors  # read only once: under checkpointing each access computes them again
     need_u, need_log_decay, need_weight, need_skip, need_initial = ctx.needs_input_grad[:5]
     needed = need_u or need_initial, need_log_decay or need_weight or need_skip
     gradients = ops.ssm_scan_backward(grad_y, grad_state, *tensors, ctx.reverse, *needed)
@@ -182,16 +228,18 @@ _no_double_backward("ssm_scan")
 # ---- ssm_step -------------------------------------------------------------------------------------------------------
 
 
-def _ssm_step_fake(u, decay, weight, skip, state):
+def _ssm_step_fake(
+    u: Tensor, decay: Tensor, weight: Tensor, skip: Tensor | None, state: Tensor
+) -> tuple[Tensor, Tensor]:
     return u.new_empty(u.shape), state.new_empty(state.shape)
 
 
-def _ssm_step_setup(ctx, inputs, output):
+def _ssm_step_setup(ctx: Any, inputs: Sequence[Any], output: tuple[Tensor, Tensor]) -> None:
     u, decay, weight, skip, state = inputs
     ctx.save_for_backward(u, decay, weight, skip, state, output[1])
 
 
-def _ssm_step_grad(ops, ctx, grad_y, grad_state):
+def _ssm_step_grad(ops: Any, ctx: Any, grad_y: Tensor, grad_state: Tensor) -> tuple[Tensor | None, ...]:
     return ssm_step_backward(grad_y, grad_state, *ctx.saved_tensors)
 
 

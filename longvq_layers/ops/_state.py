@@ -1,8 +1,8 @@
-"""What the states of streaming calls share, whatever a layer keeps of its past."""
+"""The base class of the states of streaming calls."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import fields, replace
-from typing import TypeVar
+from dataclasses import Field, fields, replace
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
@@ -13,28 +13,30 @@ AnyState = TypeVar("AnyState", bound="State")
 
 
 class State:
-    """Base of the dataclasses whose attributes are tensors (B, ...), such states, tuples of these, or plain values."""
+    """Base of dataclasses whose attributes are tensors (B, ...), other states, tuples of both, or plain values."""
+
+    __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
 
     @property
     def batch(self) -> int:
-        """B, number of rows."""
+        """B, the number of rows."""
         return self.tensors()[0].shape[0]
 
     @property
     def nbytes(self) -> int:
-        """Memory of the tensors, in bytes; the same at every length."""
+        """Memory of the tensors in bytes; it does not depend on the length."""
         return sum(x.nbytes for x in self.tensors())
 
     def tensors(self) -> tuple[Tensor, ...]:
-        """The tensors that are there, in the order of the attributes."""
+        """All tensors, in the order of the attributes; attributes that are None are left out."""
         return tuple(x for field in fields(self) for x in _tensors_of(getattr(self, field.name)))
 
     def clone(self: AnyState) -> AnyState:
-        """A copy that shares no memory, to continue a sequence in two ways."""
+        """A copy that shares no memory, for example to continue one sequence in two ways."""
         return self._map(Tensor.clone)
 
     def index_select(self: AnyState, rows: Tensor) -> AnyState:
-        """A new state whose row i is a copy of row ``rows[i]``, for beam search: rows may be left out and repeated.
+        """A new state whose row i is a copy of row ``rows[i]``. Rows may be left out and repeated, as beam search does.
 
         Args:
             rows: (N,) int64 or int32, in [0, B), on the device of the state.
@@ -46,11 +48,11 @@ class State:
         return self._map(lambda x: x.index_select(0, rows))
 
     def to(self: AnyState, device: torch.device | str) -> AnyState:
-        """The state on another device; as with tensors, itself unchanged and not copied where it is there already."""
+        """The state on another device. Like ``Tensor.to``, tensors that are on the device already are not copied."""
         return self._map(lambda x: x.to(device))
 
     def _map(self: AnyState, change: Callable[[Tensor], Tensor]) -> AnyState:
-        """The state with every tensor changed."""
+        """A new state with ``change`` applied to every tensor."""
 
         def changed(value: object) -> object:
             if isinstance(value, Tensor):

@@ -1,4 +1,4 @@
-"""Diagonal state space models and long convolutions: contract, checks, one call."""
+"""Diagonal state space models and long convolutions: the public functions, their checks, the choice of the backend."""
 
 import torch
 from torch import Tensor
@@ -28,28 +28,28 @@ def ssm_scan(
     reverse: bool = False,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Diagonal linear recurrence with readout, one state space model per channel.
+    """A diagonal linear recurrence with readout: one state space model per channel.
 
-    ``x_t = exp(log_decay) ∘ x_{t−1} + u_t`` and ``y_t = Re Σ_n weight_n x_{t,n} + skip · u_t``; equal to
-    ``long_conv(u, ssm_kernel(log_decay, weight, L)) + skip * u``. Splitting a sequence anywhere and handing on the
-    state gives the same result as one call.
+    ``x_t = exp(log_decay) ∘ x_{t−1} + u_t`` and ``y_t = Re Σ_n weight_n x_{t,n} + skip · u_t``. This equals
+    ``long_conv(u, ssm_kernel(log_decay, weight, L)) + skip * u``. A sequence may be split anywhere: calls that pass the
+    state on give the result of one call.
 
     Args:
         u: inputs (B, L, H), floating point, any strides.
-        log_decay: (H, N) logarithm of the decay of each mode a step, complex or real, real part ≤ 0. Its precision is
-            that of the arithmetic and the state: float32 or complex64, float64 or complex128 if ``u`` is float64.
-        weight: (H, N), dtype of ``log_decay``; the factor 2 of conjugate pairs is the caller's.
+        log_decay: (H, N) logarithm of each mode's decay per step, complex or real, real part ≤ 0: float32 or complex64,
+            with float64 ``u`` float64 or complex128. The state and the arithmetic have the same precision.
+        weight: (H, N), dtype of ``log_decay``. For conjugate pairs of modes it includes the factor 2.
         skip: (H,), the real dtype of ``log_decay``. Default none.
-        initial_state: x_{−1}, (B, H, N), dtype of ``log_decay``; with ``cu_seqlens`` one for each document, that
-            is (documents, H, N). Default zero.
+        initial_state: x_{−1}, (B, H, N), dtype of ``log_decay``; with ``cu_seqlens`` one per document, (documents, H,
+            N). Default zero.
         return_state: also return the last state. Default False.
-        key_padding_mask: (B, L) bool, True = this input counts as 0 and this output is 0. Time goes on over padding:
-            the state keeps decaying. Default none.
-        cu_seqlens: (documents + 1,) int32, offsets of documents packed into one row (B = 1), from 0 to L, not falling:
-            document n has the positions ``cu_seqlens[n] ≤ t < cu_seqlens[n + 1]`` and is run as a row of its own, from
-            its own initial state. Default none.
-        reverse: run from the last position to the first, as if ``u`` and ``y`` were flipped along L; the state then
-            enters after the last position and leaves before the first. Default False.
+        key_padding_mask: (B, L) bool, True = the input counts as 0 and the output is 0. The state still decays at these
+            positions. Default none.
+        cu_seqlens: (documents + 1,) int32, offsets of documents packed into one row (B = 1), ascending from 0 to L.
+            Document n has the positions ``cu_seqlens[n] ≤ t < cu_seqlens[n + 1]`` and starts from its own initial
+            state. Default none.
+        reverse: run from the last position to the first, as if ``u`` and ``y`` were flipped along L. The initial state
+            then comes after the last position, and the last state is that of the first position. Default False.
         backend: ``"auto"`` (default), ``"native"``, ``"torch"`` or ``"reference"`` (step by step).
 
     Returns:
@@ -57,8 +57,8 @@ def ssm_scan(
         dtype of ``log_decay``; with ``cu_seqlens`` the last state of each document, (documents, H, N).
 
     Raises:
-        TypeError, ValueError: an argument of the wrong type, shape, device or value; says which.
-        NotImplementedError: ``backend="native"`` without a kernel for these arguments; says why.
+        TypeError, ValueError: an argument has the wrong type, shape, device or value; the message names it.
+        NotImplementedError: ``backend="native"`` has no kernel for these arguments; the message has the reason.
 
     Example:
         >>> u, decay = torch.ones(1, 3, 1), torch.log(torch.tensor([[0.5]]))
@@ -80,7 +80,7 @@ def ssm_scan(
         _check_state(op, "initial_state", initial_state, rows, "log_decay", log_decay)
     if key_padding_mask is not None:
         check.key_padding_mask(op, key_padding_mask, u.shape[0], u.shape[1])
-    _check_bool(op, "reverse", reverse)
+    check.flags(op, reverse=reverse)
     check.same_device(
         op,
         "u",
@@ -109,7 +109,7 @@ def ssm_step(
     skip: Tensor | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """One position of :func:`ssm_scan`, for generation: constant time and memory, no exponentials.
+    """One position of :func:`ssm_scan`, for generation. Takes constant time and memory and computes no exponentials.
 
     Args:
         u: inputs of one position (B, H), floating point.
@@ -123,8 +123,8 @@ def ssm_step(
         y (B, H) in the dtype of ``u`` and the new state x_t (B, H, N).
 
     Raises:
-        TypeError, ValueError: an argument of the wrong type, shape or device; says which.
-        NotImplementedError: ``backend="native"`` without a kernel for these arguments; says why.
+        TypeError, ValueError: an argument has the wrong type, shape or device; the message names it.
+        NotImplementedError: ``backend="native"`` has no kernel for these arguments; the message has the reason.
 
     Example:
         >>> y, state = ssm_step(torch.ones(1, 1), torch.full((1, 1), 0.5), torch.ones(1, 1), torch.ones(1, 1, 1))
@@ -149,20 +149,20 @@ def ssm_step(
 
 
 def ssm_kernel(log_decay: Tensor, weight: Tensor, length: int, *, backend: str = "auto") -> Tensor:
-    """Impulse response of :func:`ssm_scan`, ``K_l = Re Σ_n weight_n exp(log_decay_n · l)`` for ``0 ≤ l < length``.
+    """The impulse response of :func:`ssm_scan`, ``K_l = Re Σ_n weight_n exp(log_decay_n · l)`` for ``0 ≤ l < length``.
 
     Args:
         log_decay: (H, N) complex or real, real part ≤ 0.
         weight: (H, N), dtype of ``log_decay``.
-        length: number of taps, ≥ 0.
+        length: number of taps, at least 0.
         backend: ``"auto"`` (default), ``"torch"`` or ``"reference"`` (the full Vandermonde matrix).
 
     Returns:
         (H, length) in the real dtype of ``log_decay``.
 
     Raises:
-        TypeError, ValueError: an argument of the wrong type, shape, device or value; says which.
-        NotImplementedError: ``backend="native"``: there is no compiled kernel for it.
+        TypeError, ValueError: an argument has the wrong type, shape, device or value; the message names it.
+        NotImplementedError: ``backend="native"``, which has no compiled kernel for this operator.
 
     Example:
         >>> ssm_kernel(torch.log(torch.tensor([[0.5]])), torch.ones(1, 1), 3)
@@ -173,10 +173,7 @@ def ssm_kernel(log_decay: Tensor, weight: Tensor, length: int, *, backend: str =
     op = "ssm_kernel"
     _check_modes(op, log_decay, weight)
     check.same_device(op, "log_decay", log_decay, weight=weight)
-    if isinstance(length, bool) or not isinstance(length, int):
-        raise TypeError(f"{op}: length must be an int, in steps, got {type(length).__name__}")
-    if length < 0:
-        raise ValueError(f"{op}: length must be 0 or more steps, got {length}")
+    check.integer(op, "length", length, 0)
     chosen = choose(op, backend, log_decay.device, (log_decay.dtype,))
     return (reference.ssm_kernel if chosen == "reference" else _torch_kernel)(log_decay, weight, length)
 
@@ -193,8 +190,8 @@ def long_conv(u: Tensor, kernel: Tensor, *, backend: str = "auto") -> Tensor:
         (B, L, H) in the dtype of ``u``. Half types are computed in float32.
 
     Raises:
-        TypeError, ValueError: an argument of the wrong type, shape or device; says which.
-        NotImplementedError: ``backend="native"``: there is no compiled kernel for it.
+        TypeError, ValueError: an argument has the wrong type, shape or device; the message names it.
+        NotImplementedError: ``backend="native"``, which has no compiled kernel for this operator.
 
     Example:
         >>> long_conv(torch.ones(1, 3, 1), torch.tensor([[1.0, 0.5]])).flatten()
@@ -223,25 +220,25 @@ def _check_modes(op: str, log_decay: Tensor, weight: Tensor, name: str = "log_de
     check.tensor(op, "weight", weight, "H N")
     if _real_dtype(log_decay) not in (torch.float32, torch.float64):
         raise TypeError(
-            f"{op}: {name} must be float32, float64, complex64 or complex128, got {log_decay.dtype}; decays close "
-            "to 1 do not survive half precision"
+            f"{op}: {name} must be float32, float64, complex64 or complex128, got {log_decay.dtype}; half "
+            "precision can't represent decays close to 1"
         )
-    if weight.dtype != log_decay.dtype:
-        raise TypeError(f"{op}: weight must have the dtype of {name}, {log_decay.dtype}, got {weight.dtype}")
+    check.same_dtype(op, name, log_decay.dtype, weight=weight)
     check.size(op, "weight", weight, tuple(log_decay.shape), "H N")
     check.at_least_one(op, name, log_decay, 1, "mode N")
     if name == "log_decay" and check.values_are_readable(log_decay) and log_decay.numel():
         worst = float(log_decay.detach().real.max())
         if not worst <= 0:  # also for NaN
-            raise ValueError(f"{op}: the real part of log_decay must be ≤ 0 (a stable decay), got up to {worst:g}")
+            raise ValueError(f"{op}: log_decay must have a real part ≤ 0 (a stable decay), got up to {worst:g}")
 
 
 def _is_common_step(u: Tensor, decay: Tensor, weight: Tensor, state: Tensor, skip: Tensor | None) -> bool:
-    """Whether this is the commonest right call, which generation makes for every token: then no check is left."""
+    """Whether the call is valid and has the form that generation uses for every token; then no check is needed."""
     try:
         modes, device = decay.shape, u.device
         return (
-            u.dtype is torch.float32
+            skip is not None
+            and u.dtype is torch.float32
             and skip.dtype is torch.float32
             and decay.dtype is torch.complex64
             and weight.dtype is torch.complex64
@@ -253,12 +250,12 @@ def _is_common_step(u: Tensor, decay: Tensor, weight: Tensor, state: Tensor, ski
             and u.shape[1:] == skip.shape == modes[:1]
             and decay.device == weight.device == state.device == skip.device == device
         )
-    except AttributeError:  # no tensor
+    except AttributeError:  # an argument is no tensor
         return False
 
 
 def _check_belongs(op: str, u: Tensor, name: str, decay: Tensor, skip: Tensor | None) -> None:
-    """``decay`` and ``skip`` have the channels and the precision that ``u`` (…, H) asks for."""
+    """``decay`` and ``skip`` have the H channels of ``u`` (…, H), and its precision or float32."""
     expected = torch.float64 if u.dtype == torch.float64 else torch.float32
     if _real_dtype(decay) != expected:
         raise TypeError(
@@ -275,13 +272,7 @@ def _check_belongs(op: str, u: Tensor, name: str, decay: Tensor, skip: Tensor | 
             raise TypeError(f"{op}: skip must be {expected}, the real dtype of {name}, got {skip.dtype}")
 
 
-def _check_state(op: str, name: str, state: object, rows: int, decay_name: str, decay: Tensor) -> None:
+def _check_state(op: str, name: str, state: Tensor, rows: int, decay_name: str, decay: Tensor) -> None:
     check.tensor(op, name, state, "B H N")
     check.size(op, name, state, (rows, *decay.shape), "B H N")
-    if state.dtype != decay.dtype:
-        raise TypeError(f"{op}: {name} must have the dtype of {decay_name}, {decay.dtype}, got {state.dtype}")
-
-
-def _check_bool(op: str, name: str, value: object) -> None:
-    if not isinstance(value, bool):
-        raise TypeError(f"{op}: {name} must be a bool, got {type(value).__name__}")
+    check.same_dtype(op, decay_name, decay.dtype, **{name: state})

@@ -1,7 +1,6 @@
-"""Vector-quantised attention: contract, checks, one call."""
+"""Vector-quantised attention: the public functions, their checks and the choice of the backend."""
 
 import functools
-import math
 
 import torch
 from torch import Tensor
@@ -9,6 +8,8 @@ from torch import Tensor
 from longvq_layers import _checks as check
 from longvq_layers.ops import _cuda_limits as cuda
 from longvq_layers.ops import _schema  # noqa: F401  defines the operators
+from longvq_layers.ops._attention_inputs import AttentionInputs
+from longvq_layers.ops._attention_options import attention_options
 from longvq_layers.ops._derivatives import refuse_forward_mode
 from longvq_layers.ops._dispatch import choose
 from longvq_layers.ops.reference import vq as reference
@@ -17,21 +18,21 @@ _NAMESPACE = {"native": torch.ops.longvq, "torch": torch.ops.longvq_torch}
 
 
 def vq_assign(k: Tensor, codebook: Tensor, *, backend: str = "auto") -> Tensor:
-    """Code of the nearest codeword of each key, ``z_j = argmin_s ‖k_j − C_s‖²``; ties go to the lowest s.
+    """The code of the codeword nearest to each key, ``z_j = argmin_s ‖k_j − C_s‖²``; of equal distances the lowest s.
 
     Distances are computed in float32 (float64 for float64 keys), also under autocast. Not differentiable.
 
     Args:
         k: keys (B, H, L, D), floating point, any strides.
-        codebook: codewords (H, S, D) with S ≥ 1, one set per head, finite.
+        codebook: codewords (H, S, D) with S ≥ 1, one codebook per head, finite.
         backend: ``"auto"`` (default), ``"native"``, ``"torch"`` or ``"reference"``.
 
     Returns:
         Codes (B, H, L), int64, in [0, S).
 
     Raises:
-        TypeError, ValueError: an argument of the wrong type, shape, device or value; says which.
-        NotImplementedError: ``backend="native"`` without a kernel for these arguments; says why.
+        TypeError, ValueError: an argument has the wrong type, shape, device or value; the message names it.
+        NotImplementedError: ``backend="native"`` has no kernel for these arguments; the message has the reason.
 
     Example:
         >>> codebook = torch.tensor([[[0.0, 0.0], [1.0, 1.0]]])
@@ -73,49 +74,50 @@ def vq_attention(
 ) -> Tensor:
     """Attention over vector-quantised keys, in time and memory linear in the length.
 
-    ``out_i = Σ_j φ(scale · q_i·k̃_j + b_{j−i}) v_j`` over the keys j allowed for query i. Inside the window (causal:
-    ``0 ≤ i − j < W``, else ``|i − j| < W``) ``k̃_j`` is the codeword of key j or, with ``local_keys="exact"``, the key
-    itself, and the bias is added; outside it is always the codeword ``C_{z_j}``.
+    ``out_i = Σ_j φ(scale · q_i·k̃_j + b_{j−i}) v_j`` over the keys j allowed for query i. A pair is inside the window
+    if ``0 ≤ i − j < W`` (causal) or ``|i − j| < W`` (bidirectional). Inside the window ``k̃_j`` is the codeword of key
+    j or, with ``local_keys="exact"``, the key itself, and the bias is added. Outside ``k̃_j`` is the codeword
+    ``C_{z_j}``.
 
     With a codebook that contains every key this equals
     ``torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=causal)``.
 
-    Gradients: exact in ``q``, ``v`` and ``bias``; straight-through in ``k`` inside the window; outside it the gradient
-    collected by a codeword is shared equally by the row's keys of that code (``key_grad="cluster"``) or dropped
-    (``"window"``). None in ``codebook``, which is learned by moving averages (:class:`longvq_layers.Codebook`).
+    Gradients of ``q``, ``v`` and ``bias`` are exact. Gradients of ``k`` are straight-through inside the window;
+    outside, the keys of a code in a row share the gradient of its codeword equally (``key_grad="cluster"``) or get none
+    (``"window"``). ``codebook`` gets no gradient: it is learned by moving averages (:class:`longvq_layers.Codebook`).
 
     Args:
         q: queries (B, H, L, D), floating point, any strides.
         k: keys (B, Hkv, L, D), dtype of ``q``; H must be a multiple of Hkv (grouped-query attention).
         v: values (B, Hkv, L, E), dtype of ``q``.
-        codebook: codewords (Hkv, S, D), floating point, finite; best kept in float32.
+        codebook: codewords (Hkv, S, D), floating point, finite; keep it in float32 also for half-precision inputs.
         causal: whether query i sees keys j ≤ i only. Default False.
         window: W ≥ 0, in positions; 0 (default) means no window.
-        bias: learned bias of the window, (H, W) as ``bias[h, i − j]`` if causal, else (H, 2W − 1) as
-            ``bias[h, j − i + W − 1]``; floating point. Default none.
-        key_padding_mask: (B, L) bool, True = ignore that position. Outputs there are 0.
-        cu_seqlens: (N+1,) int32, offsets of N documents packed into one row (B = 1), from 0 to L, not falling: document
-            n has the positions ``cu_seqlens[n] ≤ i < cu_seqlens[n + 1]`` and is attended as a row of its own. Default
+        bias: learned bias inside the window, floating point: (H, W) as ``bias[h, i − j]`` if causal, else (H, 2W − 1)
+            as ``bias[h, j − i + W − 1]``. Default none.
+        key_padding_mask: (B, L) bool, True = ignore that position. Its output is 0.
+        cu_seqlens: (N+1,) int32, offsets of N documents packed into one row (B = 1), ascending from 0 to L. Document n
+            has the positions ``cu_seqlens[n] ≤ i < cu_seqlens[n + 1]``; no query attends to another document. Default
             none.
-        scale: factor of the scores; default ``D ** -0.5``. Not with ``activation="laplace"``, which divides the scores
-            by the number of allowed keys instead.
+        scale: factor of the scores; default ``D ** -0.5``. Must be None with ``activation="laplace"``, which divides
+            the scores by the number of allowed keys.
         activation: ``"softmax"`` (default) or ``"laplace"`` (elementwise, not normalised).
-        local_keys: ``"quantized"`` (default, as in the paper) or ``"exact"``.
-        key_grad: ``"cluster"`` (default) or ``"window"``.
-        codes: assignments (B, Hkv, L), int64, to use instead of ``vq_assign(k, codebook)``, or of ``vq_assign(far_k,
+        local_keys: the keys inside the window: ``"quantized"`` (default, as in the paper) or ``"exact"``.
+        key_grad: the gradient of keys outside the window: ``"cluster"`` (default) or ``"window"`` (none).
+        codes: codes (B, Hkv, L), int64; default ``vq_assign(k, codebook)``, with ``far_k`` ``vq_assign(far_k,
             codebook)``.
-        far_q: queries (B, H, L, F) to use outside the window instead of ``q``, with codewords (Hkv, S, F). For keys
-            that depend on the position, of which a code can't stand for many. Needs ``local_keys="exact"``, and far_k.
-            Default none.
-        far_k: keys (B, Hkv, L, F) that the codewords then stand for, and that get the gradients of those pairs.
+        far_q: queries (B, H, L, F) for pairs outside the window, where ``q`` serves without it. For keys with rotary
+            positions: one codeword can't stand for keys at many positions, so ``far_q`` and ``far_k`` carry no
+            position. The codewords then are (Hkv, S, F). Needs ``local_keys="exact"`` and ``far_k``. Default none.
+        far_k: keys (B, Hkv, L, F) that the codewords stand for. They get the gradients of pairs outside the window.
         backend: ``"auto"`` (default), ``"native"``, ``"torch"`` or ``"reference"`` (dense, O(L²)).
 
     Returns:
-        (B, H, L, E) in the dtype of ``v``. A query with no allowed key gives 0. Half types are computed in float32.
+        (B, H, L, E) in the dtype of ``v``; 0 for a query without allowed keys. Half precision is computed in float32.
 
     Raises:
-        TypeError, ValueError: an argument of the wrong type, shape, device or value; says which.
-        NotImplementedError: ``backend="native"`` without a kernel for these arguments; says why.
+        TypeError, ValueError: an argument has the wrong type, shape, device or value; the message names it.
+        NotImplementedError: ``backend="native"`` has no kernel for these arguments; the message has the reason.
 
     Example:
         >>> q, k, v = torch.randn(3, 1, 4, 100, 16).unbind(0)
@@ -126,80 +128,87 @@ def vq_attention(
     (arXiv 2209.10655) eq. 16.
     """
     op = "vq_attention"
-    _check_qkv(op, q, k, v)
-    apart = _check_far(op, q, k, far_q, far_k, local_keys)
-    _check_codebook(op, far_k if apart else k, codebook, heads_of="far_k" if apart else "k")
-    _check_options(op, q, window, causal, bias, scale, activation, local_keys, key_grad)
+    check_qkv(op, q, k, v)
+    coded_keys = check_far(op, q, k, far_q, far_k, local_keys)
+    _check_codebook(op, coded_keys, codebook, heads_of="k" if coded_keys is k else "far_k")
+    options = attention_options(
+        op,
+        head_dim=q.shape[-1],
+        scale=scale,
+        causal=causal,
+        window=window,
+        activation=activation,
+        local_keys=local_keys,
+        key_grad=key_grad,
+    )
+    check_bias(op, bias, q.shape[1], window, causal)
     if key_padding_mask is not None:
         check.key_padding_mask(op, key_padding_mask, q.shape[0], q.shape[2])
     if cu_seqlens is not None:
         check.cu_seqlens(op, "q", q, cu_seqlens, axis=2)
     check.same_device(op, "q", q, k=k, v=v, bias=bias, key_padding_mask=key_padding_mask, codes=codes)
     if codes is not None:
-        _check_codes(op, codes, k, codebook)
+        check_codes(op, codes, k, codebook)
     declines = functools.partial(cuda.attention, q, v, far_q, cu_seqlens, activation)
     chosen = choose(op, backend, q.device, (q.dtype,), declines)
 
     if codes is None:
-        # The assignment has kernels of its own: "auto" takes the fastest for it, a named backend is kept to.
-        codes = vq_assign(far_k if apart else k, codebook, backend=backend)
-    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    near_dim = q.shape[-1] if apart else 0
-    if apart:  # one operator, whose columns are first those of pairs inside the window, then those of the others
-        q, k = torch.cat([q, far_q], dim=-1), torch.cat([k, far_k], dim=-1)
-        codebook = torch.nn.functional.pad(codebook, (near_dim, 0))
+        # vq_assign chooses its own backend for "auto"; a backend that the user named serves both operators.
+        codes = vq_assign(coded_keys, codebook, backend=backend)
     precise = torch.promote_types(q.dtype, torch.float32)
     bias = None if bias is None else bias.to(precise)
-    arguments = (q, k, v, codebook.detach().to(precise), codes, bias, key_padding_mask, cu_seqlens)
-    options = (scale, bool(causal), int(window), activation, local_keys, key_grad, near_dim)
+    codebook = codebook.detach().to(precise)
+    inputs = AttentionInputs(q, k, v, codebook, codes, bias, key_padding_mask, cu_seqlens, far_q, far_k)
     if chosen == "reference":
-        return reference.vq_attention(*arguments, *options)
-    refuse_forward_mode(op, q, k, v, bias)
-    return _NAMESPACE[chosen].vq_attention(*arguments, *options)[0]
+        return reference.vq_attention(inputs, options)
+    refuse_forward_mode(op, q, k, v, bias, far_q, far_k)
+    return _NAMESPACE[chosen].vq_attention(*inputs, *options)[0]
 
 
-def _check_qkv(op: str, q: Tensor, k: Tensor, v: Tensor) -> None:
+def check_qkv(op: str, q: Tensor, k: Tensor, v: Tensor) -> None:
+    """q, k and v have shapes and dtypes that belong together."""
     check.tensor(op, "q", q, "B H L D")
     check.tensor(op, "k", k, "B Hkv L D")
     check.tensor(op, "v", v, "B Hkv L E")
     check.real(op, "q", q)
-    for name, x in (("k", k), ("v", v)):
-        if x.dtype != q.dtype:
-            raise TypeError(f"{op}: {name} must have the dtype of q, {q.dtype}, got {x.dtype}")
-    batch, heads, length, width = q.shape
+    check.same_dtype(op, "q", q.dtype, k=k, v=v)
+    batch, heads, length, head_dim = q.shape
     if k.shape[1] < 1 or heads % k.shape[1]:
         raise ValueError(
             f"{op}: the heads of q must be a multiple of those of k (grouped-query attention), "
             f"got {heads} and {k.shape[1]}"
         )
-    check.size(op, "k", k, (batch, k.shape[1], length, width), "B Hkv L D")
+    check.size(op, "k", k, (batch, k.shape[1], length, head_dim), "B Hkv L D")
     check.size(op, "v", v, (batch, k.shape[1], length, v.shape[3]), "B Hkv L E")
     check.at_least_one(op, "q", q, 3, "key dimension D")
     check.at_least_one(op, "v", v, 3, "value dimension E")
 
 
-def _check_far(op: str, q: Tensor, k: Tensor, far_q: Tensor | None, far_k: Tensor | None, local_keys: str) -> bool:
-    # Whether there are other queries and keys outside the window.
+def check_far(op: str, q: Tensor, k: Tensor, far_q: Tensor | None, far_k: Tensor | None, local_keys: str) -> Tensor:
+    """The keys that the codewords stand for, ``far_k`` or else ``k``, after checks of both far arguments."""
     if far_q is None and far_k is None:
-        return False
-    for name, x, missing in (("far_q", far_q, "far_k"), ("far_k", far_k, "far_q")):
-        if x is None:
-            raise ValueError(f"{op}: {name} must be given with {missing}, got None")
+        return k
+    if far_q is None:
+        raise ValueError(f"{op}: far_q must be given with far_k, got None")
+    if far_k is None:
+        raise ValueError(f"{op}: far_k must be given with far_q, got None")
     check.tensor(op, "far_q", far_q, "B H L F")
     check.tensor(op, "far_k", far_k, "B Hkv L F")
-    for name, x in (("far_q", far_q), ("far_k", far_k)):
-        if x.dtype != q.dtype:
-            raise TypeError(f"{op}: {name} must have the dtype of q, {q.dtype}, got {x.dtype}")
+    check.same_dtype(op, "q", q.dtype, far_q=far_q, far_k=far_k)
     check.at_least_one(op, "far_q", far_q, 3, "key dimension F")
     check.size(op, "far_q", far_q, (*q.shape[:3], far_q.shape[3]), "B H L F")
     check.size(op, "far_k", far_k, (*k.shape[:3], far_q.shape[3]), "B Hkv L F")
     check.same_device(op, "q", q, far_q=far_q, far_k=far_k)
     if local_keys != "exact":
-        raise ValueError(f'{op}: far_q needs local_keys="exact", got {local_keys!r}: inside the window no code is used')
-    return True
+        raise ValueError(
+            f'{op}: local_keys must be "exact" with far_q, which separates keys inside the window from codewords, '
+            f"got {local_keys!r}"
+        )
+    return far_k
 
 
 def _check_codebook(op: str, k: Tensor, codebook: Tensor, heads_of: str) -> None:
+    """``codebook`` has the heads and the width of ``k``, an argument named ``heads_of``."""
     check.tensor(op, "codebook", codebook, "H S D")
     check.real(op, "codebook", codebook)
     check.same_device(op, heads_of, k, codebook=codebook)
@@ -211,7 +220,8 @@ def _check_codebook(op: str, k: Tensor, codebook: Tensor, heads_of: str) -> None
     check.codebook_values(op, codebook)
 
 
-def _check_codes(op: str, codes: Tensor, k: Tensor, codebook: Tensor) -> None:
+def check_codes(op: str, codes: Tensor, k: Tensor, codebook: Tensor) -> None:
+    """``codes`` has a code of the codebook for every key."""
     check.tensor(op, "codes", codes, "B Hkv L")
     if codes.dtype != torch.int64:
         raise TypeError(f"{op}: codes must be int64, got {codes.dtype}")
@@ -222,26 +232,13 @@ def _check_codes(op: str, codes: Tensor, k: Tensor, codebook: Tensor) -> None:
             raise ValueError(f"{op}: codes must lie in [0, S) = [0, {codebook.shape[1]}), got {low} to {high}")
 
 
-def _check_options(op, q, window, causal, bias, scale, activation, local_keys, key_grad) -> None:
-    check.window(op, window)
-    check.one_of(op, "activation", activation, ("softmax", "laplace"))
-    check.one_of(op, "local_keys", local_keys, ("quantized", "exact"))
-    check.one_of(op, "key_grad", key_grad, ("cluster", "window"))
-    if not isinstance(causal, bool):
-        raise TypeError(f"{op}: causal must be a bool, got {causal!r}")
-    if scale is not None and activation == "laplace":
-        raise ValueError(
-            f'{op}: scale has no effect with activation="laplace", which divides scores by the number of allowed keys; '
-            f"got scale={scale!r}, leave it None"
-        )
-    if scale is not None and not (
-        isinstance(scale, int | float) and not isinstance(scale, bool) and math.isfinite(scale)
-    ):
-        raise ValueError(f"{op}: scale must be a finite number, got {scale!r}")
-    if bias is not None:
-        if window == 0:
-            raise ValueError(f"{op}: bias applies inside the window; got a bias with window=0")
-        check.tensor(op, "bias", bias, "H W" if causal else "H 2W-1")
-        check.real(op, "bias", bias)
-        columns = window if causal else 2 * window - 1
-        check.size(op, "bias", bias, (q.shape[1], columns), "H W" if causal else "H 2W-1")
+def check_bias(op: str, bias: Tensor | None, num_heads: int, window: int, causal: bool) -> None:
+    """``bias`` has an entry for every head and every offset inside the window."""
+    if bias is None:
+        return
+    if window == 0:
+        raise ValueError(f"{op}: bias must be None with window=0, since it applies inside the window; got a tensor")
+    shape = "H W" if causal else "H 2W-1"
+    check.tensor(op, "bias", bias, shape)
+    check.real(op, "bias", bias)
+    check.size(op, "bias", bias, (num_heads, window if causal else 2 * window - 1), shape)

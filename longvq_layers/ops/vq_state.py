@@ -1,4 +1,4 @@
-"""What attention over a growing sequence keeps of its past: a state of constant size."""
+"""The state of attention over a growing sequence. Its size is constant."""
 
 from dataclasses import dataclass
 
@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from longvq_layers import _checks as check
+from longvq_layers.ops._attention_options import LOCAL_KEYS
 from longvq_layers.ops._state import State
 
 
@@ -13,9 +14,10 @@ from longvq_layers.ops._state import State
 class VQAttentionState(State):
     """The past of a batch of sequences, as :func:`vq_attention_step` needs it; made by :func:`vq_attention_state`.
 
-    A key inside the window is kept as it is, in the slot ``position % R`` of a ring of ``R = max(W − 1, 0)``; one that
-    has left it only adds to the number and the sum of values of its code. Nothing grows with the length. The tensors
-    are updated in place, are contiguous and may be read at any time; :meth:`clone` makes a branch.
+    The last ``R = max(W − 1, 0)`` keys stand in a ring, the key at ``position`` in slot ``position % R``. A key that
+    leaves the window adds its value to the sum of its code, and 1 to the number of keys of its code. So the size does
+    not grow with the length. The tensors are contiguous, are updated in place and may be read at any time;
+    :meth:`clone` makes a branch.
 
     Attributes:
         far_sums: (B, Hkv, S, E) sums of the values of each code's keys before the window, float32 or float64.
@@ -39,17 +41,27 @@ class VQAttentionState(State):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of sums, keys and values: float32 or float64."""
+        """The dtype of sums, keys and values: float32 or float64."""
         return self.far_sums.dtype
 
     @property
     def device(self) -> torch.device:
-        """Where the tensors are."""
+        """The device of all tensors."""
         return self.far_sums.device
+
+    @property
+    def reach(self) -> int:
+        """R, number of keys that the ring holds at most."""
+        return max(self.window - 1, 0)
+
+    @property
+    def keeps_keys(self) -> bool:
+        """Whether the ring holds the keys themselves."""
+        return self.ring_keys.shape[3] > 0
 
     def tensors(self) -> tuple[Tensor, ...]:
         """The six tensors, in the order of the attributes."""
-        # Written out for speed: every step asks for them.
+        # Written out because it is faster than `State.tensors`: every step calls this.
         return (self.far_sums, self.far_counts, self.ring_codes, self.ring_keys, self.ring_values, self.lengths)
 
 
@@ -59,6 +71,7 @@ def vq_attention_state(
     *,
     window: int = 0,
     value_dim: int | None = None,
+    key_dim: int | None = None,
     local_keys: str = "quantized",
 ) -> VQAttentionState:
     """The state of ``batch`` empty sequences, for :func:`vq_attention_step`.
@@ -68,16 +81,18 @@ def vq_attention_state(
 
     Args:
         batch: B ≥ 0, number of sequences.
-        codebook: codewords (Hkv, S, D), finite; the state is on its device, in float64 if it is float64, else float32.
-        window: W ≥ 0, in positions; 0 (default) means no window. All of it is kept, however short a sequence is.
-        value_dim: E, width of a value; default D.
+        codebook: codewords (Hkv, S, F), finite; F = D unless the steps get ``far_q`` and ``far_k``. The state is on its
+            device, in float64 if it is float64, else float32.
+        window: W ≥ 0, in positions; 0 (default) means no window. Memory for W is allocated even for short sequences.
+        value_dim: E, width of a value; default F.
+        key_dim: D, width of a key inside the window; default F.
         local_keys: ``"quantized"`` (default) or ``"exact"``, see :func:`vq_attention`.
 
     Returns:
         A state with ``lengths`` 0.
 
     Raises:
-        TypeError, ValueError: an argument of the wrong type, shape or value; says which.
+        TypeError, ValueError: an argument has the wrong type, shape or value; the message names it.
 
     Example:
         >>> state = vq_attention_state(2, torch.randn(4, 32, 16), window=8)
@@ -90,21 +105,25 @@ def vq_attention_state(
     check.codebook_values(op, codebook)
     check.at_least_one(op, "codebook", codebook, 0, "key-value head H")
     check.window(op, window)
-    check.one_of(op, "local_keys", local_keys, ("quantized", "exact"))
-    heads, codes, width = codebook.shape
-    value_dim = width if value_dim is None else value_dim
+    check.one_of(op, "local_keys", local_keys, LOCAL_KEYS)
+    heads, num_codes, far_dim = codebook.shape
+    value_dim = far_dim if value_dim is None else value_dim
+    key_dim = far_dim if key_dim is None else key_dim
     check.integer(op, "batch", batch, 0)
-    check.integer(op, "value_dim", value_dim, 1)
+    check.positive(op, value_dim=value_dim, key_dim=key_dim)
     reach = max(window - 1, 0)
-    real = {"dtype": torch.promote_types(codebook.dtype, torch.float32), "device": codebook.device}
-    count = {"dtype": torch.int64, "device": codebook.device}
+    precise = torch.promote_types(codebook.dtype, torch.float32)
+
+    def zeros(*sizes: int, dtype: torch.dtype = precise) -> Tensor:
+        return torch.zeros(batch, *sizes, dtype=dtype, device=codebook.device)
+
     return VQAttentionState(
-        far_sums=torch.zeros(batch, heads, codes, value_dim, **real),
-        far_counts=torch.zeros(batch, heads, codes, **count),
-        ring_codes=torch.zeros(batch, heads, reach, **count),
-        ring_keys=torch.zeros(batch, heads, reach, width if local_keys == "exact" and window else 0, **real),
-        ring_values=torch.zeros(batch, heads, reach, value_dim, **real),
-        lengths=torch.zeros(batch, **count),
+        far_sums=zeros(heads, num_codes, value_dim),
+        far_counts=zeros(heads, num_codes, dtype=torch.int64),
+        ring_codes=zeros(heads, reach, dtype=torch.int64),
+        ring_keys=zeros(heads, reach, key_dim if local_keys == "exact" and window else 0),
+        ring_values=zeros(heads, reach, value_dim),
+        lengths=zeros(dtype=torch.int64),
         window=window,
         local_keys=local_keys,
     )

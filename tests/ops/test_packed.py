@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from torch import Tensor
 
 from longvq_layers import ops
+from tests.ops.vq.operator_calls import attention_arguments
 from tests.strategies import attention_cases, scan_cases
 from tests.tolerances import assert_close
 
@@ -177,14 +178,14 @@ def test_opcheck_of_attention(namespace, causal):
     bias = torch.randn(4, 3 if causal else 5, requires_grad=True)
     op = getattr(torch.ops, namespace).vq_attention.default
     for offsets, length, options in (
-        (OFFSETS, 200, (bias, torch.rand(1, 200) < 0.2)),
-        (OFFSETS[:3], 40, (None, None)),
-        (OFFSETS[:1], 0, (bias, None)),
+        (OFFSETS, 200, {"bias": bias, "key_padding_mask": torch.rand(1, 200) < 0.2}),
+        (OFFSETS[:3], 40, {}),
+        (OFFSETS[:1], 0, {"bias": bias}),
     ):
         rows = [x[:, :, :length].detach().requires_grad_() for x in (q, k, v)]
         codes = ops.vq_assign(rows[1], codebook)
-        settings = (0.5, causal, 3, "softmax", "exact", "cluster", 0)
-        torch.library.opcheck(op, (*rows, codebook, codes, *options, offsets, *settings))
+        options |= {"cu_seqlens": offsets, "causal": causal, "window": 3}
+        torch.library.opcheck(op, attention_arguments(*rows, codebook, codes, **options))
 
 
 @pytest.mark.parametrize("namespace", ["longvq", "longvq_torch"])
@@ -248,13 +249,13 @@ BAD = {
     "int64": (torch.tensor([0, 5]), TypeError, r"cu_seqlens must be int32, got torch.int64; use cu_seqlens.int\(\)"),
     "float": (torch.tensor([0.0, 5.0]), TypeError, "cu_seqlens must be int32, got torch.float32$"),
     "device": (ints(0, 5).to("meta"), ValueError, "cu_seqlens must be on the device of [qu], cpu, got meta"),
-    "no offset": (ints(), ValueError, "cu_seqlens needs at least one offset"),
+    "no offset": (ints(), ValueError, "cu_seqlens must have at least one offset"),
     "first": (ints(1, 5), ValueError, "cu_seqlens must start with 0, got 1"),
     "last": (ints(0, 2, 4), ValueError, "cu_seqlens must end with the length L = 5, got 4"),
     "beyond": (ints(0, 6), ValueError, "cu_seqlens must end with the length L = 5, got 6"),
     "only one": (ints(0), ValueError, "cu_seqlens must end with the length L = 5, got 0"),
-    "falling": (ints(0, 3, 2, 5), ValueError, "cu_seqlens must not fall, got 3 and then 2 at index 2"),
-    "negative": (ints(0, -1, 5), ValueError, "cu_seqlens must not fall, got 0 and then -1 at index 1"),
+    "falling": (ints(0, 3, 2, 5), ValueError, "cu_seqlens must not decrease, got 3 and then 2 at index 2"),
+    "negative": (ints(0, -1, 5), ValueError, "cu_seqlens must not decrease, got 0 and then -1 at index 1"),
 }
 
 
@@ -268,7 +269,7 @@ def test_bad_offsets_are_refused_by_name(name):
 
 
 def test_more_rows_than_one_are_refused():
-    message = "with cu_seqlens all documents lie in one row, so the batch of {} must be 1, got 2"
+    message = "{} must have a batch of 1 with cu_seqlens, which packs all documents into one row, got 2"
     with pytest.raises(ValueError, match="vq_attention: " + message.format("q")):
         ops.vq_attention(*[Q.expand(2, -1, -1, -1)] * 3, CODEBOOK, cu_seqlens=ints(0, 5))
     with pytest.raises(ValueError, match="ssm_scan: " + message.format("u")):
@@ -285,9 +286,9 @@ def test_the_initial_state_is_one_for_each_document():
 def test_offsets_that_nobody_could_check_before_are_checked_by_the_operators(namespace, offsets):
     """A compiled caller sees no values."""
     space = getattr(torch.ops, namespace)
-    codes, options = torch.zeros(1, 2, 5, dtype=torch.int64), (0.5, False, 2, "softmax", "exact", "cluster", 0)
+    codes = torch.zeros(1, 2, 5, dtype=torch.int64)
     with pytest.raises((ValueError, RuntimeError), match="vq_attention: cu_seqlens must"):
-        space.vq_attention(Q, Q, Q, CODEBOOK, codes, None, None, offsets, *options)
+        space.vq_attention(*attention_arguments(Q, Q, Q, CODEBOOK, codes, cu_seqlens=offsets))
     with pytest.raises((ValueError, RuntimeError), match="ssm_scan: cu_seqlens must"):
         space.ssm_scan(U, MODES, MODES, None, None, None, offsets, False)
     states = torch.zeros(len(offsets) - 1, 3, 2)

@@ -1,6 +1,6 @@
-"""Diagonal state space models by their definition: one step at a time; and dense causal convolution.
+"""Diagonal state space models by their definition, one position at a time; dense causal convolution.
 
-Differentiable by autograd. O(L) steps, each with a state (B, H, N): slow, and exact to rounding.
+Differentiable by autograd. O(L) steps, each with a state (B, H, N): slow, and exact up to rounding.
 """
 
 import torch
@@ -19,15 +19,16 @@ def ssm_scan(
     cu_seqlens: Tensor | None,
     reverse: bool,
 ) -> tuple[Tensor, Tensor]:
-    """``x_t = exp(log_decay) ∘ x_{t−1} + u_t``, ``y_t = Re Σ_n weight_n x_{t,n} + skip · u_t``: y and the last x.
+    """``x_t = exp(log_decay) ∘ x_{t−1} + u_t`` and ``y_t = Re Σ_n weight_n x_{t,n} + skip · u_t``: returns y and the
+    last x.
 
-    ``reverse`` runs from the last position to the first; masked positions put in 0 and give 0.
+    ``reverse`` runs from the last position to the first. Masked positions have input 0 and output 0.
     """
     if cu_seqlens is not None:
-        parts = [(u[:, :0], log_decay.new_empty(0, *log_decay.shape))]  # all of the result if there is no document
+        parts = [(u[:, :0], log_decay.new_empty(0, *log_decay.shape))]  # the whole result if there are no documents
         for n, at in enumerate(documents("ssm_scan", cu_seqlens, u.shape[1])):
             start, mask = part(initial_state, slice(n, n + 1), 0), part(key_padding_mask, at, 1)
-            parts.append(ssm_scan(part(u, at, 1), log_decay, weight, skip, start, mask, None, reverse))
+            parts.append(ssm_scan(u[:, at], log_decay, weight, skip, start, mask, None, reverse))
         return torch.cat([y for y, _ in parts], dim=1), torch.cat([state for _, state in parts])
     inputs = u.to(log_decay.real.dtype)
     if key_padding_mask is not None:
@@ -42,7 +43,7 @@ def ssm_scan(
         outputs.append(y if skip is None else y + skip * inputs[:, t])
     y = torch.stack(outputs[::-1] if reverse else outputs, dim=1) if outputs else inputs
     if not outputs:
-        state = state.clone()  # the caller may write into what it gets, and keeps its initial state
+        state = state.clone()  # the caller may overwrite the result, but not the initial state
     if key_padding_mask is not None:
         y = y.masked_fill(key_padding_mask.unsqueeze(-1), 0)
     return y.to(u.dtype), state
@@ -65,8 +66,8 @@ def ssm_kernel(log_decay: Tensor, weight: Tensor, length: int) -> Tensor:
 def long_conv(u: Tensor, kernel: Tensor) -> Tensor:
     """``y_t = Σ_{l ≤ t} kernel_l u_{t−l}`` from the dense (H, L, L) Toeplitz matrix."""
     length, taps = u.shape[1], kernel.shape[1]
-    kind = u.device.type if torch.amp.is_autocast_available(u.device.type) else "cpu"  # the meta device has none
-    with torch.autocast(kind, enabled=False):  # it would run the einsum in half precision
+    kind = u.device.type if torch.amp.is_autocast_available(u.device.type) else "cpu"  # the meta device has no autocast
+    with torch.autocast(kind, enabled=False):  # autocast would run the einsum in half precision
         precise = torch.promote_types(u.dtype, torch.float32)
         t = torch.arange(length, device=u.device)
         lag = t[:, None] - t[None, :]

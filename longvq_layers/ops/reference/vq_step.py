@@ -1,39 +1,30 @@
-"""One step of causal vector-quantised attention by its recurrence, token by token and row by row."""
+"""Steps of causal vector-quantised attention by their recurrence: row by row, token by token."""
 
 import torch
 from torch import Tensor
 
+from longvq_layers.ops._attention_inputs import AttentionStepInputs
+from longvq_layers.ops._attention_options import Activation
 from longvq_layers.ops.reference.vq import laplace
+from longvq_layers.ops.vq_state import VQAttentionState
 
 
-def vq_attention_step(q: Tensor, *others: Tensor | float | int | str | None) -> Tensor:
-    """Plain form of :func:`longvq_layers.ops.vq_attention_step`; all arguments are checked by the caller."""
-    kind = q.device.type if torch.amp.is_autocast_available(q.device.type) else "cpu"  # the meta device has none
+def vq_attention_step(inputs: AttentionStepInputs, state: VQAttentionState, scale: float, activation: int) -> Tensor:
+    """Plain form of :func:`longvq_layers.ops.vq_attention_step`; the caller has checked all arguments."""
+    device_type = inputs.q.device.type
+    kind = device_type if torch.amp.is_autocast_available(device_type) else "cpu"  # the meta device has no autocast
     with torch.autocast(kind, enabled=False):
-        return _steps(q, *others)
+        return _steps(inputs, state, scale, activation)
 
 
-def _steps(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    codebook: Tensor,
-    codes: Tensor,
-    bias: Tensor | None,
-    key_padding_mask: Tensor | None,
-    far_sums: Tensor,
-    far_counts: Tensor,
-    ring_codes: Tensor,
-    ring_keys: Tensor,
-    ring_values: Tensor,
-    lengths: Tensor,
-    scale: float,
-    window: int,
-    activation: str,
-) -> Tensor:
+def _steps(inputs: AttentionStepInputs, state: VQAttentionState, scale: float, activation: int) -> Tensor:
+    q, k, v, codebook, codes, bias, key_padding_mask, far_q, _ = inputs
+    assert codes is not None
+    far_sums, far_counts, ring_codes, ring_keys, ring_values, lengths = state.tensors()
     out = v.new_zeros(*q.shape[:3], v.shape[3])
     q, k, v = (x.to(far_sums.dtype) for x in (q, k, v))
-    group, reach, exact = q.shape[1] // k.shape[1], max(window - 1, 0), ring_keys.shape[3] > 0
+    far_q = q if far_q is None else far_q.to(far_sums.dtype)
+    group, window, reach, exact = q.shape[1] // k.shape[1], state.window, state.reach, state.keeps_keys
     head = torch.arange(k.shape[1], device=q.device)
     for row in range(q.shape[0]):
         sums, counts = far_sums[row], far_counts[row]
@@ -43,12 +34,12 @@ def _steps(
             position = int(lengths[row])
             key, value, code = k[row, :, t], v[row, :, t], codes[row, :, t]
 
-            # The key that leaves the window joins the far field: without a window the token itself.
+            # Without a window the token itself is far at once.
             if window == 0:
                 sums[head, code] += value
                 counts[head, code] += 1
 
-            # Keys of the window by their offset: the token itself, then the ring backwards.
+            # Keys inside the window by their offset: the token itself, then the ring from the newest to the oldest.
             offsets = range(1, min(position, reach) + 1)
             slots = [(position - offset) % reach for offset in offsets]
             own = slice(0, 1 if window else 0)
@@ -59,15 +50,16 @@ def _steps(
                 near_keys = torch.cat([key[:, None], ring_keys[row][:, slots]], 1)  # (Hkv, N, D)
 
             query = q[row, :, t].unflatten(0, (-1, group))  # (Hkv, G, D)
-            unit = scale if activation == "softmax" else 1 / (position + 1)
-            near = query @ near_keys.transpose(1, 2) * unit
+            far_query = far_q[row, :, t].unflatten(0, (-1, group))  # (Hkv, G, F)
+            factor = scale if activation == Activation.SOFTMAX else 1 / (position + 1)
+            near = (query if exact else far_query) @ near_keys.transpose(1, 2) * factor
             if bias is not None:
                 near = near + bias[:, : near.shape[2]].unflatten(0, (-1, group))
-            far = query @ codebook.transpose(1, 2) * unit  # (Hkv, G, S)
-            # A code stands for as many keys as it has: their values are summed up already.
+            far = far_query @ codebook.transpose(1, 2) * factor  # (Hkv, G, S)
+            # Each far code counts as many times as it has keys; their values are summed already.
             score, one = torch.cat([far, near], 2), counts.new_ones(len(counts), near.shape[2])
             number = torch.cat([counts, one], 1)[:, None]
-            if activation == "softmax":
+            if activation == Activation.SOFTMAX:
                 score = score.masked_fill(number == 0, -torch.inf)
                 weight = (score - score.amax(-1, keepdim=True)).exp()
                 weight = weight / (weight * number).sum(-1, keepdim=True)
@@ -75,6 +67,7 @@ def _steps(
                 weight = laplace(score)
             out[row, :, t] = (weight @ torch.cat([sums, near_values], 1)).flatten(0, 1).to(out.dtype)
 
+            # The key that leaves the window becomes far.
             if window == 1:
                 sums[head, code] += value
                 counts[head, code] += 1

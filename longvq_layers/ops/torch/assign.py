@@ -1,16 +1,17 @@
-"""Nearest-codeword search, a block of rows at a time."""
+"""Search for the nearest codewords, a block of keys at a time."""
 
 import torch
 from torch import Tensor
 
-_SCORES = 1 << 21  # scores of one block: 8 MiB of float32, small enough to stay in a last-level cache
+_BLOCK_SCORES = 1 << 21  # number of scores of a block: 8 MiB of float32, which fit into a last-level cache
 
 
 def vq_assign(k: Tensor, codebook: Tensor) -> Tensor:
     """Codes (B, H, L) of keys (B, H, L, D) in a codebook (H, S, D).
 
-    ``argmin ‖k − C‖² = argmax k·C − ½‖C‖²``; argmax returns the first maximum, so ties go to the lowest code. Matrix
-    products may round equal columns differently: of equal codewords the lowest is taken at the end.
+    ``argmin ‖k − C‖² = argmax k·C − ½‖C‖²``. argmax returns the first maximum, so of equal distances the lowest code
+    wins. But a matrix product may round equal columns differently, so the codes of equal codewords are repositiond by
+    the lowest of them at the end.
     """
     with torch.autocast(k.device.type, enabled=False):
         precise = torch.promote_types(k.dtype, torch.float32)
@@ -19,7 +20,7 @@ def vq_assign(k: Tensor, codebook: Tensor) -> Tensor:
         half_norm = codebook.square().sum(-1).mul_(0.5).unsqueeze(1)  # (H 1 S)
         transposed = codebook.transpose(1, 2)  # (H D S)
         codes = torch.empty(batch, heads, length, dtype=torch.int64, device=k.device)
-        rows = max(64, _SCORES // max(1, batch * heads * codebook.shape[1]))
+        rows = max(64, _BLOCK_SCORES // max(1, batch * heads * codebook.shape[1]))
         for start in range(0, length, rows):
             block = k[:, :, start : start + rows].to(precise)
             codes[:, :, start : start + rows] = (block @ transposed).sub_(half_norm).argmax(-1)
@@ -28,10 +29,10 @@ def vq_assign(k: Tensor, codebook: Tensor) -> Tensor:
 
 
 def _lowest_of_equals(codebook: Tensor, norms: Tensor) -> Tensor:
-    """(H, S): for each codeword of (H, S, D) the lowest equal one; `norms` (H, S) are equal for equals."""
-    order = norms.sort(dim=-1, stable=True).indices  # brings equal codewords together, the lowest first
+    """(H, S): for each codeword of (H, S, D) the lowest code of an equal codeword; ``norms`` (H, S) are theirs."""
+    order = norms.sort(dim=-1, stable=True).indices  # equal codewords stand side by side, the lowest first
     ordered = codebook.gather(1, order.unsqueeze(-1).expand_as(codebook))
-    place = torch.arange(order.shape[1], device=order.device).expand_as(order)
+    position = torch.arange(order.shape[1], device=order.device).expand_as(order)
     repeated = torch.nn.functional.pad((ordered[:, 1:] == ordered[:, :-1]).all(-1), (1, 0))
-    first = place.masked_fill(repeated, 0).cummax(-1).values
+    first = position.masked_fill(repeated, 0).cummax(-1).values
     return torch.empty_like(order).scatter_(1, order, order.gather(1, first))

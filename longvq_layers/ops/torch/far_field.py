@@ -1,12 +1,12 @@
-"""Statistics of the keys that a block of queries sees through the codebook only.
+"""The far field: sums over the keys that a block of queries attends to through their codes.
 
-Queries are cut into blocks of ``T`` rows. Keys within ``reach = W − 1`` of a block are *near*: they are attended one by
-one. All others are *far*: of those only the code matters, so a block needs, for each code, how many far keys have it
-and the sum of their values. A key far *before* block b is far before every later block, so these sums are running sums
-over the blocks; likewise, in the other direction, for keys far *after* (bidirectional only). Nothing is ever
-subtracted, so a cluster of which few keys are left loses no precision.
+Queries are split into blocks of ``T`` rows. Keys within ``reach = W − 1`` of a block are *near*: each gets a score of
+its own. All other keys are *far*: a block only needs, for each code, the number of far keys and the sum of their
+values. A key far *before* block b is far before every later block, so these are running sums over the blocks. In
+bidirectional attention, keys far *after* a block give running sums in the other direction. Nothing is ever subtracted
+from a sum: subtraction would lose precision where few keys of a code remain.
 
-Memory: ``S · (E + 1)`` per block and head, that is O(L) with ``T`` proportional to ``S``.
+Memory: ``S · (E + 1)`` numbers per block and head, which is O(L) because ``T`` is proportional to ``S``.
 """
 
 from dataclasses import dataclass
@@ -16,27 +16,27 @@ from torch import Tensor
 
 
 def segment_sum(rows: Tensor, segment: Tensor, num_segments: int) -> Tensor:
-    """Sum ``rows`` (R, E) by ``segment`` (R,) into (num_segments, E), in the same order on every run."""
+    """Sum ``rows`` (R, E) by ``segment`` (R,) into (num_segments, E); deterministic on every device."""
     out = rows.new_zeros(num_segments, *rows.shape[1:])
-    if rows.is_cuda:  # index_add_ is atomic there, index_put_ sorts first
+    if rows.is_cuda:  # index_add_ uses atomics, whose order varies; index_put_ sorts first
         return out.index_put_((segment,), rows, accumulate=True)
     return out.index_add_(0, segment, rows)
 
 
 @dataclass(frozen=True)
 class Blocks:
-    """How one call is cut into blocks, and which block sees which key from afar."""
+    """The blocks of queries of one call, and which keys are far from which block."""
 
     length: int
     size: int  # T
-    reach: int  # keys further than this from a block are far from all of it
+    reach: int  # keys further than this from a block are far from all of its queries
     causal: bool
-    everything_far: bool  # bidirectional without a window: one set of statistics serves all blocks
+    everything_far: bool  # bidirectional without a window: all blocks share one far field
 
     @classmethod
     def plan(cls, length: int, num_codes: int, window: int, causal: bool) -> "Blocks":
         everything_far = window == 0 and not causal
-        # About as many near keys as codes; the statistics then cost about twice the memory of the values.
+        # About as many near keys as codes: the far field then takes about twice the memory of the values.
         size = 512 if everything_far else min(max(num_codes // 2, window, 64), 512)
         return cls(length, max(1, min(size, length)), max(window - 1, 0), causal, everything_far)
 
@@ -48,7 +48,7 @@ class Blocks:
         return slice(block * self.size, min((block + 1) * self.size, self.length))
 
     def near(self, block: int) -> slice:
-        """The keys that this block attends one by one."""
+        """The keys that are near this block."""
         if self.everything_far:
             return slice(0, 0)
         rows = self.rows(block)
@@ -56,23 +56,23 @@ class Blocks:
         return slice(max(0, rows.start - self.reach), stop)
 
     def first_after(self, device: torch.device) -> Tensor:
-        """(L,) first block that is far after each key; ``count`` if there is none."""
+        """(L,): for each key the first block that the key is far before; ``count`` if there is none."""
         j = torch.arange(self.length, device=device)
         return ((j + self.reach) // self.size + 1).clamp_(max=self.count)
 
     def last_before(self, device: torch.device) -> Tensor:
-        """(L,) last block that is far before each key; −1 if there is none."""
+        """(L,): for each key the last block that the key is far after; −1 if there is none."""
         j = torch.arange(self.length, device=device)
         return torch.div(j - self.reach, self.size, rounding_mode="floor").sub_(1).clamp_(min=-1)
 
 
 class FarField:
-    """Moves per-key rows to per-block, per-code running sums, and the adjoint of that back to the keys.
+    """Sums rows of keys by block and code, and the adjoint: gathers gradients of these sums back to the keys.
 
-    Both directions are linear in L: one scatter (or gather) and one running sum over the blocks.
+    Both directions take time linear in L: one scatter or gather, and one running sum over the blocks.
     """
 
-    def __init__(self, codes: Tensor, num_codes: int, blocks: Blocks):
+    def __init__(self, codes: Tensor, num_codes: int, blocks: Blocks) -> None:
         self.blocks, self.num_codes = blocks, num_codes
         self.heads = codes.shape[0] * codes.shape[1]  # (batch, head) pairs
         self.codes = codes.reshape(self.heads, -1)
@@ -83,14 +83,14 @@ class FarField:
         else:
             self._before = self._segments(blocks.first_after(codes.device))
             if not blocks.causal:
-                self._after = self._segments(blocks.last_before(codes.device) + 1)  # slot b + 1 holds block b
+                self._after = self._segments(blocks.last_before(codes.device) + 1)  # slot b + 1 is that of block b
 
     def _segments(self, slot: Tensor) -> Tensor:
         head = torch.arange(self.heads, device=slot.device)[:, None]
         return ((slot * self.heads + head) * self.num_codes + self.codes).reshape(-1)
 
     def sums(self, rows: Tensor) -> Tensor:
-        """(heads, L, E) -> (blocks, heads, S, E): for each block, sums over its far keys of each code."""
+        """(heads, L, E) -> (blocks, heads, S, E): for each block and code the sum over the far keys."""
         before = self._scatter(rows, self._before)
         if self.blocks.everything_far:
             return before

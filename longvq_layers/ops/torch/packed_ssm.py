@@ -1,5 +1,6 @@
-"""The scan of documents that are packed into one row: each by itself, from a state of its own."""
+"""The scan of documents packed into one row: one document after the other, each from its own initial state."""
 
+import torch
 from torch import Tensor
 
 from longvq_layers.ops._packed import documents, part
@@ -41,29 +42,34 @@ def ssm_scan_backward(
     need_inputs: bool,
     need_parameters: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """As :func:`longvq_layers.ops.torch.ssm.ssm_scan_backward`; parameters get the sum over the documents."""
+    """As :func:`longvq_layers.ops.torch.ssm.ssm_scan_backward`. Gradients of parameters are summed over documents."""
     model, needed = (log_decay, weight, skip), (reverse, need_inputs, need_parameters)
     if cu_seqlens is None:
         return ssm.ssm_scan_backward(grad_y, grad_state, u, *model, initial_state, key_padding_mask, *needed)
-    has_dinitial = need_inputs and initial_state is not None
     du = u.new_empty(u.shape if need_inputs else 0)
-    dinitial = log_decay.new_empty(initial_state.shape if has_dinitial else 0)
-    # In double precision: there may be many documents.
-    dtypes = (log_decay.dtype, log_decay.dtype, log_decay.real.dtype)
-    sums = [
-        log_decay.new_zeros(x.shape if need_parameters and x is not None else 0, dtype=ssm.wide(dtype, u.device))
-        for x, dtype in zip(model, dtypes, strict=True)
-    ]
+    dinitial = log_decay.new_empty(0)
+    if need_inputs and initial_state is not None:
+        dinitial = log_decay.new_empty(initial_state.shape)
+
+    def zeros(x: Tensor | None, dtype: torch.dtype) -> Tensor:
+        # In double precision, because there may be many documents.
+        return log_decay.new_zeros(
+            x.shape if need_parameters and x is not None else 0, dtype=ssm.double_precision(dtype, u.device)
+        )
+
+    real = log_decay.real.dtype
+    dlog, dweight, dskip = zeros(log_decay, log_decay.dtype), zeros(weight, log_decay.dtype), zeros(skip, real)
     for n, at in enumerate(documents("ssm_scan", cu_seqlens, u.shape[1])):
         own = slice(n, n + 1)
         start, mask = part(initial_state, own, 0), part(key_padding_mask, at, 1)
-        du_part, *parameters, dinitial_part = ssm.ssm_scan_backward(
+        du_part, dlog_part, dweight_part, dskip_part, dinitial_part = ssm.ssm_scan_backward(
             grad_y[:, at], grad_state[own], u[:, at], *model, start, mask, *needed
         )
         if need_inputs:
             du[:, at] = du_part
-        if has_dinitial:
+        if dinitial.numel():
             dinitial[own] = dinitial_part
-        for total, more in zip(sums, parameters, strict=True):
-            total += more
-    return du, *(total.to(dtype) for total, dtype in zip(sums, dtypes, strict=True)), dinitial
+        dlog += dlog_part
+        dweight += dweight_part
+        dskip += dskip_part
+    return du, dlog.to(log_decay.dtype), dweight.to(log_decay.dtype), dskip.to(real), dinitial

@@ -1,0 +1,103 @@
+// Compiled once per instruction set, with LONGVQ_ISA set to its name; see simd.h for what it may include.
+//
+// A step reads each parameter and state once and is bound by that, so modes lie across the lanes as they lie in memory.
+#include "step_kernel.h"
+
+#include <utility>
+
+#include "../../common/simd.h"
+
+namespace longvq {
+namespace {
+
+// In (re, im) pairs: both lanes of a pair from its first, from its second, or exchanged.
+#if defined(__clang__) || __GNUC__ >= 12
+template <std::size_t... I>
+inline Floats first_of_pairs(Floats x, std::index_sequence<I...>) {
+  return __builtin_shufflevector(x, x, (I & ~std::size_t{1})...);
+}
+template <std::size_t... I>
+inline Floats second_of_pairs(Floats x, std::index_sequence<I...>) {
+  return __builtin_shufflevector(x, x, (I | 1)...);
+}
+template <std::size_t... I>
+inline Floats exchanged_pairs(Floats x, std::index_sequence<I...>) {
+  return __builtin_shufflevector(x, x, (I ^ 1)...);
+}
+#else
+typedef int32_t Ints __attribute__((vector_size(kLanes * sizeof(int32_t))));
+template <std::size_t... I>
+inline Floats first_of_pairs(Floats x, std::index_sequence<I...>) {
+  return __builtin_shuffle(x, Ints{static_cast<int32_t>(I & ~std::size_t{1})...});
+}
+template <std::size_t... I>
+inline Floats second_of_pairs(Floats x, std::index_sequence<I...>) {
+  return __builtin_shuffle(x, Ints{static_cast<int32_t>(I | 1)...});
+}
+template <std::size_t... I>
+inline Floats exchanged_pairs(Floats x, std::index_sequence<I...>) {
+  return __builtin_shuffle(x, Ints{static_cast<int32_t>(I ^ 1)...});
+}
+#endif
+
+template <std::size_t... I>
+inline Floats alternating(float even, float odd, std::index_sequence<I...>) {
+  return Floats{(I & 1 ? odd : even)...};
+}
+
+constexpr std::make_index_sequence<kLanes> kOrder{};
+
+inline float sum_of(Floats x) {
+  float total = 0.0f;
+  for (int i = 0; i < kLanes; ++i) {
+    total += x[i];
+  }
+  return total;
+}
+
+float complex_step(
+    const float* decay, const float* weight, const float* state, float u, int64_t modes, float* new_state) {
+  const Floats inputs = alternating(u, 0.0f, kOrder), minus_plus = alternating(-1.0f, 1.0f, kOrder);
+  const int64_t floats = 2 * modes;
+  Floats total{};  // lane products of weight and state: the imaginary ones count negatively
+  int64_t i = 0;
+  for (; i + kLanes <= floats; i += kLanes) {
+    const Floats lambda = load<Floats>(decay + i), x = load<Floats>(state + i);
+    const Floats turned = exchanged_pairs(x, kOrder) * minus_plus;
+    const Floats next = inputs + first_of_pairs(lambda, kOrder) * x + second_of_pairs(lambda, kOrder) * turned;
+    store(new_state + i, next);
+    total += load<Floats>(weight + i) * next;
+  }
+  float y = -sum_of(total * minus_plus);
+  for (; i < floats; i += 2) {
+    const float re = u + decay[i] * state[i] - decay[i + 1] * state[i + 1];
+    const float im = decay[i] * state[i + 1] + decay[i + 1] * state[i];
+    new_state[i] = re;
+    new_state[i + 1] = im;
+    y += weight[i] * re - weight[i + 1] * im;
+  }
+  return y;
+}
+
+float real_step(const float* decay, const float* weight, const float* state, float u, int64_t modes, float* new_state) {
+  const Floats inputs = Floats{} + u;
+  Floats total{};
+  int64_t i = 0;
+  for (; i + kLanes <= modes; i += kLanes) {
+    const Floats next = inputs + load<Floats>(decay + i) * load<Floats>(state + i);
+    store(new_state + i, next);
+    total += load<Floats>(weight + i) * next;
+  }
+  float y = sum_of(total);
+  for (; i < modes; ++i) {
+    new_state[i] = u + decay[i] * state[i];
+    y += weight[i] * new_state[i];
+  }
+  return y;
+}
+
+}  // namespace
+
+extern const StepKernel LONGVQ_JOIN(step_kernel_, LONGVQ_ISA) = {&complex_step, &real_step};
+
+}  // namespace longvq

@@ -1,0 +1,129 @@
+// Compiled once per instruction set, with LONGVQ_ISA set to its name. Include no header with inline functions that
+// another file also uses: the linker keeps one copy of them, and it could be the one with instructions this CPU lacks.
+//
+// argmin_s ||k - C_s||^2 = argmax_s (k.C_s - ||C_s||^2 / 2). Codes lie across the SIMD lanes, a few keys are broadcast
+// against them, and the accumulators of kRows x kVectors registers are compared with the running best and forgotten.
+// A score is one chain of multiply-adds over d, the same wherever the key and the code stand in their block: equal
+// codewords get equal scores, and neither threads nor the block size change a result.
+#include "assign_kernel.h"
+
+#include "../../common/simd.h"
+
+namespace longvq {
+namespace {
+
+// kRows * kVectors accumulators + kVectors codes + one broadcast key must fit the register file.
+#if defined(__AVX512F__)
+constexpr int kRows = 6, kVectors = 4;  // 24 + 4 + 1 of 32
+#elif defined(__AVX2__)
+constexpr int kRows = 6, kVectors = 2;  // 12 + 2 + 1 of 16
+#else
+constexpr int kRows = 4, kVectors = 2;  // 8 + 2 + 1 and one product of 16: no fused multiply-add
+#endif
+constexpr int kPanel = kLanes * kVectors;
+
+typedef int32_t Ints __attribute__((vector_size(kLanes * sizeof(int32_t)), may_alias));
+
+// ROWS keys against a panel of VECTORS * kLanes codes, the first of which is `first_code`.
+template <int ROWS, int VECTORS>
+inline void tile(const AssignBlock& block, int64_t row, int64_t first_code) {
+  const float* keys = block.keys + row * block.depth;
+  const float* panel = block.panels + first_code * block.depth;
+  const Floats* bias = reinterpret_cast<const Floats*>(block.bias + first_code);
+
+  Floats score[ROWS][VECTORS];
+  for (int r = 0; r < ROWS; ++r) {
+    for (int v = 0; v < VECTORS; ++v) {
+      score[r][v] = bias[v];
+    }
+  }
+  for (int64_t d = 0; d < block.depth; ++d) {
+    const Floats* codes = reinterpret_cast<const Floats*>(panel + d * VECTORS * kLanes);
+    for (int r = 0; r < ROWS; ++r) {
+      const float key = keys[r * block.depth + d];
+      for (int v = 0; v < VECTORS; ++v) {
+        score[r][v] += codes[v] * key;
+      }
+    }
+  }
+
+  Ints code;
+  for (int lane = 0; lane < kLanes; ++lane) {
+    code[lane] = static_cast<int32_t>(first_code) + lane;
+  }
+  Floats* best = reinterpret_cast<Floats*>(block.best + row * kLanes);
+  Ints* best_code = reinterpret_cast<Ints*>(block.best_code + row * kLanes);
+#pragma GCC unroll 8
+  for (int r = 0; r < ROWS; ++r) {  // unrolled: an index known only at run time would send the scores through memory
+#pragma GCC unroll 8
+    for (int v = 0; v < VECTORS; ++v) {
+      // Strictly greater: the lower code keeps a tie, and a NaN score never wins.
+      const auto better = score[r][v] > best[r];
+      best[r] = better ? score[r][v] : best[r];
+      best_code[r] = better ? code + v * kLanes : best_code[r];
+    }
+  }
+}
+
+template <int VECTORS>
+inline void panel_against_rows(const AssignBlock& block, int64_t first_code) {
+  int64_t row = 0;
+  // The block's keys are padded to whole steps, so one step may run over the end; for one or two keys it is not worth
+  // it.
+  for (; block.rows - row > 2; row += kRows) {
+    tile<kRows, VECTORS>(block, row, first_code);
+  }
+  for (; row < block.rows; ++row) {
+    tile<1, VECTORS>(block, row, first_code);
+  }
+}
+
+// The best lane of each key; among equal scores the lowest code.
+inline void reduce_lanes(const AssignBlock& block) {
+  for (int64_t row = 0; row < block.rows; ++row) {
+    const float* best = block.best + row * kLanes;
+    const int32_t* best_code = block.best_code + row * kLanes;
+    float score = best[0];
+    int32_t code = best_code[0];
+    for (int lane = 1; lane < kLanes; ++lane) {
+      const bool better = best[lane] > score || (best[lane] == score && best_code[lane] < code);
+      score = better ? best[lane] : score;
+      code = better ? best_code[lane] : code;
+    }
+    block.out[row] = code;
+  }
+}
+
+void assign(const AssignBlock& block) {
+  const int64_t steps = (block.rows + kRows - 1) / kRows;
+  for (int64_t i = 0; i < steps * kRows * kLanes; ++i) {
+    block.best[i] = -__builtin_inff();
+    block.best_code[i] = 0;
+  }
+  int64_t first_code = 0;
+  for (; first_code + kPanel <= block.codes; first_code += kPanel) {
+    panel_against_rows<kVectors>(block, first_code);
+  }
+  switch ((block.codes - first_code) / kLanes) {
+#if defined(__AVX512F__)
+    case 3:
+      panel_against_rows<3>(block, first_code);
+      break;
+    case 2:
+      panel_against_rows<2>(block, first_code);
+      break;
+#endif
+    case 1:
+      panel_against_rows<1>(block, first_code);
+      break;
+    default:
+      break;
+  }
+  reduce_lanes(block);
+}
+
+}  // namespace
+
+extern const AssignKernel LONGVQ_JOIN(assign_kernel_, LONGVQ_ISA) = {kLanes, kPanel, kRows, &assign};
+
+}  // namespace longvq

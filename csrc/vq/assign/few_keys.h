@@ -1,0 +1,12 @@
+// Codes for a few keys a head, as in generation, where packing the codebook would take longer than reading it.
+#pragma once
+
+#include "few_keys_kernel.h"
+#include "inputs.h"
+
+namespace longvq {
+
+// At most kFewKeys rows a head.
+void assign_few_keys(const AssignKeys& keys, const AssignCodebook& codebook, const AssignShape& shape, int64_t* codes);
+
+}  // namespace longvq

@@ -1,0 +1,124 @@
+// Compiled once per instruction set, with LONGVQ_ISA set to its name; see simd.h for what it may include.
+//
+// argmax_s (k.C_s - ||C_s||^2 / 2) as in assign_kernel.cpp, but the codebook is read as it lies in memory, once: the
+// dimension lies across the lanes, and norms come from the same registers as products. Four codes at a time, so that
+// their sums over lanes are additions of whole registers. Every score is the same chain of operations wherever its code
+// stands and however many keys there are: equal codewords get equal scores.
+#include "few_keys_kernel.h"
+
+#include "../../common/simd.h"
+
+namespace longvq {
+namespace {
+
+constexpr int kCodes = 4;  // scores of a register
+
+typedef float Scores __attribute__((vector_size(kCodes * sizeof(float)), may_alias));
+typedef int32_t Codes __attribute__((vector_size(kCodes * sizeof(int32_t)), may_alias));
+
+struct Best {
+  Scores score[kFewKeys];
+  Codes code[kFewKeys];
+};
+
+inline Scores folded(Floats x) {
+  Scores parts[kLanes / kCodes];
+  std::memcpy(parts, &x, sizeof x);
+  Scores sum = parts[0];
+  for (int i = 1; i < kLanes / kCodes; ++i) {
+    sum += parts[i];
+  }
+  return sum;
+}
+
+// The sum of each.
+inline Scores lane_sums(Scores a, Scores b, Scores c, Scores d) {
+  const Scores ab = Scores{a[0], b[0], a[1], b[1]} + Scores{a[2], b[2], a[3], b[3]};
+  const Scores cd = Scores{c[0], d[0], c[1], d[1]} + Scores{c[2], d[2], c[3], d[3]};
+  return Scores{ab[0], ab[1], cd[0], cd[1]} + Scores{ab[2], ab[3], cd[2], cd[3]};
+}
+
+// Scores, not yet summed over lanes, of codes FIRST .. FIRST + COUNT of four against ROWS keys.
+template <int ROWS, int FIRST, int COUNT>
+inline void products(const AssignFew& few, int64_t row, const float* const* codes, Scores (*out)[kCodes]) {
+  const float* keys = few.keys + row * few.depth;
+  Floats square[COUNT] = {}, product[ROWS][COUNT] = {};
+  for (int64_t d = 0; d < few.depth; d += kLanes) {
+    for (int c = 0; c < COUNT; ++c) {
+      const Floats code = load<Floats>(codes[FIRST + c] + d);
+      square[c] += code * code;
+      for (int r = 0; r < ROWS; ++r) {
+        product[r][c] += code * load<Floats>(keys + r * few.depth + d);
+      }
+    }
+  }
+  for (int r = 0; r < ROWS; ++r) {
+    for (int c = 0; c < COUNT; ++c) {
+      out[r][FIRST + c] = folded(product[r][c] - 0.5f * square[c]);
+    }
+  }
+}
+
+// Keys row .. row + ROWS against codes first_code .. first_code + 4.
+template <int ROWS>
+inline void tile(const AssignFew& few, int64_t row, int64_t first_code, Best& best) {
+  // Past the end the last code stands in. It ties with itself, and the lower number wins.
+  const float* codes[kCodes];
+  for (int c = 0; c < kCodes; ++c) {
+    const int64_t code = first_code + c < few.codes ? first_code + c : few.codes - 1;
+    codes[c] = few.codebook + code * few.code_stride;
+  }
+  Scores parts[ROWS][kCodes];
+  if (ROWS <= 2) {  // as many codes at once as there are registers for sums
+    products<ROWS, 0, 4>(few, row, codes, parts);
+  } else {
+    products<ROWS, 0, 2>(few, row, codes, parts);
+    products<ROWS, 2, 2>(few, row, codes, parts);
+  }
+  const int32_t code = static_cast<int32_t>(first_code);
+  const Codes numbers = {code, code + 1, code + 2, code + 3};
+  for (int r = 0; r < ROWS; ++r) {
+    const Scores score = lane_sums(parts[r][0], parts[r][1], parts[r][2], parts[r][3]);
+    // Strictly greater: the lower code keeps a tie, and a NaN score never wins.
+    const auto better = score > best.score[row + r];
+    best.score[row + r] = better ? score : best.score[row + r];
+    best.code[row + r] = better ? numbers : best.code[row + r];
+  }
+}
+
+void assign(const AssignFew& few) {
+  Best best;
+  for (int64_t row = 0; row < few.rows; ++row) {
+    best.score[row] = Scores{} - __builtin_inff();
+    best.code[row] = Codes{};
+  }
+  for (int64_t code = 0; code < few.codes; code += kCodes) {
+    int64_t row = 0;
+    for (; row + 4 <= few.rows; row += 4) {
+      tile<4>(few, row, code, best);
+    }
+    for (; row + 2 <= few.rows; row += 2) {
+      tile<2>(few, row, code, best);
+    }
+    for (; row < few.rows; ++row) {
+      tile<1>(few, row, code, best);
+    }
+  }
+  for (int64_t row = 0; row < few.rows; ++row) {
+    float score = best.score[row][0];
+    int32_t code = best.code[row][0];
+    for (int lane = 1; lane < kCodes; ++lane) {
+      const float other = best.score[row][lane];
+      const bool better = other > score || (other == score && best.code[row][lane] < code);
+      score = better ? other : score;
+      code = better ? best.code[row][lane] : code;
+    }
+    few.out[row] = code;
+  }
+}
+
+}  // namespace
+
+extern const AssignFewKernel LONGVQ_JOIN(assign_few_kernel_, LONGVQ_ISA) = {kLanes, &assign};
+
+}  // namespace longvq
