@@ -1,12 +1,12 @@
-"""Commands that put the compiled library into the package; everything else is in pyproject.toml.
+"""Build commands that compile the native libraries into the package; everything else is in pyproject.toml.
 
 LONGVQ_BUILD=0  install as pure Python
-LONGVQ_BUILD=1  a library that can't be compiled is an error
-unset           compile if possible, otherwise say why and install as pure Python
+LONGVQ_BUILD=1  compile; a failure is an error
+unset           compile if possible, otherwise print the reason and install as pure Python
 
-The CUDA kernels are compiled as well where torch has CUDA and nvcc is found (CUDA_HOME, CUDACXX or PATH).
+The CUDA kernels are also compiled if torch has CUDA and nvcc is found (CUDA_HOME, CUDACXX or PATH).
 FORCE_CUDA=1           compile them for a torch without CUDA too; a failure is an error
-TORCH_CUDA_ARCH_LIST   for these GPUs, for example "8.0+PTX;9.0a", the default
+TORCH_CUDA_ARCH_LIST   the GPUs to compile for; default "8.0+PTX;9.0a"
 """
 
 from __future__ import annotations
@@ -23,6 +23,18 @@ from setuptools.command.build import build
 
 ROOT = Path(__file__).resolve().parent
 PACKAGE = "longvq_layers"
+# Of the sdist, beside the package, README.md, LICENSE, setup.py and pyproject.toml.
+SHIPPED_FOLDERS = ("csrc", "docs", "tests", ".ci")
+SHIPPED_FILES = (
+    ".clang-format",
+    ".editorconfig",
+    ".pre-commit-config.yaml",
+    "CHANGELOG.md",
+    "CITATION.cff",
+    "CONTRIBUTING.md",
+    "Makefile",
+    "SECURITY.md",
+)
 sys.path.insert(0, str(ROOT / "csrc" / "build_support"))
 
 import cuda_library  # noqa: E402
@@ -31,10 +43,10 @@ from find_torch import find_torch  # noqa: E402
 
 
 class build_native(Command):
-    """Compile csrc/ (or not, see above), then place the library and its metadata."""
+    """Compile csrc/ unless LONGVQ_BUILD=0, then put the libraries and their metadata in place."""
 
     description = "compile the native kernels"
-    user_options = []  # noqa: RUF012  the name is distutils'
+    user_options = []  # noqa: RUF012  distutils reads this name
 
     def initialize_options(self) -> None:
         self.editable_mode = False  # set by setuptools for `pip install -e`
@@ -53,7 +65,7 @@ class build_native(Command):
         package = ROOT / PACKAGE if self.editable_mode else Path(self.build_lib, PACKAGE)
         for name, built in self.libraries:
             if built is None:
-                (package / name).unlink(missing_ok=True)  # of an earlier build
+                (package / name).unlink(missing_ok=True)  # from an earlier build
             else:
                 self._place(package / name, built.read_bytes())
         self._place(package / native_library.BUILD_INFO, (json.dumps(info, indent=2) + "\n").encode())
@@ -77,7 +89,7 @@ class build_native(Command):
             return None, {"built": False, "reason": str(error)}
 
     def _build_cuda(self) -> tuple[Path | None, dict[str, object]]:
-        torch = find_torch()  # there: the CPU library was built with it
+        torch = find_torch()  # never None here: the CPU library was built with it
         reason = cuda_library.why_not(torch)
         try:
             if reason is None:
@@ -95,7 +107,7 @@ class build_native(Command):
 
     @staticmethod
     def _place(target: Path, content: bytes) -> None:
-        """Replace, never overwrite: another process may have the old library mapped."""
+        """Replace the file, never overwrite it: another process may have mapped the old library into memory."""
         if target.exists() and target.read_bytes() == content:
             return
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -111,11 +123,11 @@ class build_native(Command):
         return {}
 
     def get_source_files(self) -> list[str]:
-        """What the sdist ships beside the Python package: all that builds, tests and documents it."""
-        files = [ROOT / "CHANGELOG.md", ROOT / "Makefile"]
-        for folder in ("csrc", "tests", "docs"):
-            files += [p for p in (ROOT / folder).rglob("*") if p.is_file() and "__pycache__" not in p.parts]
-        return sorted(str(p.relative_to(ROOT)) for p in files)
+        """The files that the sdist ships beside the Python package: those that build, test and document it."""
+        files = [ROOT / name for name in SHIPPED_FILES]
+        for folder in SHIPPED_FOLDERS:
+            files += [p for p in (ROOT / folder).rglob("*") if "__pycache__" not in p.parts]
+        return sorted(str(p.relative_to(ROOT)) for p in files if p.is_file())
 
 
 class build_with_native(build):
@@ -123,10 +135,12 @@ class build_with_native(build):
 
 
 class bdist_wheel_with_native(bdist_wheel):
-    """py3-none-<platform> with the library (it uses no Python API), py3-none-any without."""
+    """Tag the wheel py3-none-<platform> with the library, which uses no Python API, and py3-none-any without it."""
 
     def run(self) -> None:
-        shutil.rmtree(self.get_finalized_command("build_py").build_lib, ignore_errors=True)  # files since removed
+        shutil.rmtree(
+            self.get_finalized_command("build_py").build_lib, ignore_errors=True
+        )  # may hold files removed since
         self.run_command("build_native")
         if self.get_finalized_command("build_native").built:
             self.distribution.has_ext_modules = lambda: True

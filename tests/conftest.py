@@ -1,4 +1,4 @@
-"""Settings of the whole suite: reproducible, offline, one thread (tensors are small; threads have their own tests)."""
+"""Settings of all tests: fixed random numbers, no network, one thread (tests of several threads set their number)."""
 
 import os
 
@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, settings
 
 settings.register_profile(
     "longvq",
-    deadline=None,  # shared machines: no test depends on time
+    deadline=None,  # a busy machine may take any time
     derandomize=True,
     print_blob=True,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
@@ -21,8 +21,8 @@ torch.set_num_threads(1)
 
 
 def pytest_collection_modifyitems(items):
-    """What runs for a minute comes first: at the end the other processes would wait for it."""
-    items.sort(key=lambda item: item.name != "test_python_blocks_run")
+    """Long tests start first: one that starts last keeps a single process busy while the others are done."""
+    items.sort(key=lambda item: item.get_closest_marker("long") is None)
 
 
 @pytest.fixture(autouse=True)

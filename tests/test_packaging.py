@@ -1,7 +1,7 @@
-"""Installing from a fresh copy of the sources, in every way a user might.
+"""Installs the package from a fresh copy of the sources, in every way that a user might.
 
-The environments see the torch of the environment that runs the tests through a .pth file, so nothing is downloaded but
-setuptools for the isolated builds, and a torch that is touched would be noticed.
+Each test environment sees the torch of the environment that runs the tests, through a .pth file. So only setuptools is
+downloaded, for the isolated builds, and a test would notice a torch that an installation replaced.
 """
 
 import json
@@ -33,7 +33,7 @@ print(json.dumps({
 
 
 def environment(**changes: str | None) -> dict[str, str]:
-    """The environment of a user who set nothing of ours, with changes; None removes a variable."""
+    """The environment variables of a user who set none of this project's, with changes; None removes a variable."""
     result = {k: v for k, v in os.environ.items() if not k.startswith("LONGVQ_") and k not in ("CXX", "PYTHONPATH")}
     result.update({k: v for k, v in changes.items() if v is not None})
     return result
@@ -84,7 +84,7 @@ def torch_of(python: Path, tmp_path: Path) -> list[str]:
 
 
 def path_without_compilers(tmp_path: Path) -> str:
-    """A PATH with all that is on the present one except compilers."""
+    """A PATH with all programs of the present one except compilers."""
     programs = tmp_path / "programs"
     programs.mkdir()
     for folder in os.environ["PATH"].split(os.pathsep):
@@ -111,7 +111,7 @@ def test_installs_with_the_library_and_leaves_torch_alone(user, sources, tmp_pat
 
 
 def test_longvq_build_0_installs_pure_python(user, sources, tmp_path):
-    # Even with the leftovers of a build with the library in the same sources.
+    # The sources also contain the files of an earlier build with the library.
     install(user, sources, "--no-build-isolation")
     assert use(user, tmp_path)["loaded"]
     install(user, sources, "--no-build-isolation", "--force-reinstall", "--no-deps", env=environment(LONGVQ_BUILD="0"))
@@ -146,7 +146,7 @@ def test_a_compiler_that_fails_installs_pure_python_with_the_reason(user, source
         ({"LONGVQ_BUILD": "yes"}, "LONGVQ_BUILD must be 0, 1 or unset, got 'yes'"),
     ],
 )
-def test_what_was_asked_for_and_cannot_be_done_is_an_error(user, sources, changes, message):
+def test_a_requested_build_that_fails_is_an_error(user, sources, changes, message):
     assert message in install(user, sources, "--no-build-isolation", env=environment(**changes), ok=False)
 
 
@@ -204,6 +204,7 @@ def test_the_sdist_can_be_built_from(user, sources, tmp_path):
     shipped = {str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*.[chp]*") if p.suffix != ".pyc"}
     assert shipped and shipped <= names
     assert {"LICENSE", "setup.py", "pyproject.toml", "csrc/build_support/backend.py"} <= names
+    assert {"CHANGELOG.md", "CITATION.cff", "CONTRIBUTING.md", "Makefile", "SECURITY.md"} <= names
     assert not [n for n in names if n.endswith(".so") or n.endswith("_build_info.json")]
 
     run(user, "-m", "pip", "install", "--no-build-isolation", sdist, cwd=tmp_path)
