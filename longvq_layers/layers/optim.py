@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from typing import TypeAlias, TypedDict
+from typing import Any, TypeAlias
 
 from torch import Tensor, nn
 
@@ -13,18 +13,9 @@ _SSM_LR = 1e-3
 _Rate: TypeAlias = float | Tensor
 
 
-class ParameterGroup(TypedDict):
-    """One group of `optimizer_groups`."""
-
-    name: str
-    params: list[nn.Parameter]
-    lr: _Rate
-    weight_decay: _Rate
-
-
 def optimizer_groups(
     model: nn.Module, *, lr: _Rate, weight_decay: _Rate, ssm_lr: _Rate | Mapping[str, _Rate] = _SSM_LR
-) -> list[ParameterGroup]:
+) -> list[dict[str, Any]]:
     """Split the trainable parameters of a model into groups for any torch optimiser.
 
     | group | parameters | learning rate | weight decay |
@@ -70,7 +61,7 @@ def optimizer_groups(
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
             members[_role(module, name, parameter, "ssm" not in slow)][id(parameter)] = parameter
-    groups: list[ParameterGroup] = []
+    groups: list[dict[str, Any]] = []  # the type that optimisers of torch take
     taken: set[int] = set()
     for name, (rate, decay) in settings.items():
         params = [p for key, p in members[name].items() if p.requires_grad and key not in taken]

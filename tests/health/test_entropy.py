@@ -139,12 +139,12 @@ def test_rotary_attention_without_far_positions_is_recorded_too():
     model = LlamaModel(LlamaConfig(**sizes, num_hidden_layers=1, vocab_size=50, max_position_embeddings=20)).eval()
     ids = torch.randint(3, 50, (2, 60))
     replace_attention(model, num_codes=120, window=6, calibration=[ids], variance_correction=False)
-    seam, seen = model.layers[0].self_attn.longvq, {}
+    slot, seen = model.layers[0].self_attn.longvq, {}
 
     def note(module, args, kwargs):
         seen.update(dict(zip(("q", "k", "v"), args, strict=False)), far=kwargs["far"], scale=kwargs["scale"])
 
-    seam.register_forward_pre_hook(note, with_kwargs=True)
+    slot.register_forward_pre_hook(note, with_kwargs=True)
     with Monitor(model, queries=1000) as monitor, torch.no_grad():
         model(ids, use_cache=False)
     (reading,) = monitor.entropy.values()

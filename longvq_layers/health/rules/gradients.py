@@ -96,5 +96,5 @@ def _vanishing_advice(row: GradientRow) -> str:
         "attention": "look whether attention_gate or output_gate of this block is closed",
         "gates": "saturated gates have no slope: smaller weights and biases of output_gate and attention_gate",
     }
-    also = 'norm="pre", and the gates, large weights and norms of the blocks behind it'
+    also = 'norm="pre", and the gates, large weights and norms of the blocks after it'
     return f"{advice[row.kind]}; {also}" if row.kind in advice else also

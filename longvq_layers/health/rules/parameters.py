@@ -34,7 +34,7 @@ def parameter_findings(model: nn.Module, limits: Mapping[str, float]) -> Iterato
                     f"{name}.weight" if name else "weight",
                     f"RMS {_text.number(gain / math.sqrt(inputs))}, it multiplies its input by about "
                     f"{_text.number(gain)} (0.6 after initialisation)",
-                    "gates and softmax saturate behind it, and nothing else counts beside its output",
+                    "the gates and the softmax after it saturate, and its output outweighs all others",
                     "a lower lr, weight_decay in optimizer_groups(model, lr=..., weight_decay=...), gradient clipping; "
                     "initialise this layer anew (reset_parameters())",
                 )
