@@ -227,9 +227,9 @@ def test_several_python_threads_at_once():
         (torch.zeros(1, 1, 2, 3), torch.zeros(2, 2, 3), "codebook must be .*, got \\(2, 2, 3\\)"),
         (torch.zeros(1, 1, 2, 3), torch.zeros(1, 2, 4), "codebook must be .*, got \\(1, 2, 4\\)"),
         (torch.zeros(1, 1, 2, 3), torch.zeros(1, 0, 3), "at least one code"),
-        (torch.zeros(1, 1, 2, 3).double(), torch.zeros(1, 2, 3), "takes float32, bfloat16 or float16"),
-        (torch.zeros(1, 1, 2, 3), torch.zeros(1, 2, 3).double(), "takes float32, bfloat16 or float16"),
-        (torch.zeros(1, 1, 2, 3), torch.zeros(1, 2, 3).long(), "takes float32, bfloat16 or float16"),
+        (torch.zeros(1, 1, 2, 3).double(), torch.zeros(1, 2, 3), "must be float32, bfloat16 or float16"),
+        (torch.zeros(1, 1, 2, 3), torch.zeros(1, 2, 3).double(), "must be float32, bfloat16 or float16"),
+        (torch.zeros(1, 1, 2, 3), torch.zeros(1, 2, 3).long(), "must be float32, bfloat16 or float16"),
     ],
 )
 def test_the_kernel_itself_refuses_what_would_read_out_of_bounds(k, codebook, message):
