@@ -1,10 +1,10 @@
-"""Compile csrc/cuda with nvcc into a library of its own, which is loaded beside that of the CPU where torch has CUDA.
+"""Compile csrc/cuda with nvcc into a library of its own. Python loads it beside the CPU library if torch has CUDA.
 
     python csrc/build_support/cuda_library.py [--out FILE]
 
-compiles every kernel for every architecture and prints what each takes: registers, stack, spills, and the most shared
-memory that it asks for (of the scan's kernels: for 32 modes). A kernel that spills, or that keeps an array in local
-memory, is an error, as is every warning. No GPU and no CUDA torch are needed for that.
+compiles every kernel for every architecture and prints a table of their registers, stack, spills and largest shared
+memory (of the scan: with 32 modes). A warning is an error, and so is a kernel that spills or uses local memory. This
+needs neither a GPU nor a torch with CUDA.
 
 `on_host()` compiles the same sources with the C++ compiler alone, for tests that run the kernels on the CPU.
 """
@@ -27,8 +27,9 @@ import shared_memory
 from find_torch import Torch, find_torch
 from native_library import CACHE, CUDA, ROOT, BuildError, Compiler
 
+ON_HOST = Path("csrc", CUDA, "on_host")
 LIBRARY = "lib/liblongvq_cuda.so"  # inside the package
-ARCHITECTURES = "8.0+PTX;9.0a"  # of TORCH_CUDA_ARCH_LIST, if it isn't set: Ampere, Hopper, what comes after
+ARCHITECTURES = "8.0+PTX;9.0a"  # the default of TORCH_CUDA_ARCH_LIST: Ampere, Hopper, and newer GPUs by PTX
 NVCC_FLAGS = ["-std=c++17", "-O3", "--expt-relaxed-constexpr", "-Xcompiler=-fPIC,-fvisibility=hidden"]
 LINK_FLAGS = ["-shared", "-cudart=static", "-Xlinker=--no-undefined", "-ltorch_cpu"]
 CHECKS = ["-Werror=all-warnings", "-Xptxas=-v"]
@@ -36,17 +37,17 @@ CHECKS = ["-Werror=all-warnings", "-Xptxas=-v"]
 
 @dataclass(frozen=True)
 class Kernel:
-    """What one kernel takes on one architecture, as ptxas says."""
+    """The resources of one kernel on one architecture, as ptxas reports them."""
 
     name: str
     architecture: str
     registers: int
-    stack: int  # bytes a thread
-    spills: int  # bytes stored
+    stack: int  # bytes for each thread
+    spills: int  # bytes stored by each thread
 
 
 def why_not(torch: Torch) -> str | None:
-    """Why the CUDA kernels are not built here; None if they are. `FORCE_CUDA=1`: for a torch without CUDA too."""
+    """Why the CUDA kernels are not built here; None if they are. `FORCE_CUDA=1`: also for a torch without CUDA."""
     if os.environ.get("FORCE_CUDA", "0") not in ("", "0"):
         return None if find_nvcc() else "FORCE_CUDA=1, but there is no nvcc: set CUDA_HOME or CUDACXX"
     cuda = re.search(r"^cuda\b[^=]*=\s*'(\d+)", (torch.root / "version.py").read_text(), re.MULTILINE)
@@ -62,7 +63,7 @@ def why_not(torch: Torch) -> str | None:
 
 
 def find_nvcc() -> str | None:
-    """`CUDACXX`, or nvcc in `CUDA_HOME`, or the one on PATH."""
+    """`CUDACXX`, or nvcc in `CUDA_HOME`, or nvcc on PATH."""
     if named := os.environ.get("CUDACXX"):
         return shutil.which(named)
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
@@ -70,21 +71,21 @@ def find_nvcc() -> str | None:
 
 
 def architectures() -> list[str]:
-    """nvcc's options for `TORCH_CUDA_ARCH_LIST`, whose entries are like "8.0", "9.0a", "9.0+PTX"."""
+    """nvcc's options for `TORCH_CUDA_ARCH_LIST`, which has entries like "8.0", "9.0a" and "9.0+PTX"."""
     options = []
     for entry in re.split(r"[;\s]+", os.environ.get("TORCH_CUDA_ARCH_LIST") or ARCHITECTURES):
         match = re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", entry)
         if not match:
-            raise BuildError(f"TORCH_CUDA_ARCH_LIST: got {entry!r}, expected numbers like 8.0, 9.0a or 9.0+PTX")
+            raise BuildError(f"TORCH_CUDA_ARCH_LIST must be numbers like 8.0, 9.0a or 9.0+PTX, got {entry!r}")
         number = "".join(match.group(1, 2, 3))
         options.append(f"-gencode=arch=compute_{number},code=sm_{number}")
-        if match[4]:  # from which the driver makes code for newer GPUs
+        if match[4]:  # PTX, which the driver compiles for newer GPUs
             options.append(f"-gencode=arch=compute_{number},code=compute_{number}")
     return options
 
 
-def build(more_flags: Sequence[str] = ()) -> tuple[Path, dict[str, object], list[Kernel]]:
-    """The library, what to record about it, and, with CHECKS among the flags, what its kernels take."""
+def build(more_flags: Sequence[str] = ()) -> tuple[Path, dict[str, str | list[str]], list[Kernel]]:
+    """The library, the information to record about it, and, with CHECKS among the flags, its kernels."""
     command, torch, nvcc = native_library.find_compiler(), find_torch(), find_nvcc()
     if command is None or torch is None or nvcc is None:
         missing = "C++ compiler" if command is None else "torch" if torch is None else "nvcc"
@@ -108,27 +109,28 @@ def build(more_flags: Sequence[str] = ()) -> tuple[Path, dict[str, object], list
             log.write_text(native_library.run([*arguments, "-c", str(source)], target))
         return target, log.read_text()
 
-    inputs = [*native_library.sources("*.cu"), *_sources_of_operators()]
+    inputs = [*native_library.sources("*.cu"), *_operator_sources()]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         objects, logs = zip(*pool.map(compile_source, inputs), strict=True)
     library = native_library.link([nvcc, "-ccbin", command[0]], torch, LINK_FLAGS, CACHE, objects, "longvq_cuda")
-    info = {"nvcc": version, "architectures": [option.rpartition("_")[2] for option in options]}
+    names = [option.rpartition("_")[2] for option in options]
+    info: dict[str, str | list[str]] = {"nvcc": version, "architectures": names}
     return library, info, [kernel for log in logs for kernel in kernels_of(log)]
 
 
 def on_host() -> Path:
-    """The kernels as ordinary C++, run thread by thread (csrc/cuda/on_host), behind the same operators."""
+    """A library of the same operators whose kernels are ordinary C++, run thread by thread (csrc/cuda/on_host)."""
     command, torch = native_library.find_compiler(), find_torch()
     if command is None or torch is None:
         raise BuildError(f"no {'C++ compiler' if command is None else 'torch'} to build the kernels with")
     compiler = Compiler(command)
-    # Kernels leave their stack by jumps, which a fortified libc takes for an error.
-    own = ["-DLONGVQ_ON_HOST", "-Wno-unknown-pragmas", "-U_FORTIFY_SOURCE", "-O2"]
-    flags = [*native_library.COMMON_FLAGS, "-Werror", *own]
+    # Threads of a kernel change stacks by longjmp, which a fortified libc reports as an error.
+    host_flags = ["-DLONGVQ_ON_HOST", "-Wno-unknown-pragmas", "-U_FORTIFY_SOURCE", "-O2"]
+    flags = [*native_library.COMMON_FLAGS, "-Werror", *host_flags]
     setting = native_library.setting_of(compiler, torch, flags, native_library.sources("*.h"))
     (ROOT / CACHE).mkdir(parents=True, exist_ok=True)
     jobs = [(source, ["-x", "c++"]) for source in native_library.sources("*.cu")]
-    jobs += [(source, []) for source in _sources_of_operators() + native_library.sources(f"{CUDA}/on_host/*.cpp")]
+    jobs += [(source, []) for source in _operator_sources() + native_library.sources(f"{CUDA}/on_host/*.cpp")]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         objects = list(
             pool.map(lambda job: native_library.compile_cpp(compiler, torch, flags, CACHE, setting, *job), jobs)
@@ -137,7 +139,7 @@ def on_host() -> Path:
 
 
 def kernels_of(log: str) -> list[Kernel]:
-    """What ptxas -v says of each kernel."""
+    """The kernels in the log of ptxas -v."""
     found = []
     pattern = (
         r"Compiling entry function '(\w+)' for '(\w+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores"
@@ -148,8 +150,8 @@ def kernels_of(log: str) -> list[Kernel]:
     return found
 
 
-def _sources_of_operators() -> list[Path]:
-    return native_library.sources(f"{CUDA}/*.cpp")
+def _operator_sources() -> list[Path]:
+    return [source for source in native_library.sources(f"{CUDA}/**/*.cpp") if ON_HOST not in source.parents]
 
 
 def _nvcc_version(nvcc: str) -> str:
@@ -162,7 +164,7 @@ def _nvcc_version(nvcc: str) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Compile all CUDA kernels and print what each takes.")
+    parser = argparse.ArgumentParser(description="Compile all CUDA kernels and print the resources of each.")
     parser.add_argument("--out", type=Path, help="also write the table to this file")
     args = parser.parse_args()
     try:
@@ -171,7 +173,7 @@ def main() -> None:
         print(error.log, file=sys.stderr)
         raise SystemExit(f"the CUDA kernels can't be built: {error}") from error
     names = dict(zip(kernels, shared_memory.readable([kernel.name for kernel in kernels]), strict=True))
-    asked = shared_memory.most_of_kernels(str(on_host()))
+    shared_bytes = shared_memory.largest_of_each_kernel(str(on_host()))
     lines = [
         f"nvcc {info['nvcc']}, architectures {', '.join(info['architectures'])}, {library.stat().st_size:,} bytes",
         "",
@@ -179,7 +181,7 @@ def main() -> None:
         "|:---|:---|---:|---:|---:|---:|",
     ]
     for kernel in sorted(kernels, key=lambda kernel: (names[kernel], kernel.architecture)):
-        cells = (names[kernel], *astuple(kernel)[1:], asked.get(names[kernel], "never launched"))
+        cells = (names[kernel], *astuple(kernel)[1:], shared_bytes.get(names[kernel], "never launched"))
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     table = "\n".join(lines)
     print(table)
@@ -188,8 +190,8 @@ def main() -> None:
     wrong = [kernel for kernel in kernels if kernel.stack or kernel.spills]
     if wrong or not kernels:
         raise SystemExit(f"{len(wrong)} of {len(kernels)} kernels spill or use local memory")
-    if idle := set(names.values()) - asked.keys():
-        raise SystemExit(f"no call of csrc/build_support/shared_memory.py takes {', '.join(sorted(idle))}")
+    if idle := set(names.values()) - shared_bytes.keys():
+        raise SystemExit(f"no call of csrc/build_support/shared_memory.py launches {', '.join(sorted(idle))}")
 
 
 if __name__ == "__main__":

@@ -1,18 +1,19 @@
-"""What shared memory each CUDA kernel asks for, from its launches: they are made on the host, where none runs.
+"""The shared memory that each CUDA kernel asks for, from launches on the host that record it instead of running.
 
-Needs an installed longvq_layers, whose operators the kernels are called through.
+Needs an installed longvq_layers: the kernels are called through its operators.
 """
 
 from __future__ import annotations
 
 import ctypes
+import functools
 import itertools
 import re
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 OPERATORS = ("vq_assign", "vq_attention", "vq_attention_backward", "ssm_scan", "ssm_scan_backward")
 
@@ -20,26 +21,31 @@ OPERATORS = ("vq_assign", "vq_attention", "vq_attention_backward", "ssm_scan", "
 @dataclass(frozen=True)
 class Launch:
     op: str
-    case: tuple  # whether in three parts; columns of keys, and of values; of the scan groups of 16 modes
+    case: tuple[int, ...]  # a key of SHARED_BYTES in longvq_layers/ops/_cuda_limits.py
     kernel: str
     bytes: int
 
 
-def define_on_host(path: str) -> SimpleNamespace:
-    """The operators of a library from `cuda_library.on_host()`, and `close()`, which takes them away again."""
+class HostOperators(NamedTuple):
+    ops: Any  # torch.ops.longvq_on_host
+    close: Callable[[], None]  # unregisters them
+
+
+def define_on_host(path: str) -> HostOperators:
+    """Registers the operators of a library from `cuda_library.on_host()`."""
     import torch
 
     import longvq_layers  # noqa: F401  defines their schemas
 
-    torch.ops.load_library(path)
-    library = torch.library.Library("longvq_on_host", "DEF")
+    torch.ops.load_library(path)  # type: ignore[no-untyped-call]  # of torch
+    library: Any = torch.library.Library("longvq_on_host", "DEF")  # type: ignore[no-untyped-call]  # of torch
     for name in OPERATORS:
         library.define(str(getattr(torch.ops.longvq, name).default._schema).partition("::")[2])
-    return SimpleNamespace(ops=torch.ops.longvq_on_host, close=library._destroy)
+    return HostOperators(torch.ops.longvq_on_host, library._destroy)
 
 
-def launches(ops, path: str) -> list[Launch]:
-    """Every launch of calls that take every kernel; `ops` are those of the library at `path`."""
+def launches(ops: Any, path: str) -> list[Launch]:
+    """All launches of calls that together launch every kernel; `ops` are the operators of the library at `path`."""
     library = ctypes.CDLL(path)
     library.longvq_on_host_end_plan.restype = ctypes.c_char_p
     found = []
@@ -55,18 +61,18 @@ def launches(ops, path: str) -> list[Launch]:
     return found
 
 
-def most_of_kernels(path: str) -> dict[str, int]:
-    """The most that each kernel asks for, in bytes, by its readable name."""
+def largest_of_each_kernel(path: str) -> dict[str, int]:
+    """The most shared memory that each kernel asks for, in bytes, by its readable name."""
     defined = define_on_host(path)
-    most: dict[str, int] = {}
+    largest: dict[str, int] = {}
     for launch in launches(defined.ops, path):
-        most[launch.kernel] = max(launch.bytes, most.get(launch.kernel, 0))
+        largest[launch.kernel] = max(launch.bytes, largest.get(launch.kernel, 0))
     defined.close()
-    return most
+    return largest
 
 
 def readable(mangled: list[str], types: bool = False) -> list[str]:
-    """Kernels by name and template arguments, from their symbols, or from the types that the host names them by."""
+    """Names and template arguments of kernels, from their symbols, or (`types`) from the types in the host's record."""
     filt = shutil.which("c++filt")
     if not filt or not mangled:
         return mangled
@@ -82,24 +88,25 @@ def _readable(demangled: str) -> str:
     return match[1] if match else demangled
 
 
-def _calls(ops) -> Iterator[tuple]:
-    """(operator, case, call) with the least tensors that take every kernel; of one element where that is enough."""
+def _calls(ops: Any) -> Iterator[tuple[str, tuple[int, ...], Callable[[], object]]]:
+    """(operator, case, call) for calls that together launch every kernel, with tensors as small as possible."""
     import torch
 
     from longvq_layers.ops._attention_inputs import AttentionInputs
     from longvq_layers.ops._attention_options import Activation, AttentionOptions, KeyGrad, LocalKeys
 
-    def empty(*sizes, dtype=torch.float32):
+    def empty(*sizes: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         return torch.empty(sizes, dtype=dtype)
 
     dtypes = (torch.float32, torch.bfloat16, torch.float16)
     for dtype, columns in itertools.product(dtypes, (64, 128, 256)):
-        k, codebook = empty(1, 1, 1, columns, dtype=dtype), empty(1, 1, columns)
-        yield "vq_assign", (dtype != torch.bfloat16, columns), lambda k=k, codebook=codebook: ops.vq_assign(k, codebook)
-    length = 4096  # in segments
-    for dtype, columns, values in itertools.product(dtypes, (64, 128), (64, 128)):
-        q, v = empty(1, 1, length, columns, dtype=dtype), empty(1, 1, length, values, dtype=dtype)
-        codebook, codes = empty(1, 1, columns), torch.zeros(1, 1, length, dtype=torch.int64)
+        assign = functools.partial(ops.vq_assign, empty(1, 1, 1, columns, dtype=dtype), empty(1, 1, columns))
+        yield "vq_assign", (dtype != torch.bfloat16, columns), assign
+    length = 4096  # enough for several segments
+    for dtype, head_dim, value_dim in itertools.product(dtypes, (64, 128), (64, 128)):
+        q, v = empty(1, 1, length, head_dim, dtype=dtype), empty(1, 1, length, value_dim, dtype=dtype)
+        codes = torch.zeros(1, 1, length, dtype=torch.int64)
+        inputs = AttentionInputs(q, q, v, empty(1, 1, head_dim), codes, None, None, None)
         for causal, window, activation in [
             (True, 1, Activation.SOFTMAX),
             (False, 1, Activation.LAPLACE),
@@ -108,19 +115,19 @@ def _calls(ops) -> Iterator[tuple]:
             if dtype == torch.float16 and activation == Activation.LAPLACE:
                 continue
             options = AttentionOptions(1.0, causal, window, activation, LocalKeys.EXACT, KeyGrad.CLUSTER)
-
-            def attend(tensors=(q, q, v, codebook, codes), v=v, options=options):
-                args = (*AttentionInputs(*tensors, None, None, None), *options)
-                out, normalizers = ops.vq_attention(*args)
-                ops.vq_attention_backward(v, out, normalizers, *args)
-
-            yield "vq_attention", (dtype == torch.float32, columns, values), attend
+            attend = functools.partial(_attend, ops, v, *inputs, *options)
+            yield "vq_attention", (dtype == torch.float32, head_dim, value_dim), attend
     for dtype, modes in itertools.product(dtypes, (16, 32)):
         u, decay = empty(1, 5 * length, 1, dtype=dtype), empty(1, modes)
-
-        def scan(u=u, decay=decay, modes=modes):
-            args = (u, decay, decay, None, None, None, None, False)
-            y, _ = ops.ssm_scan(*args)
-            ops.ssm_scan_backward(y, empty(1, 1, modes), *args, True, True)
-
+        scan = functools.partial(_scan, ops, empty(1, 1, modes), u, decay, decay, None, None, None, None, False)
         yield "ssm_scan", (dtype != torch.bfloat16, modes // 16), scan
+
+
+def _attend(ops: Any, grad: object, *arguments: object) -> None:
+    out, normalizers = ops.vq_attention(*arguments)
+    ops.vq_attention_backward(grad, out, normalizers, *arguments)
+
+
+def _scan(ops: Any, grad_state: object, *arguments: object) -> None:
+    y, _ = ops.ssm_scan(*arguments)
+    ops.ssm_scan_backward(y, grad_state, *arguments, True, True)

@@ -1,5 +1,5 @@
-// Adds the CUDA kernels to the operators that longvq_layers/ops/_schema.py defines; on the host, for tests, to
-// operators of the same form in a namespace of their own.
+// Registers the CUDA kernels for the operators that longvq_layers/ops/_schema.py defines. The build for the host, for
+// tests, registers them for operators with the same schemas in the namespace longvq_on_host.
 #include <torch/csrc/stable/library.h>
 
 #include "../common/export.h"

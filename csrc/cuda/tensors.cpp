@@ -1,5 +1,7 @@
 #include "tensors.h"
 
+#include "common/status.h"
+
 #ifndef LONGVQ_ON_HOST
 #include <dlfcn.h>
 #endif
@@ -9,15 +11,15 @@ namespace longvq::cuda {
 #ifdef LONGVQ_ON_HOST
 
 OnDeviceOf::OnDeviceOf(const char* op, const Tensor& x) {
-  STD_TORCH_CHECK(x.is_cpu(), op, ": expected tensors on the CPU");
+  STD_TORCH_CHECK(x.is_cpu(), op, ": tensors must be on the CPU");
 }
 
 #else
 
 namespace {
 
-// Of libtorch_cuda, which is there whenever there are CUDA tensors, but which this library must not need to be loaded.
-// Python loads it for itself alone, so that it has to be asked for by name.
+// A function of libtorch_cuda. That library is loaded whenever CUDA tensors exist, but this library must also load
+// without it. Python doesn't make its symbols global, so it is found by name.
 using StreamOfDevice = int32_t (*)(int32_t, void**);
 StreamOfDevice find_stream_of_device() {
   void* library = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
@@ -29,14 +31,15 @@ void* current_stream(int32_t device) {
   static const StreamOfDevice function = find_stream_of_device();
   void* stream = nullptr;
   STD_TORCH_CHECK(
-      function != nullptr && function(device, &stream) == 0, "longvq_layers: this torch doesn't tell its CUDA stream");
+      function != nullptr && function(device, &stream) == 0,
+      "longvq_layers: this torch offers no aoti_torch_get_current_cuda_stream");
   return stream;
 }
 
 }  // namespace
 
 OnDeviceOf::OnDeviceOf(const char* op, const Tensor& x) {
-  STD_TORCH_CHECK(x.is_cuda(), op, ": expected tensors on a CUDA device");
+  STD_TORCH_CHECK(x.is_cuda(), op, ": tensors must be on a CUDA device, got the CPU");
   const int32_t device = x.get_device_index();
   guard_.emplace(device);
   stream_ = current_stream(device);
@@ -44,17 +47,84 @@ OnDeviceOf::OnDeviceOf(const char* op, const Tensor& x) {
 
 #endif
 
-void check_devices(const char* op, const Tensor& x, std::initializer_list<OptionalTensor> others) {
+namespace {
+
+const char* name_of(ScalarType type) {
+  switch (type) {
+    case ScalarType::Bool:
+      return "bool";
+    case ScalarType::Int:
+      return "int32";
+    case ScalarType::Long:
+      return "int64";
+    case ScalarType::Half:
+      return "float16";
+    case ScalarType::BFloat16:
+      return "bfloat16";
+    case ScalarType::Float:
+      return "float32";
+    case ScalarType::Double:
+      return "float64";
+    case ScalarType::ComplexFloat:
+      return "complex64";
+    default:
+      return "another dtype";
+  }
+}
+
+// "(2, 3) float32"
+std::string description_of(const Tensor& x) {
+  std::string text = "(";
+  for (int64_t i = 0; i < x.dim(); ++i) {
+    text += (i == 0 ? "" : ", ") + std::to_string(x.size(i));
+  }
+  return text + (x.dim() == 1 ? ",) " : ") ") + name_of(x.scalar_type());
+}
+
+}  // namespace
+
+bool has_sizes(const Tensor& x, std::initializer_list<int64_t> sizes) {
+  if (x.dim() != static_cast<int64_t>(sizes.size())) {
+    return false;
+  }
+  int64_t axis = 0;
+  for (const int64_t size : sizes) {
+    if (size != -1 && size != x.size(axis)) {
+      return false;
+    }
+    ++axis;
+  }
+  return true;
+}
+
+void check(const char* op, const char* name, const Tensor& x, bool valid, const char* expected) {
+  STD_TORCH_CHECK(valid, op, ": ", name, " must be ", expected, ", got ", description_of(x));
+}
+
+void check_mask(const char* op, const OptionalTensor& mask, int64_t batch, int64_t length) {
+  if (mask.has_value()) {
+    const bool valid = has_sizes(*mask, {batch, length}) && mask->scalar_type() == ScalarType::Bool;
+    check(op, "key_padding_mask", *mask, valid, "(B, L) bool");
+  }
+}
+
+void check_same_device(const char* op, const Tensor& x, std::initializer_list<OptionalTensor> others) {
   for (const OptionalTensor& other : others) {
     STD_TORCH_CHECK(
         !other.has_value() || (other->is_cuda() == x.is_cuda() && other->get_device_index() == x.get_device_index()),
-        op, ": all tensors must be on one device");
+        op, ": all tensors must be on one device, got several");
   }
 }
 
 void check_launch(const char* op, int error) {
-  STD_TORCH_CHECK(error != kNotCovered, op, ": no CUDA kernel for these sizes");
+  STD_TORCH_CHECK(error != kUnsupported, op, ": there is no CUDA kernel for these sizes");
   STD_TORCH_CHECK(error == 0, op, ": ", longvq_cuda_error_text(error));
+}
+
+ElementType checked_type(const char* op, const char* name, const Tensor& x) {
+  const std::optional<ElementType> type = element_type(x);
+  check(op, name, x, type.has_value(), "float32, bfloat16 or float16 for the CUDA kernels");
+  return *type;
 }
 
 Sequences sequences_of(
@@ -62,51 +132,21 @@ Sequences sequences_of(
   if (!cu_seqlens.has_value()) {
     return {batch, length, nullptr, 0};
   }
-  STD_TORCH_CHECK(
-      cu_seqlens->dim() == 1 && cu_seqlens->size(0) >= 1 && cu_seqlens->scalar_type() == ScalarType::Int, op,
-      ": cu_seqlens must be (N + 1,), int32");
-  STD_TORCH_CHECK(batch == 1, op, ": with cu_seqlens all documents lie in one row, got a batch of ", batch);
+  const bool valid = has_sizes(*cu_seqlens, {-1}) && cu_seqlens->size(0) >= 1;
+  check(op, "cu_seqlens", *cu_seqlens, valid && cu_seqlens->scalar_type() == ScalarType::Int, "(N + 1,) int32");
+  STD_TORCH_CHECK(batch == 1, op, ": the batch must be 1 with cu_seqlens, got ", batch);
   const int64_t documents = cu_seqlens->size(0) - 1;
-  STD_TORCH_CHECK(documents > 0 || length == 0, op, ": cu_seqlens has no document for the ", length, " positions");
+  STD_TORCH_CHECK(
+      documents > 0 || length == 0, op, ": cu_seqlens must hold a document for the ", length, " positions, got none");
   offsets = torch::stable::contiguous(*cu_seqlens);
   return {batch, length, const_data_of<int32_t>(*offsets), documents};
 }
 
-PackedCodebook::PackedCodebook(
-    const char* op, const Tensor& from, ElementType type, int64_t first, int64_t columns, void* stream) {
-  const Tensor values = as_type(from, ScalarType::Float);
-  const int64_t heads = values.size(0), codes = values.size(1), padded = padded_codes(codes);
-  const int64_t count = type == ElementType::kFloat ? 3 : 1;
-  parts = torch::stable::new_empty(values, {heads, count, padded, columns}, ScalarType::BFloat16);
-  half_norms = torch::stable::new_empty(values, {heads, padded}, ScalarType::Float);
-  codebook = {heads, codes, values.size(2) - first, columns, data_of<uint16_t>(parts), data_of<float>(half_norms)};
-  const PackCodebook problem{
-      static_cast<const float*>(values.const_data_ptr()) + first * values.stride(2),
-      values.stride(0),
-      values.stride(1),
-      values.stride(2),
-      type,
-      codebook};
-  if (heads > 0) {
-    check_launch(op, longvq_cuda_pack_codebook(&problem, stream));
+PaddingMask padding_mask(const OptionalTensor& mask) {
+  if (!mask.has_value()) {
+    return {nullptr, 0, 0};
   }
-}
-
-FarFieldTensors::FarFieldTensors(FarField& p, const Tensor& like) {
-  const auto empty = [&](std::initializer_list<int64_t> sizes, ScalarType type) {
-    return torch::stable::new_empty(like, sizes, type);
-  };
-  const int64_t fields = p.far_fields(), padded = padded_codes(p.codes);
-  const int64_t kept = p.causal || p.all_far() ? 0 : fields;
-  segment_sums = empty({p.batch, p.heads, p.segments(), p.codes, p.values}, ScalarType::Float);
-  segment_numbers = empty({p.batch, p.heads, p.segments(), p.codes}, ScalarType::Int);
-  before_sums = empty({p.batch, p.heads, kept, p.codes, p.values}, ScalarType::Float);
-  before_numbers = empty({p.batch, p.heads, kept, p.codes}, ScalarType::Int);
-  means = empty({p.batch, p.heads, fields, padded, value_pitch(p.values)}, like.scalar_type());
-  numbers = empty({p.batch, p.heads, fields, padded}, ScalarType::Float);
-  p.segment_sums = data_of<float>(segment_sums), p.segment_numbers = data_of<int32_t>(segment_numbers);
-  p.before_sums = data_of<float>(before_sums), p.before_numbers = data_of<int32_t>(before_numbers);
-  p.means = means.mutable_data_ptr(), p.numbers = data_of<float>(numbers);
+  return {static_cast<const uint8_t*>(mask->const_data_ptr()), mask->stride(0), mask->stride(1)};
 }
 
 }  // namespace longvq::cuda

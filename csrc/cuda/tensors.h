@@ -1,5 +1,5 @@
-// Tensors as the launchers of launch.h take them. Compiled for a GPU, or, with LONGVQ_ON_HOST, for tests that run the
-// same kernels on the CPU.
+// Checks tensors, and turns them into what the launchers take. Compiled for a GPU, or, with LONGVQ_ON_HOST, for tests
+// that run the same kernels on the CPU.
 #pragma once
 
 #include <torch/csrc/stable/accelerator.h>
@@ -8,9 +8,10 @@
 #include <torch/headeronly/util/Exception.h>
 
 #include <optional>
+#include <string>
 
 #include "../common/tensor_dtype.h"
-#include "launch.h"
+#include "common/sequences.h"
 
 namespace longvq::cuda {
 
@@ -18,7 +19,7 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
-// The device of a tensor and its current stream, for as long as this lives.
+// Makes the device of a tensor the current one while this object lives, and knows its current stream.
 class OnDeviceOf {
  public:
   OnDeviceOf(const char* op, const Tensor& x);
@@ -32,13 +33,26 @@ class OnDeviceOf {
   void* stream_ = nullptr;
 };
 
-// Raises unless all are where `x` is.
-void check_devices(const char* op, const Tensor& x, std::initializer_list<OptionalTensor> others);
+// ---- checks, which raise "{op}: {name} must be {expected}, got (2, 3) float32" ----
 
-// Raises where a launcher returned an error.
+// Whether a tensor has these sizes; −1 allows any.
+bool has_sizes(const Tensor& x, std::initializer_list<int64_t> sizes);
+
+void check(const char* op, const char* name, const Tensor& x, bool valid, const char* expected);
+
+// Accepts absent masks.
+void check_mask(const char* op, const OptionalTensor& key_padding_mask, int64_t batch, int64_t length);
+
+void check_same_device(const char* op, const Tensor& x, std::initializer_list<OptionalTensor> others);
+
+// Raises if a launcher returned an error.
 void check_launch(const char* op, int error);
 
-// A tensor whose last axis lies without gaps in memory; a copy if it has to be.
+ElementType checked_type(const char* op, const char* name, const Tensor& x);
+
+// ---- conversions ----
+
+// A tensor whose last axis is contiguous; copies if it is not.
 inline Tensor with_dense_rows(const Tensor& x) {
   return x.stride(-1) == 1 || x.size(-1) <= 1 ? x : torch::stable::contiguous(x);
 }
@@ -47,10 +61,10 @@ inline Tensor as_type(const Tensor& x, ScalarType type) {
   return x.scalar_type() == type ? x : torch::stable::to(x, type);
 }
 
-inline ElementType type_of(const char* op, const Tensor& x) {
-  const std::optional<ElementType> type = element_type(x);
-  STD_TORCH_CHECK(type.has_value(), op, ": the compiled CUDA kernels take float32, bfloat16 or float16");
-  return *type;
+inline Tensor new_zeros(const Tensor& x, std::initializer_list<int64_t> sizes, ScalarType type) {
+  Tensor zeros = torch::stable::new_empty(x, sizes, type);
+  torch::stable::zero_(zeros);
+  return zeros;
 }
 
 template <typename T>
@@ -63,25 +77,11 @@ const T* const_data_of(const Tensor& x) {
   return static_cast<const T*>(x.const_data_ptr());
 }
 
-// Rows, or the documents of cu_seqlens (N + 1,), whose values are not looked at: that would wait for the device.
-// `offsets` keeps what the result points to.
+// The rows of a batch, or the documents of cu_seqlens (N + 1,). The values of cu_seqlens are not checked, because that
+// would wait for the device. `offsets` keeps the tensor that the result points to.
 Sequences sequences_of(
     const char* op, int64_t batch, int64_t length, const OptionalTensor& cu_seqlens, OptionalTensor& offsets);
 
-// A codebook (H, S, D) packed as tensor cores take it, from column `first` on, padded to `columns`.
-struct PackedCodebook {
-  Tensor parts, half_norms;
-  Codebook codebook;
-
-  PackedCodebook(
-      const char* op, const Tensor& codebook, ElementType type, int64_t first, int64_t columns, void* stream);
-};
-
-// What the far fields of a problem are made in; sets the pointers of the problem.
-struct FarFieldTensors {
-  Tensor segment_sums, segment_numbers, before_sums, before_numbers, means, numbers;
-
-  FarFieldTensors(FarField& problem, const Tensor& like);
-};
+PaddingMask padding_mask(const OptionalTensor& key_padding_mask);
 
 }  // namespace longvq::cuda

@@ -19,7 +19,7 @@ from longvq_layers.benchmarks import memory, results, ssm_memory, ssm_report
 from longvq_layers.benchmarks.ssm_peers import D_STATE, Problem
 from longvq_layers.benchmarks.ssm_report import Row, work
 from longvq_layers.benchmarks.timing import interleaved_times
-from longvq_layers.layers.ssm import DiagonalSSM
+from longvq_layers.layers.ssm.diagonal import DiagonalSSM
 from longvq_layers.ops._dispatch import BACKENDS
 
 _BUDGET = 15.0  # seconds of one method in one case; beyond it the method takes part in three rounds only

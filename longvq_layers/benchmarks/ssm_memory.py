@@ -24,7 +24,7 @@ def _child(batch: int, channels: int, length: int, backend: str, threads: int) -
 
     from longvq_layers import ops
     from longvq_layers.benchmarks.ssm_peers import D_STATE
-    from longvq_layers.layers.ssm import DiagonalSSM
+    from longvq_layers.layers.ssm.diagonal import DiagonalSSM
 
     torch.set_num_threads(threads)
     with torch.no_grad():

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from longvq_layers import ops
-from longvq_layers.layers.ssm import DiagonalSSM
+from longvq_layers.layers.ssm.diagonal import DiagonalSSM
 
 D_STATE = 64
 MODES = D_STATE // 2  # complex

@@ -8,7 +8,7 @@ from torch import nn
 from longvq_layers.health import _parts, _text
 from longvq_layers.health.finding import Finding
 from longvq_layers.health.monitor import Monitor
-from longvq_layers.layers.codebook_attention import CodebookAttention
+from longvq_layers.layers.attention.codebook_attention import CodebookAttention
 
 
 def entropy_findings(model: nn.Module, monitor: Monitor, limits: dict[str, float]) -> Iterator[Finding]:

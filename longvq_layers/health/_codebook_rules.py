@@ -8,7 +8,7 @@ from torch import nn
 from longvq_layers.health import _text
 from longvq_layers.health.codebooks import CodebookRow, codebook_statistics
 from longvq_layers.health.finding import Finding
-from longvq_layers.layers.codebook import Codebook
+from longvq_layers.layers.codebook.codebook import Codebook
 
 _WITHIN = 10  # calls without a key after which a code counts as dead
 

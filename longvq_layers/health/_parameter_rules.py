@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from longvq_layers.health import _parts, _text
 from longvq_layers.health.finding import Finding
 from longvq_layers.health.gradients import GradientRow, GradientTable
-from longvq_layers.layers.ssm import DiagonalSSM
+from longvq_layers.layers.ssm.diagonal import DiagonalSSM
 
 _LINEAR = (nn.Linear, nn.Conv1d, nn.Conv2d)
 _DAMAGED = "go back to a checkpoint from before; lower lr, clip the gradients (torch.nn.utils.clip_grad_norm_)"

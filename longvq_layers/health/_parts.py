@@ -6,10 +6,10 @@ from typing import NamedTuple
 
 from torch import nn
 
-from longvq_layers.layers.codebook_attention import CodebookAttention
-from longvq_layers.layers.feed_forward import FeedForward
-from longvq_layers.models.s4d_block import S4DBlock
-from longvq_layers.models.transformer_block import TransformerBlock
+from longvq_layers.layers.attention.codebook_attention import CodebookAttention
+from longvq_layers.layers.blocks.s4d import S4DBlock
+from longvq_layers.layers.blocks.transformer import TransformerBlock
+from longvq_layers.layers.parts.feed_forward import FeedForward
 
 KINDS = ("ssm", "codebook/keys", "attention", "gates", "feed-forward", "embedding/other")
 

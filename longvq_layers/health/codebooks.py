@@ -7,7 +7,7 @@ from torch import nn
 
 from longvq_layers import _checks as check
 from longvq_layers.health import _text
-from longvq_layers.layers.codebook import Codebook
+from longvq_layers.layers.codebook.codebook import Codebook
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from longvq_layers import ops
-from longvq_layers.layers._context import no_autocast
-from longvq_layers.layers.codebook_attention import CodebookAttention
-from longvq_layers.layers.dense_attention import DenseAttention
+from longvq_layers.layers.attention.codebook_attention import CodebookAttention
+from longvq_layers.layers.attention.dense import DenseAttention
+from longvq_layers.layers.common.context import no_autocast
 from longvq_layers.ops.reference.vq import laplace
 
 _SEQUENCES = 8  # of a batch that are looked at: their keys are looked up once more

@@ -13,10 +13,10 @@ from longvq_layers.health import _parts
 from longvq_layers.health._running import Reading, Running
 from longvq_layers.health.entropy import attention_entropy
 from longvq_layers.health.gradients import GradientTable, gradient_scales
-from longvq_layers.layers._context import recomputing
-from longvq_layers.layers.codebook_attention import CodebookAttention
+from longvq_layers.layers.attention.codebook_attention import CodebookAttention
+from longvq_layers.layers.attention.dense import DenseAttention
 from longvq_layers.layers.commitment import commitment_loss
-from longvq_layers.layers.dense_attention import DenseAttention
+from longvq_layers.layers.common.context import recomputing
 
 CLOSED, OPEN = 0.05, 0.95  # of an output gate, beyond which it counts as saturated
 SHUT = -5.0  # input of silu below which an attention gate counts as saturated: less than 0.034 passes

@@ -3,23 +3,24 @@
 import torch
 from torch import Tensor, nn
 
-from longvq_layers.layers.codebook_attention import CodebookAttention
+from longvq_layers import _checks as check
+from longvq_layers.layers.attention.codebook_attention import CodebookAttention
 
 
 def commitment_loss(model: nn.Module) -> Tensor:
-    """Sum of the commitment losses β‖k − sg(k̂)‖² that the last training forward of `model` left in its VQ layers.
+    """Sum of the commitment losses β‖k − sg(k̂)‖² of all VQ layers in `model`, from their last training forward.
 
-    Add it to the task's loss before `backward()`. Every layer counts once, also when it is shared.
+    Add it to the task's loss before `backward()`. A shared layer counts once.
 
     Args:
-        model: any module with VQ layers inside, or none.
+        model: any module, with or without VQ layers.
 
     Returns:
         Scalar tensor, float32 (float64 for double codebooks), on the device of the model; 0 without VQ layers, in
         eval mode, or before the first forward.
 
     Raises:
-        TypeError: `model` is no module.
+        TypeError: `model` isn't a module.
 
     Example:
         >>> import longvq_layers
@@ -29,8 +30,7 @@ def commitment_loss(model: nn.Module) -> Tensor:
 
     Source: van den Oord et al. 2017, eq. 3, third term.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"commitment_loss: model must be a torch.nn.Module, got {type(model).__name__}")
+    check.module("commitment_loss", "model", model)
     losses = [
         module.last_commitment
         for module in model.modules()
@@ -38,5 +38,5 @@ def commitment_loss(model: nn.Module) -> Tensor:
     ]
     if losses:
         return torch.stack([loss.to(losses[0]) for loss in losses]).sum()
-    anchor = next(model.parameters(), next(model.buffers(), None))
+    anchor = next(model.parameters(), next(model.buffers(), None))  # any tensor tells the device
     return torch.zeros((), device=None if anchor is None else anchor.device)

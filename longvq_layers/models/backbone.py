@@ -1,27 +1,28 @@
-"""A stack of blocks of one kind, and what it streams."""
+"""A stack of blocks of one kind."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from longvq_layers import _checks as check
-from longvq_layers.layers import _inputs, _steps
-from longvq_layers.layers.longvq import LongVQBlock
-from longvq_layers.layers.mega import MegaBlock
-from longvq_layers.layers.norm import make_norm
-from longvq_layers.layers.spade import SPADEBlock
-from longvq_layers.models.s4d_block import S4DBlock
-from longvq_layers.models.transformer_block import TransformerBlock
-from longvq_layers.ops._state import State
+from longvq_layers.layers.blocks.longvq import LongVQBlock
+from longvq_layers.layers.blocks.mega import MegaBlock
+from longvq_layers.layers.blocks.s4d import S4DBlock
+from longvq_layers.layers.blocks.spade import SPADEBlock
+from longvq_layers.layers.blocks.transformer import TransformerBlock
+from longvq_layers.layers.common.padding import zero_padding
+from longvq_layers.layers.parts.norm import Norm, make_norm
+from longvq_layers.layers.streaming import step_checks
+from longvq_layers.layers.streaming.layer import StreamingLayer
+from longvq_layers.layers.streaming.states import BackboneState
 
 
-def _spade(d_model: int, *, layer: int, num_heads: int = 4, global_layers: int = 1, **options) -> nn.Module:
-    if not isinstance(global_layers, int) or global_layers < 0:
-        raise ValueError(f"SequenceBackbone: global_layers must be an int, 0 or more, got {global_layers!r}")
+def _spade(d_model: int, *, layer: int, num_heads: int = 4, global_layers: int = 1, **options: Any) -> nn.Module:
+    check.integer("SequenceBackbone", "global_layers", global_layers, 0)
     return SPADEBlock(d_model, num_heads, global_ssm=layer < global_layers, **options)
 
 
@@ -29,7 +30,7 @@ def _uniform(block: type[nn.Module]) -> Callable[..., nn.Module]:
     return lambda d_model, *, layer, **options: block(d_model, **options)
 
 
-# How the layer-th block of a stack is made, layer counted from the input.
+# Kind of block -> function that makes the layer-th block of a stack, with the layer counted from the input.
 BLOCKS: Mapping[str, Callable[..., nn.Module]] = {
     "longvq": _uniform(LongVQBlock),
     "mega": _uniform(MegaBlock),
@@ -39,26 +40,26 @@ BLOCKS: Mapping[str, Callable[..., nn.Module]] = {
 }
 
 
-def _check_options(caller: str, options: object, taken: tuple[str, ...]) -> None:
-    # An option that overrode an argument of the stack would make it say one thing of itself and do another.
+def _check_options(name: str, options: object, shared: tuple[str, ...]) -> None:
+    """`options` is None or a mapping without the arguments that all blocks get from the stack."""
     if options is not None and not isinstance(options, Mapping):
-        raise TypeError(f"{caller}: block_options must be a mapping from names to values, got {options!r}")
-    for name in taken:
-        if name in (options or {}):
-            raise ValueError(f"{caller}: block_options must not contain {name!r}, which all blocks get from the stack")
+        raise TypeError(f"{name}: block_options must be a mapping from names to values, got {options!r}")
+    for option in shared:
+        if option in (options or {}):
+            raise ValueError(f"{name}: block_options must not contain {option!r}, which all blocks get from the stack")
 
 
 class SequenceBackbone(nn.Module):
-    """`depth` blocks of one kind, and a norm behind them: (B, L, d_model) -> (B, L, d_model).
+    """`depth` blocks of one kind and a final norm: (B, L, d_model) -> (B, L, d_model).
 
     Args:
         d_model: width.
         depth: number of blocks.
         block: "longvq" (default), "mega", "spade", "s4d" or "transformer".
         causal: only past and present, default False (bidirectional).
-        gradient_checkpointing: whether training keeps only the inputs of the blocks and runs each forward again in
-            the backward; default False.
-        norm_type: of the last norm and of the blocks: "layer" (default), "rms", "scale" or "batch".
+        gradient_checkpointing: whether training saves only the inputs of the blocks and runs each forward again in the
+            backward; default False.
+        norm_type: of the final norm and of the blocks: "layer" (default), "rms", "scale" or "batch".
         block_options: keyword arguments of the blocks, see `LongVQBlock`, `MegaBlock`, `SPADEBlock` (which takes
             `num_heads`, default 4, and `global_layers`, the number of layers from the input with an SSM, default 1),
             `S4DBlock` and `TransformerBlock`.
@@ -72,8 +73,11 @@ class SequenceBackbone(nn.Module):
         torch.Size([2, 50, 32])
     """
 
-    # How a block's forward is run again in the backward; the name is the one under which transformers sets its own.
+    # Runs a block with activation checkpointing. transformers replaces it by its own function of this name.
     _gradient_checkpointing_func = staticmethod(partial(checkpoint, use_reentrant=False))
+
+    blocks: nn.ModuleList
+    norm: Norm
 
     def __init__(
         self,
@@ -93,11 +97,11 @@ class SequenceBackbone(nn.Module):
         check.positive(name, d_model=d_model, depth=depth)
         check.one_of(name, "block", block, tuple(BLOCKS))
         check.flags(name, causal=causal, gradient_checkpointing=gradient_checkpointing)
-        own = {"causal": causal, "norm_type": norm_type, "device": device, "dtype": dtype}
-        _check_options(name, block_options, ("d_model", "layer", *own))
+        shared = {"causal": causal, "norm_type": norm_type, "device": device, "dtype": dtype}
+        _check_options(name, block_options, ("d_model", "layer", *shared))
         self.d_model, self.depth, self.block, self.causal = d_model, depth, block, causal
         self.gradient_checkpointing = gradient_checkpointing
-        options = {**(block_options or {}), **own}
+        options = {**(block_options or {}), **shared}
         self.blocks = nn.ModuleList(BLOCKS[block](d_model, layer=layer, **options) for layer in range(depth))
         self.norm = make_norm(name, norm_type, d_model, device=device, dtype=dtype)
 
@@ -128,26 +132,25 @@ class SequenceBackbone(nn.Module):
                 x = self._gradient_checkpointing_func(partial(block, **packed), x, key_padding_mask)
             else:
                 x = block(x, key_padding_mask, **packed)
-        return _inputs.zero_padding(self.norm(x, key_padding_mask), key_padding_mask)
+        return zero_padding(self.norm(x, key_padding_mask), key_padding_mask)
 
-    def initial_state(self, batch: int) -> "BackboneState":
+    def initial_state(self, batch: int) -> BackboneState:
         """The state of `batch` empty sequences, of constant size, for `step`.
 
         Raises:
-            NotImplementedError: a bidirectional stack, or blocks that need all their past.
+            NotImplementedError: a bidirectional stack, or blocks that need their whole past.
         """
-        self._check_streams()
-        return BackboneState(tuple(block.initial_state(batch) for block in self.blocks))
+        return BackboneState(tuple(block.initial_state(batch) for block in self._streaming_blocks()))
 
     def step(
         self,
         x: Tensor,
-        state: "BackboneState",
+        state: BackboneState,
         key_padding_mask: Tensor | None = None,
         *,
         hidden: list[Tensor] | None = None,
-    ) -> tuple[Tensor, "BackboneState"]:
-        """The next token (B, d_model) or tokens (B, T, d_model), as `forward` in eval mode gives them.
+    ) -> tuple[Tensor, BackboneState]:
+        """Run the next token (B, d_model) or tokens (B, T, d_model). Outputs equal those of `forward` in eval mode.
 
         Args:
             x: dtype of the layers.
@@ -156,48 +159,34 @@ class SequenceBackbone(nn.Module):
             hidden: as in `forward`.
 
         Returns:
-            y like x, 0 at masked positions, and the state to go on with.
+            y with the shape of x, 0 at masked positions, and the state to go on with.
 
         Raises:
             NotImplementedError: as `initial_state`.
             RuntimeError: in training mode.
             ValueError, TypeError: a state of another kind or depth, wrong shapes or dtypes.
         """
-        self._check_streams()
-        self._check_state(state)
+        name = "SequenceBackbone.step"
+        blocks = self._streaming_blocks()
+        step_checks.state_type(name, state, BackboneState)
+        if len(state.layers) != self.depth:
+            raise ValueError(f"{name}: state must have {self.depth} layers, as the model, got {len(state.layers)}")
         states = []
-        for block, past in zip(self.blocks, state.layers, strict=True):
+        for block, past in zip(blocks, state.layers, strict=True):
             if hidden is not None:
                 hidden.append(x)
             x, past = block.step(x, past, key_padding_mask)
             states.append(past)
-        return _inputs.zero_padding(self.norm(x), key_padding_mask), BackboneState(tuple(states))
+        return zero_padding(self.norm(x), key_padding_mask), BackboneState(tuple(states))
 
-    def _check_state(self, state: object) -> None:
-        name = "SequenceBackbone.step"
-        _steps.state_type(name, state, BackboneState)
-        if len(state.layers) != self.depth:
-            raise ValueError(
-                f"{name}: state must have the {self.depth} layers of the model, got one with {len(state.layers)}"
-            )
-
-    def _check_streams(self) -> None:
-        if not hasattr(self.blocks[0], "step"):
+    def _streaming_blocks(self) -> list[StreamingLayer[Any]]:
+        blocks = [block for block in self.blocks if isinstance(block, StreamingLayer)]
+        if len(blocks) != self.depth:
             raise NotImplementedError(
-                f'SequenceBackbone: blocks of kind "{self.block}" have no state of constant size; use block="longvq", '
-                '"s4d", "spade" or "mega" with a chunk'
+                'SequenceBackbone: block must be "longvq", "s4d", "spade", or "mega" with a chunk, to run with a '
+                f"state, got {self.block!r}, whose blocks have no state of constant size"
             )
+        return blocks
 
     def extra_repr(self) -> str:
         return f"{self.d_model}, {self.depth}, block={self.block!r}, causal={self.causal}"
-
-
-@dataclass(eq=False, repr=False)
-class BackboneState(State):
-    """The states of the blocks of a stack, in order. Of constant size, whatever the length of the sequences.
-
-    Attributes:
-        layers: one state per block.
-    """
-
-    layers: tuple[State, ...]

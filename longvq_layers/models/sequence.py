@@ -6,20 +6,24 @@ import torch
 from torch import Tensor, nn
 
 from longvq_layers import _checks as check
-from longvq_layers.layers import _inputs
-from longvq_layers.models.backbone import BackboneState, SequenceBackbone
+from longvq_layers.layers.common.factory import Factory
+from longvq_layers.layers.common.padding import zero_padding
+from longvq_layers.layers.streaming.states import BackboneState
+from longvq_layers.models.backbone import SequenceBackbone
+
+POOLINGS = ("mean", "last")
 
 
 class SequenceEncoder(nn.Module):
-    """Tokens or vectors to hidden states: an embedding and a stack of blocks.
+    """An embedding and a stack of blocks: tokens or vectors to hidden states.
 
     Args:
-        num_inputs: size of the vocabulary, for inputs (B, L) of tokens; or
-        input_dim: width of the inputs (B, L, input_dim).
+        num_inputs: size of the vocabulary, for inputs (B, L) of tokens. Give this or `input_dim`.
+        input_dim: width of the inputs (B, L, input_dim), for vectors.
         d_model, depth: width and number of the blocks, default 128 and 4.
         block: "longvq" (default), "mega", "spade", "s4d" or "transformer".
-        causal: whether blocks see only the past, default False.
-        dropout: after the embedding and in the blocks, default 0.0.
+        causal: only past and present, default False (bidirectional).
+        dropout: probability of dropping an element after the embedding and in the blocks, default 0.0.
         norm_type, gradient_checkpointing, block_options: see `SequenceBackbone`.
         device, dtype: of the parameters.
 
@@ -30,6 +34,10 @@ class SequenceEncoder(nn.Module):
         >>> SequenceEncoder(num_inputs=256, d_model=32, depth=2)(torch.randint(256, (2, 100))).shape
         torch.Size([2, 100, 32])
     """
+
+    embedding: nn.Embedding | nn.Linear
+    dropout: nn.Dropout
+    backbone: SequenceBackbone
 
     def __init__(
         self,
@@ -57,16 +65,19 @@ class SequenceEncoder(nn.Module):
         check.positive(name, d_model=d_model)
         check.probability(name, "dropout", dropout)
         self.num_inputs, self.input_dim, self.d_model = num_inputs, input_dim, d_model
-        factory = {"device": device, "dtype": dtype}
+        factory: Factory = {"device": device, "dtype": dtype}
         if num_inputs is not None:
             check.positive(name, num_inputs=num_inputs)
             self.embedding = nn.Embedding(num_inputs, d_model, **factory)
-            nn.init.normal_(self.embedding.weight, std=d_model**-0.5)  # a vector of length about 1
-        else:
+            nn.init.normal_(self.embedding.weight, std=d_model**-0.5)  # vectors have length about 1
+        elif input_dim is not None:
             check.positive(name, input_dim=input_dim)
             self.embedding = nn.Linear(input_dim, d_model, **factory)
         self.dropout = nn.Dropout(dropout)
-        options = {"dropout": dropout, **block_options} if isinstance(block_options, Mapping) else block_options
+        if block_options is None:
+            block_options = {}
+        if isinstance(block_options, Mapping):  # else the backbone refuses it
+            block_options = {"dropout": dropout, **block_options}
         self.backbone = SequenceBackbone(
             d_model,
             depth,
@@ -74,7 +85,7 @@ class SequenceEncoder(nn.Module):
             causal=causal,
             gradient_checkpointing=gradient_checkpointing,
             norm_type=norm_type,
-            block_options={"dropout": dropout} if options is None else options,
+            block_options=block_options,
             **factory,
         )
 
@@ -98,19 +109,23 @@ class SequenceEncoder(nn.Module):
     def step(
         self, inputs: Tensor, state: BackboneState, key_padding_mask: Tensor | None = None
     ) -> tuple[Tensor, BackboneState]:
-        """Hidden states of the next input of each sequence, or the next T, and the state to go on with.
+        """Run the next input of each sequence, or the next T inputs.
 
         Args:
             inputs: as in `forward`, (B, T) or (B, T, input_dim), or without the axis T for one position.
             state, key_padding_mask: see `SequenceBackbone.step`.
+
+        Returns:
+            Hidden states (B, T, d_model), or (B, d_model) for one position, and the state to go on with.
         """
         one = isinstance(inputs, Tensor) and inputs.dim() == (1 if self.num_inputs is not None else 2)
         return self.backbone.step(self._embed(inputs, "B" if one else "B T", key_padding_mask), state, key_padding_mask)
 
     def _embed(self, inputs: Tensor, shape: str, key_padding_mask: Tensor | None) -> Tensor:
+        """The embeddings of inputs whose axes are `shape`, and one more for vectors."""
         if self.num_inputs is None:
             check.tensor("SequenceEncoder", "inputs", inputs, f"{shape} input_dim")
-            return self.embedding(_inputs.zero_padding(inputs, key_padding_mask))
+            return self.embedding(zero_padding(inputs, key_padding_mask))
         check.tensor("SequenceEncoder", "inputs", inputs, shape)
         if inputs.dtype not in (torch.int32, torch.int64):
             raise TypeError(f"SequenceEncoder: inputs must be int64 or int32 tokens, got {inputs.dtype}")
@@ -118,7 +133,7 @@ class SequenceEncoder(nn.Module):
 
 
 class SequenceClassifier(nn.Module):
-    """One prediction for a sequence: encoder, mean over its unmasked positions (or the last), linear head.
+    """One prediction for a sequence: encoder, mean over unmasked positions (or the last of them), linear head.
 
     Args:
         encoder: a `SequenceEncoder`.
@@ -137,7 +152,7 @@ class SequenceClassifier(nn.Module):
     def __init__(self, encoder: SequenceEncoder, num_outputs: int, *, pooling: str = "mean") -> None:
         super().__init__()
         check.positive("SequenceClassifier", num_outputs=num_outputs)
-        check.one_of("SequenceClassifier", "pooling", pooling, ("mean", "last"))
+        check.one_of("SequenceClassifier", "pooling", pooling, POOLINGS)
         self.encoder, self.pooling = encoder, pooling
         self.head = linear_head(encoder, num_outputs)
 
@@ -147,11 +162,11 @@ class SequenceClassifier(nn.Module):
 
 
 class SequenceLM(nn.Module):
-    """A prediction at every position: language models, whose encoder is causal, and tagging.
+    """A prediction at every position, for language models (with a causal encoder) and for tagging.
 
     Args:
         encoder: a `SequenceEncoder`.
-        num_outputs: number of classes, for a language model the size of the vocabulary.
+        num_outputs: number of classes; for a language model the size of the vocabulary.
 
     Raises:
         ValueError, TypeError: sizes out of range; in `forward` a wrong shape or dtype.
@@ -186,19 +201,22 @@ class SequenceLM(nn.Module):
     def step(
         self, inputs: Tensor, state: BackboneState, key_padding_mask: Tensor | None = None
     ) -> tuple[Tensor, BackboneState]:
-        """Logits of the next input of each sequence or the next T, and the state; see `SequenceEncoder.step`."""
+        """Logits at the next input of each sequence or at the next T, and the state; see `SequenceEncoder.step`."""
         y, state = self.encoder.step(inputs, state, key_padding_mask)
         return self.head(y), state
 
 
 def linear_head(encoder: SequenceEncoder, num_outputs: int) -> nn.Linear:
-    """A linear layer from the encoder's width, on its device and in its dtype."""
+    """A linear layer from the encoder's width to `num_outputs`, with the encoder's device and dtype."""
     like = encoder.embedding.weight
     return nn.Linear(encoder.d_model, num_outputs, device=like.device, dtype=like.dtype)
 
 
 def pool(hidden: Tensor, key_padding_mask: Tensor | None, how: str) -> Tensor:
-    """(B, L, d), 0 at masked positions -> (B, d): "mean" of the unmasked ones or the "last"; 0 where a row has none."""
+    """Pool hidden states (B, L, d), 0 at masked positions, to (B, d).
+
+    `how` is "mean" over the unmasked positions, or the "last" of them. A row without any gives 0.
+    """
     batch, length, _ = hidden.shape
     if key_padding_mask is None:
         key_padding_mask = torch.zeros(batch, length, dtype=torch.bool, device=hidden.device)

@@ -1,19 +1,20 @@
-"""What the CUDA kernels don't take, known before a call so that ``backend="auto"`` can choose another.
+"""Sizes that the CUDA kernels don't take, known before a call, so that ``backend="auto"`` can choose another backend.
 
-The kernels check the same again and ask for as much shared memory as is said here (tests/cuda/test_limits.py).
+The kernels check the same limits and ask for the same shared memory; tests/cuda/test_limits.py compares them.
 """
 
 import torch
 from torch import Tensor
 
-_ASSIGN_DEPTH, _ATTENTION_DEPTH, _MODES, _LENGTH = 256, 128, 32, 2**30
-_BLOCKS = 65_535  # of a grid along its second and third axis
-# Positions that a block has at least where it has not all of a row: of documents also those of the codes' gradients.
-_SEGMENT, _SEGMENT_OF_DOCUMENTS = 2_048, 1_024
+_MAX_ASSIGN_HEAD_DIM, _MAX_ATTENTION_HEAD_DIM, _MAX_MODES, _MAX_LENGTH = 256, 128, 32, 2**30
+_MAX_GRID = 65_535  # blocks along the second and third axis of a grid
+# Minimum positions of a segment, where a kernel cuts sequences; shorter for packed documents, because of the segments
+# of the codes' gradients.
+_MIN_SEGMENT, _MIN_SEGMENT_OF_DOCUMENTS = 2_048, 1_024
 
-# Bytes of shared memory that a block of threads asks for, forward or backward, the most of its kernels. By whether
-# numbers are in three parts of bfloat16, and by columns of keys, columns of values, groups of 16 modes.
-SHARED_BYTES: dict[str, dict[tuple, int]] = {
+# Bytes of shared memory of a block of threads: the most that any kernel of the operator asks for, forward or backward.
+# Keyed by whether numbers are three bfloat16 terms, then by padded D (and padded E), or by the groups of 16 modes.
+SHARED_BYTES: dict[str, dict[tuple[int, ...], int]] = {
     "vq_assign": {
         (False, 64): 46_080,
         (False, 128): 87_040,
@@ -37,58 +38,64 @@ SHARED_BYTES: dict[str, dict[tuple, int]] = {
 
 
 def assign(k: Tensor) -> str | None:
-    """Why ``vq_assign`` of keys (B, H, L, D) is not for the CUDA kernels; None if it is."""
-    batch, heads, _, depth = k.shape
-    if depth > _ASSIGN_DEPTH:
-        return f"the CUDA kernel takes keys of up to D = {_ASSIGN_DEPTH}, got {depth}"
-    case = (k.dtype != torch.bfloat16, _padded(depth))
-    return _too_many("rows B", batch) or _too_many("heads H", heads) or _too_much(k.device, "vq_assign", case)
+    """Why the CUDA kernels don't take ``vq_assign`` of keys (B, H, L, D); None if they do."""
+    batch, heads, _, head_dim = k.shape
+    return (
+        _above("D", head_dim, _MAX_ASSIGN_HEAD_DIM)
+        or _above("B", batch, _MAX_GRID)
+        or _above("H", heads, _MAX_GRID)
+        or _lacks_shared_memory(k.device, "vq_assign", (k.dtype != torch.bfloat16, _padded_head_dim(head_dim)))
+    )
 
 
 def attention(q: Tensor, v: Tensor, far_q: Tensor | None, cu_seqlens: Tensor | None, activation: str) -> str | None:
-    """The same of ``vq_attention``, whose arguments these are."""
-    batch, heads, length, depth = q.shape
-    depth, values = max(depth, 0 if far_q is None else far_q.shape[-1]), v.shape[-1]
-    if depth > _ATTENTION_DEPTH:
-        return f"the CUDA kernels take q and k of up to D = {_ATTENTION_DEPTH}, got {depth}"
+    """Why the CUDA kernels don't take ``vq_attention`` with these arguments; None if they do."""
+    batch, heads, length, head_dim = q.shape
+    head_dim, value_dim = max(head_dim, 0 if far_q is None else far_q.shape[-1]), v.shape[-1]
     if activation == "laplace" and q.dtype == torch.float16:
         return (
-            'the CUDA kernels take activation="laplace" in float32 and bfloat16; its weights may leave float16\'s range'
+            'with activation="laplace" q must be float32 or bfloat16 for the CUDA kernels, got float16, '
+            "whose range its weights may leave"
         )
-    if length > _LENGTH:
-        return f"the CUDA kernels take up to {_LENGTH:,} positions, got {length:,}"
-    case = (q.dtype == torch.float32, _padded(depth), 64 if values <= 64 else 128)
-    pieces = batch * (length // _SEGMENT + 1)
+    num_segments = batch * (length // _MIN_SEGMENT + 1)
     if cu_seqlens is not None:
-        pieces = length // _SEGMENT_OF_DOCUMENTS + cu_seqlens.shape[0] - 1
+        num_segments = length // _MIN_SEGMENT_OF_DOCUMENTS + cu_seqlens.shape[0] - 1
     return (
-        _too_many("rows or documents with their segments", pieces)
-        or _too_many("columns of values of all heads, H E", heads * values)
-        or _too_much(q.device, "vq_attention", case)
+        _above("D", head_dim, _MAX_ATTENTION_HEAD_DIM)
+        or _above("L", length, _MAX_LENGTH)
+        or _above("the number of segments of rows or documents", num_segments, _MAX_GRID)
+        or _above("H * E", heads * value_dim, _MAX_GRID)
+        or _lacks_shared_memory(
+            q.device,
+            "vq_attention",
+            (q.dtype == torch.float32, _padded_head_dim(head_dim), 64 if value_dim <= 64 else 128),
+        )
     )
 
 
 def scan(u: Tensor, modes: int, cu_seqlens: Tensor | None) -> str | None:
-    """The same of ``ssm_scan`` with so many modes."""
+    """Why the CUDA kernels don't take ``ssm_scan`` of u (B, L, H) with this number of modes; None if they do."""
     batch, length, _ = u.shape
-    if modes > _MODES:
-        return f"the CUDA kernels take up to N = {_MODES} modes, got {modes}"
-    case = (u.dtype != torch.bfloat16, 1 if modes <= 16 else 2)
-    pieces = max(batch, length // _SEGMENT + (1 if cu_seqlens is None else cu_seqlens.shape[0] - 1))
-    return _too_many("rows, or documents with their segments", pieces) or _too_much(u.device, "ssm_scan", case)
+    num_segments = max(batch, length // _MIN_SEGMENT + (1 if cu_seqlens is None else cu_seqlens.shape[0] - 1))
+    return (
+        _above("N", modes, _MAX_MODES)
+        or _above("the number of segments of rows or documents", num_segments, _MAX_GRID)
+        or _lacks_shared_memory(u.device, "ssm_scan", (u.dtype != torch.bfloat16, 1 if modes <= 16 else 2))
+    )
 
 
-def _padded(depth: int) -> int:
-    return 64 if depth <= 64 else 128 if depth <= 128 else 256
+def _padded_head_dim(head_dim: int) -> int:
+    return 64 if head_dim <= 64 else 128 if head_dim <= 128 else 256
 
 
-def _too_many(what: str, count: int) -> str | None:
-    return f"the CUDA kernels take up to {_BLOCKS:,} {what}, got {count:,}" if count > _BLOCKS else None
+def _above(name: str, value: int, most: int) -> str | None:
+    return f"{name} must be at most {most:,} for the CUDA kernels, got {value:,}" if value > most else None
 
 
-def _too_much(device: torch.device, op: str, case: tuple) -> str | None:
-    """Where a GPU has less shared memory than the kernels for these sizes ask for."""
-    needed, there = SHARED_BYTES[op][case], torch.cuda.get_device_properties(device).shared_memory_per_block_optin
-    if needed <= there:
+def _lacks_shared_memory(device: torch.device, op: str, case: tuple[int, ...]) -> str | None:
+    needed = SHARED_BYTES[op][case]
+    properties = torch.cuda.get_device_properties(device)
+    available: int = properties.shared_memory_per_block_optin  # type: ignore[attr-defined]  # not in torch's stubs
+    if needed <= available:
         return None
-    return f"the CUDA kernels need {needed:,} bytes of shared memory for these sizes, this GPU has {there:,}"
+    return f"the CUDA kernels need {needed:,} bytes of shared memory for these sizes, this GPU has {available:,}"

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from longvq_layers.layers._kmeans import draw
+from longvq_layers.layers.codebook.operations import draw
 
 
 def in_proportion(weight: Tensor) -> Tensor:

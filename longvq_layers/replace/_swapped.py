@@ -5,12 +5,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from longvq_layers import ops
-from longvq_layers.layers import _steps
-from longvq_layers.layers._context import no_autocast, recomputing
-from longvq_layers.layers._gaps import order_without_gaps, put_back, reorder
-from longvq_layers.layers._kmeans import code_sums, pick
-from longvq_layers.layers._precision import KeepsFloat32, storage_dtype
-from longvq_layers.layers.codebook_attention import CodebookAttention
+from longvq_layers.layers.attention.codebook_attention import CodebookAttention
+from longvq_layers.layers.codebook.operations import code_sums, pick
+from longvq_layers.layers.common.context import no_autocast, recomputing
+from longvq_layers.layers.common.precision import KeepsFloat32, storage_dtype
+from longvq_layers.layers.streaming import step_checks
+from longvq_layers.layers.streaming.gaps import order_without_gaps, put_back, reorder
 from longvq_layers.replace._calls import Call, Far, SwappedState
 from longvq_layers.replace._metric import in_proportion, roots
 from longvq_layers.replace._rows import row_means, vq_attention_by_row
@@ -136,7 +136,7 @@ class SwappedAttention(KeepsFloat32, CarriesSettings, CodebookAttention):
             far_q, far_k = (q, k) if far is None else far
             keys = self.in_metric(far_k)
             codes, table = self.codebook.quantize(keys, key_padding_mask)
-            self._commit(keys, codes, table, key_padding_mask)
+            self.store_commitment(keys, codes, table, key_padding_mask)
             scale = self.head_dim**-0.5 if scale is None else scale
             learning = self.training and not self.codebook.frozen and not recomputing()
             if learning:
@@ -174,7 +174,7 @@ class SwappedAttention(KeepsFloat32, CarriesSettings, CodebookAttention):
     def initial_state(self, batch: int, value_dim: int) -> "SwappedState":
         """The state of `batch` empty sequences, for `step`; causal attention in eval mode only."""
         self.check_codes()
-        _steps.eval_mode("longvq attention", self)
+        step_checks.eval_mode("longvq attention", self)
         codebook = self._spread_out(self.codebook.embedding @ self.from_metric, self.spread)
         key_dim = codebook.shape[2]  # without rotary `step` has no far keys: those of the window get the added columns
         if self.rotary is not None:
@@ -196,7 +196,7 @@ class SwappedAttention(KeepsFloat32, CarriesSettings, CodebookAttention):
         scale: float | None = None,
     ) -> Tensor:
         """The next T tokens, as `forward` would attend them (causal); `state` is updated in place."""
-        _steps.eval_mode("longvq attention", self)
+        step_checks.eval_mode("longvq attention", self)
         with no_autocast(q.device):
             scale = self.head_dim**-0.5 if scale is None else scale
             far_q, far_k = (q, k) if far is None else far
@@ -335,7 +335,7 @@ class SwappedAttention(KeepsFloat32, CarriesSettings, CodebookAttention):
         keys, codes, valid = (x.transpose(0, 1).flatten(1, 2) for x in (keys, codes, valid))
         error = (keys - pick(table, codes)).square().sum(-1, keepdim=True)
         sums, counts = code_sums(torch.where(valid.unsqueeze(-1), error, 0), codes, valid, self.num_codes)
-        sums, counts = self.codebook._group.sum(sums.squeeze(-1), counts)
+        sums, counts = self.codebook.group.sum(sums.squeeze(-1), counts)
         self.spread_sum.lerp_(sums, 1 - self.codebook.decay)
         self.spread_count.lerp_(counts, 1 - self.codebook.decay)
 

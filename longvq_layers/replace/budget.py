@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from longvq_layers.layers._kmeans import kmeans
+from longvq_layers.layers.codebook.kmeans import kmeans
 
 _KEYS = 4096  # per head, that the fall of a layer's error with its codes is read from
 _STEPS = 8  # shares that a layer's codes are cut into

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from longvq_layers.layers._precision import KeepsFloat32
+from longvq_layers.layers.common.precision import KeepsFloat32
 from longvq_layers.replace.huggingface_refusals import needs_keys
 
 EMBEDDINGS = "position_embeddings"  # the argument (cos, sin) of attention modules

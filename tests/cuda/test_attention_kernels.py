@@ -1,4 +1,4 @@
-"""The kernels of `csrc/cuda/attention*`, run on the host (and a GPU where there is one), against the definition."""
+"""The kernels of `csrc/cuda/vq/attention` against the definition."""
 
 import itertools
 
@@ -12,17 +12,18 @@ from tests.ops.vq.operator_calls import attention_arguments
 from tests.strategies import AttentionCase, attention_cases
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-FLOOR = {torch.float32: 2e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}  # relative: rounding of the result
+FLOOR = {torch.float32: 2e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}  # relative: rounding of results
 
 
 def arguments(case: AttentionCase, codes, dtype, near_dim=0):
+    """The arguments of the operator; with near_dim, the columns of q and k after it become far_q and far_k."""
     o = case.options
     bias = None if o["bias"] is None else o["bias"].float()
     scale = o["scale"] if o["scale"] is not None else (near_dim or case.q.shape[-1]) ** -0.5
     tensors = [torch.empty_strided(x.shape, x.stride(), dtype=dtype).copy_(x) for x in (case.q, case.k, case.v)]
     q, k, v = tensors
     codebook, far = case.codebook.float(), {}
-    if near_dim:  # the first columns are those of pairs inside the window
+    if near_dim:
         (q, far["far_q"]), (k, far["far_k"]) = (x.tensor_split([near_dim], dim=-1) for x in (q, k))
         codebook = codebook[..., near_dim:]
     return attention_arguments(
@@ -45,7 +46,7 @@ def in_double(args):
 
 
 def results(namespace, args, grad):
-    """Output, normalizers, and the gradients of a fixed objective."""
+    """(output and gradients by name, normalizers); gradients of far_q and far_k are joined to dq and dk."""
     out, normalizers = namespace.vq_attention(*args)
     *gradients, dfar_q, dfar_k = namespace.vq_attention_backward(grad.to(args[0].dtype), out, normalizers, *args)
     found = {"out": out, **dict(zip(("dq", "dk", "dv", "dbias"), gradients, strict=True))}
@@ -59,7 +60,7 @@ def largest(x):
 
 
 def assert_as_good_as_plain(kernels, case, codes, dtype, near_dim=0):
-    """At most twice the error of the PyTorch backend in `dtype`, codewords included, plus roundings to `dtype`."""
+    """Errors are at most twice those of the PyTorch backend in `dtype`, codewords included, plus some rounding."""
     args = arguments(case, codes, dtype, near_dim)
     torch.manual_seed(1)
     grad = torch.randn(*case.q.shape[:3], case.v.shape[-1], dtype=torch.float64).to(dtype).double()
@@ -70,16 +71,15 @@ def assert_as_good_as_plain(kernels, case, codes, dtype, near_dim=0):
     keys = torch.cat(
         [case.k.to(case.codebook.dtype), case.codebook.expand(len(case.k), -1, -1, -1)], 2
     ).repeat_interleave(case.q.shape[1] // case.k.shape[1], 1)
-    scores = 1 + args[10] * largest(
-        case.q.double() @ keys.double().transpose(2, 3)
-    )  # whose rounding is a factor of the weights
+    # Rounding of scores becomes a factor of the weights.
+    scores = 1 + args[10] * largest(case.q.double() @ keys.double().transpose(2, 3))
     for name, value in actual.items():
         expected = exact[name]
         assert value.shape == expected.shape and value.isfinite().all(), name
         if value.numel():
             assert value.dtype == plain[name].dtype, name
             error, other = (largest(x.double() - expected) for x in (value, plain[name]))
-            # What is left of terms that cancel is as inexact as the terms: values, and queries or keys times them.
+            # Where terms cancel, the result has the error of the terms: of values, or of queries or keys times values.
             size = largest(expected) + largest(terms[name])
             floor = FLOOR[dtype] * size + 2**-21 * scores * size
             assert error <= 2 * other + floor, (name, error, other, floor)
@@ -92,6 +92,7 @@ def assert_as_good_as_plain(kernels, case, codes, dtype, near_dim=0):
 
 
 def rounded(case, dtype):
+    """(the case with inputs rounded to `dtype`, the codes of its keys)"""
     for name in ("q", "k", "v"):
         x = getattr(case, name)
         x.copy_(x.to(dtype))
@@ -111,7 +112,7 @@ def test_equals_the_definition(kernels, packed, data, dtype):
     assert_as_good_as_plain(kernels, *rounded(case, dtype), dtype)
 
 
-def drawn(length, depth, values, codes, causal, window, exact, heads=(2, 1), activation="softmax", batch=1):
+def drawn(length, head_dim, value_dim, codes, causal, window, exact, heads=(2, 1), activation="softmax", batch=1):
     options = {
         "causal": causal,
         "window": window,
@@ -122,8 +123,8 @@ def drawn(length, depth, values, codes, causal, window, exact, heads=(2, 1), act
         "local_keys": "exact" if exact else "quantized",
         "key_grad": "cluster",
     }
-    q, k = torch.randn(batch, heads[0], length, depth), torch.randn(batch, heads[1], length, depth)
-    v, codebook = torch.randn(batch, heads[1], length, values), torch.randn(heads[1], codes, depth)
+    q, k = torch.randn(batch, heads[0], length, head_dim), torch.randn(batch, heads[1], length, head_dim)
+    v, codebook = torch.randn(batch, heads[1], length, value_dim), torch.randn(heads[1], codes, head_dim)
     return AttentionCase(q, k, v, codebook, options)
 
 
@@ -140,11 +141,11 @@ def drawn(length, depth, values, codes, causal, window, exact, heads=(2, 1), act
     ],
 )
 @pytest.mark.parametrize(
-    ("length", "depth", "values", "codes", "window"),
+    ("length", "head_dim", "value_dim", "codes", "window"),
     [(180, 64, 64, 70, 40), (150, 128, 130, 33, 0), (130, 65, 20, 64, 128), (140, 16, 128, 530, 5)],
 )
-def test_sizes_around_the_tiles(kernels, dtype, exact, causal, length, depth, values, codes, window):
-    case, z = rounded(drawn(length, depth, values, codes, causal, window, exact), dtype)
+def test_sizes_around_the_tiles(kernels, dtype, exact, causal, length, head_dim, value_dim, codes, window):
+    case, z = rounded(drawn(length, head_dim, value_dim, codes, causal, window, exact), dtype)
     assert_as_good_as_plain(kernels, case, z, dtype)
 
 
@@ -155,7 +156,7 @@ def test_sizes_around_the_tiles(kernels, dtype, exact, causal, length, depth, va
     [(2 * 2048 + 70, 1, 200, torch.bfloat16), (2048 + 130, 2, 9, torch.float32)],
 )
 def test_segments(kernels, causal, length, batch, window, dtype):
-    """Of far fields: the sums of those before (and behind) are added. Of what codes get: those of all are."""
+    """Far fields add the sums of the segments before (and after). Gradients of codes add those of all segments."""
     case = drawn(length, 8, 8, 9, causal, window, True, heads=(1, 1), batch=batch)
     assert_as_good_as_plain(kernels, *rounded(case, dtype), dtype)
 
@@ -165,7 +166,7 @@ def test_all_far_in_segments(kernels):
     assert_as_good_as_plain(kernels, *rounded(case, torch.float32), torch.float32)
 
 
-LENGTHS = (0, 60, 130, 1, 0, 16 * 128 + 130, 127, 128, 0)  # of documents: one in segments, some empty
+LENGTHS = (0, 60, 130, 1, 0, 16 * 128 + 130, 127, 128, 0)  # of documents: one has two segments, some are empty
 
 
 @pytest.mark.parametrize("activation", ["softmax", "laplace"])
@@ -179,8 +180,8 @@ def test_packed_documents(kernels, causal, window, activation):
 
 
 @pytest.mark.parametrize("offsets", [[0, 50, 20, 150], [-9, 10**9, 7, 10**9], [3, 140], [0, 150, 150]])
-def test_offsets_that_are_wrong_are_no_addresses(kernels, offsets):
-    """Nobody looks at them before the kernels do: results are nobody's, but memory is left alone."""
+def test_wrong_offsets_cause_no_wrong_addresses(kernels, offsets):
+    """Nobody checks offsets before the kernels. Results are undefined, but kernels access only their tensors."""
     case, z = rounded(drawn(150, 16, 8, 9, True, 30, True), torch.float32)
     case.options["cu_seqlens"] = torch.tensor(offsets, dtype=torch.int32)
     results(kernels, arguments(case, z, torch.float32), torch.randn(1, 2, 150, 8))
@@ -188,11 +189,11 @@ def test_offsets_that_are_wrong_are_no_addresses(kernels, offsets):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
-    ("depths", "window"),
-    [((32, 32), 30), ((40, 8), 30), ((8, 40), 30), ((32, 32), 150)],  # the last: blocks whose keys are all inside
+    ("head_dims", "window"),
+    [((32, 32), 30), ((40, 8), 30), ((8, 40), 30), ((32, 32), 150)],  # 150: all keys of some blocks are inside
 )
-def test_keys_of_their_own_outside_the_window(kernels, dtype, depths, window):
-    near, far = depths
+def test_far_queries_and_keys(kernels, dtype, head_dims, window):
+    near, far = head_dims
     case = drawn(200, near + far, 24, 20, True, window, True)
     case.codebook[..., :near] = 0
     case, _ = rounded(case, dtype)
@@ -246,7 +247,7 @@ def test_extremes(kernels, dtype, special, causal):
         mask[:, ::2] = True
     case.options["key_padding_mask"] = mask
     case, z = rounded(case, dtype)
-    if special == "huge scores":  # which key is the largest may depend on the rounding of codewords
+    if special == "huge scores":  # the key with the largest weight may depend on the rounding of codewords
         out, _ = kernels.vq_attention(*arguments(case, z, dtype))
         assert out.isfinite().all()
         if dtype != torch.float32:
@@ -261,9 +262,9 @@ def test_no_head_of_queries(kernels):
     assert not found["dk"].any() and not found["dv"].any()
 
 
-@pytest.mark.parametrize("depth", [16, 80])
-def test_no_column_of_values(kernels, depth):
-    case, z = rounded(drawn(20, depth, 0, 5, True, 4, True), torch.float32)
+@pytest.mark.parametrize("head_dim", [16, 80])
+def test_no_column_of_values(kernels, head_dim):
+    case, z = rounded(drawn(20, head_dim, 0, 5, True, 4, True), torch.float32)
     found, _ = results(kernels, arguments(case, z, torch.float32), torch.zeros(1, 2, 20, 0))
     assert found["out"].shape == (1, 2, 20, 0) and not any(found[name].any() for name in ("dq", "dk", "dv", "dbias"))
 
@@ -272,13 +273,13 @@ def test_wrong_arguments(kernels):
     case, z = rounded(drawn(20, 16, 16, 5, True, 4, True), torch.float32)
     good = arguments(case, z, torch.float32)
     for position, wrong, message in [
-        (1, good[1][:, :, :-1], "don't belong together"),
-        (2, good[2].half(), "must have one type"),
-        (4, z.int(), "must be int64"),
+        (1, good[1][:, :, :-1], "k must be .* with the B, L, D and dtype of q"),
+        (2, good[2].half(), r"v must be .* dtype of q, got .* float16"),
+        (4, z.int(), r"codes must be \(B, Hkv, L\) int64, got .* int32"),
         (5, good[5][:, :-1], "bias must be"),
         (6, torch.zeros(1, 19, dtype=torch.bool), "key_padding_mask must be"),
-        (7, torch.tensor([0, 20]), r"cu_seqlens must be \(N \+ 1,\), int32"),
-        (7, torch.tensor([0], dtype=torch.int32), "no document for the 20 positions"),
+        (7, torch.tensor([0, 20]), r"cu_seqlens must be \(N \+ 1,\) int32, got \(2,\) int64"),
+        (7, torch.tensor([0], dtype=torch.int32), "cu_seqlens must hold a document for the 20 positions, got none"),
         (8, good[0], "far_q and far_k must be given together"),
         (12, -1, "window must be at least 0"),
     ]:
@@ -286,11 +287,11 @@ def test_wrong_arguments(kernels):
             kernels.vq_attention(*good[:position], wrong, *good[position + 1 :])
     out, normalizers = kernels.vq_attention(*good)
     for wrong, message in [
-        ((out[..., 1:], out, normalizers), "grad must have the shape"),
-        ((out, out[:, :1], normalizers), "out must be what"),
-        ((out, out.half(), normalizers), "out must have the type"),
-        ((out, out, normalizers[..., 0]), r"normalizers must be \(B, H, L, 2\)"),
-        ((out, out, normalizers.double()), "normalizers must be float32"),
+        ((out[..., 1:], out, normalizers), r"grad must be \(B, H, L, E\)"),
+        ((out, out[:, :1], normalizers), r"out must be \(B, H, L, E\)"),
+        ((out, out.half(), normalizers), "out must be .* in the dtype of v.*, got .* float16"),
+        ((out, out, normalizers[..., 0]), r"normalizers must be \(B, H, L, 2\) float32, got \(1, 2, 20\) float32"),
+        ((out, out, normalizers.double()), r"normalizers must be .* float32, got .* float64"),
     ]:
         with pytest.raises(RuntimeError, match=message):
             kernels.vq_attention_backward(*wrong, *good)

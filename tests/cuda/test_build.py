@@ -1,5 +1,6 @@
-"""`csrc/build_support/cuda_library.py`: when the CUDA kernels are built, for what, and what it reads from ptxas."""
+"""`csrc/build_support/cuda_library.py`: when it builds the CUDA kernels, for which GPUs, and how it reads ptxas."""
 
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,7 +22,7 @@ def torch_of(tmp_path):
 
 @pytest.fixture
 def nvcc(tmp_path, monkeypatch):
-    """A CUDA_HOME with a compiler that does nothing."""
+    """CUDA_HOME is set to a folder with an nvcc that only prints its version."""
     monkeypatch.delenv("CUDACXX", raising=False)
     monkeypatch.delenv("FORCE_CUDA", raising=False)
     compiler = tmp_path / "cuda" / "bin" / "nvcc"
@@ -50,7 +51,7 @@ def test_force_cuda(torch_of, nvcc, monkeypatch):
     assert "FORCE_CUDA=1, but there is no nvcc" in cuda_library.why_not(torch_of(WITHOUT))
 
 
-def test_nvcc_by_name_comes_first(nvcc, monkeypatch):
+def test_cudacxx_comes_before_cuda_home(nvcc, monkeypatch):
     assert cuda_library.find_nvcc() == str(nvcc)
     monkeypatch.setenv("CUDACXX", "/nowhere/nvcc")
     assert cuda_library.find_nvcc() is None
@@ -70,11 +71,11 @@ def test_architectures(monkeypatch):
         "-gencode=arch=compute_120,code=compute_120",
     ]
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "Hopper")
-    with pytest.raises(BuildError, match="got 'Hopper', expected numbers"):
+    with pytest.raises(BuildError, match=r"must be numbers like .* got 'Hopper'"):
         cuda_library.architectures()
 
 
-def test_what_ptxas_says():
+def test_kernels_in_the_log_of_ptxas():
     log = """
 ptxas info    : Compiling entry function '_Z1aIfEv' for 'sm_80'
 ptxas info    : Function properties for _Z1aIfEv
@@ -92,9 +93,22 @@ ptxas info    : Used 255 registers, used 1 barriers, 16 bytes cumulative stack s
 
 
 def test_kernels_need_neither_torch_nor_cuda_headers_to_be_called():
-    """The launcher interface: what the operators include of the kernels is plain C++."""
-    launch = (ROOT / "csrc" / "cuda" / "launch.h").read_text()
-    includes = [line for line in launch.splitlines() if line.startswith("#include")]
-    assert includes == ["#include <cstdint>", '#include "../common/dtype.h"']
-    for source in (ROOT / "csrc" / "cuda").glob("*.cu"):
+    """What the operators include of the kernels is plain C++."""
+    csrc = ROOT / "csrc"
+    pending, seen = [csrc / "cuda" / kernel / "params.h" for kernel in ("vq", "ssm")], set()
+    while pending:
+        header = pending.pop()
+        seen.add(header.resolve().relative_to(csrc).as_posix())
+        for include in re.findall(r"#include (.*)", header.read_text()):
+            assert include.startswith('"') or include == "<cstdint>", (header, include)
+            if include.startswith('"'):
+                pending.append(header.parent / include.strip('"'))
+    assert seen == {
+        "common/dtype.h",
+        "cuda/common/sequences.h",
+        "cuda/ssm/params.h",
+        "cuda/vq/params.h",
+        "vq/attention_options.h",
+    }
+    for source in (csrc / "cuda").rglob("*.cu"):
         assert "torch" not in source.read_text(), source

@@ -1,4 +1,4 @@
-"""Kernels that no GPU has proven are not chosen, and say so to who asks for them."""
+"""CUDA kernels that were never tested on a GPU: `backend="auto"` does not choose them, `"native"` warns."""
 
 import re
 import warnings
@@ -13,7 +13,7 @@ CUDA = torch.device("cuda")
 
 
 @pytest.mark.parametrize("op", ["vq_assign", "vq_attention", "ssm_scan"])
-def test_auto_takes_torch(monkeypatch, op):
+def test_auto_chooses_torch(monkeypatch, op):
     monkeypatch.setattr(_extension, "_cuda_library", object())
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -35,7 +35,7 @@ def test_native_declines_with_the_reason(monkeypatch):
         _dispatch.choose("ssm_step", "native", CUDA, (torch.float32,))
 
 
-def test_no_library_of_cuda_kernels_is_normal(monkeypatch, tmp_path):
+def test_a_missing_cuda_library_does_not_warn(monkeypatch, tmp_path):
     monkeypatch.setattr(_extension, "_cuda_library", None)
     monkeypatch.setattr(_extension, "_cuda_error", None)
     monkeypatch.setattr(_extension, "CUDA_LIBRARY", tmp_path / "missing.so")
@@ -45,7 +45,7 @@ def test_no_library_of_cuda_kernels_is_normal(monkeypatch, tmp_path):
     assert _extension.cuda_load_error().startswith("not built: ")
 
 
-def test_info_says_whether_they_are_there_and_who_gets_them(monkeypatch):
+def test_info_reports_the_cuda_kernels(monkeypatch):
     monkeypatch.setattr(_extension, "_cuda_library", None)
     monkeypatch.setattr(_extension, "_cuda_error", "there is no GPU")
     assert re.search(r"CUDA kernels +no, there is no GPU", info.report())

@@ -1,4 +1,4 @@
-"""The benchmark of the GPU, of which a CPU can run all but what it is about."""
+"""The GPU benchmark, run on a CPU: everything works but the kernels themselves."""
 
 import argparse
 
@@ -22,7 +22,7 @@ def test_all_parts_run(tmp_path, capsys):
         assert part in written
 
 
-def test_parts_that_fail_are_reported_and_the_others_go_on(tmp_path, monkeypatch):
+def test_failing_parts_are_reported_and_the_others_run(tmp_path, monkeypatch):
     def broken(device, quick):
         yield "a line"
         raise ValueError("what went wrong")
@@ -44,7 +44,7 @@ def test_the_kernels_pass_its_checks(on_host):
     assert "vq_attention dk " in gpu_checks.run("cpu", count=2, namespace=on_host)
 
 
-def test_layers_that_differ_are_found(monkeypatch):
+def test_differing_layers_are_found(monkeypatch):
     assert "| LongVQBlock | 0 | 0 |" in gpu_checks.layers("cpu")
     right = gpu_checks._run_layer
     calls = []
@@ -59,7 +59,7 @@ def test_layers_that_differ_are_found(monkeypatch):
         gpu_checks.layers("cpu")
 
 
-def test_its_checks_find_what_is_wrong(on_host):
+def test_its_checks_find_a_wrong_kernel(on_host):
     class Wrong:
         def __getattr__(self, name):
             return getattr(on_host, name)
@@ -72,7 +72,7 @@ def test_its_checks_find_what_is_wrong(on_host):
         gpu_checks.run("cpu", count=1, namespace=Wrong())
 
 
-def test_without_a_gpu_it_says_so(tmp_path, monkeypatch):
+def test_error_without_a_gpu(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit, match="there is no GPU"):
         gpu.run(arguments(tmp_path))

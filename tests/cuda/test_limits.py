@@ -1,4 +1,4 @@
-"""What the CUDA kernels don't take is said before a call, and is what the kernels themselves refuse."""
+"""The limits in `ops/_cuda_limits.py` are the limits of the CUDA kernels."""
 
 import ctypes
 from collections import defaultdict
@@ -17,7 +17,7 @@ CUDA = torch.device("cuda")
 
 @pytest.fixture(autouse=True)
 def gpu(monkeypatch):
-    """A GPU with so much shared memory."""
+    """The properties of a GPU with 163 KB of shared memory, as on sm_80."""
     properties = SimpleNamespace(shared_memory_per_block_optin=163 << 10)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     return properties
@@ -25,42 +25,50 @@ def gpu(monkeypatch):
 
 @pytest.fixture
 def planned(on_host, library_on_host):
-    """The operators on the host, whose kernels are launched but don't run."""
+    """The operators on the host, with launches that are recorded instead of run."""
     library = ctypes.CDLL(library_on_host)
     library.longvq_on_host_begin_plan()
     yield on_host
     library.longvq_on_host_end_plan()
 
 
-def test_shared_memory_is_what_the_kernels_ask_for(on_host, library_on_host):
-    most = defaultdict(dict)
+def test_shared_bytes_are_those_of_the_kernels(on_host, library_on_host):
+    largest = defaultdict(dict)
     for launch in shared_memory.launches(on_host, library_on_host):
-        of_op = most[launch.op]
+        of_op = largest[launch.op]
         of_op[launch.case] = max(launch.bytes, of_op.get(launch.case, 0))
-    assert most == _cuda_limits.SHARED_BYTES
-    assert max(max(of_op.values()) for of_op in most.values()) <= 163 << 10  # of sm_80
+    assert largest == _cuda_limits.SHARED_BYTES
+    assert max(max(of_op.values()) for of_op in largest.values()) <= 163 << 10  # on sm_80
 
 
-ATTENTION = {"rows": 1, "heads": 1, "length": 1, "depth": 16, "values": 16, "dtype": torch.float32, "documents": None}
+ATTENTION = {
+    "rows": 1,
+    "heads": 1,
+    "length": 1,
+    "head_dim": 16,
+    "value_dim": 16,
+    "dtype": torch.float32,
+    "documents": None,
+}
 
 
 def attention(namespace, activation="softmax", **sizes):
-    """Why the limits decline these sizes, and whether the kernels take them."""
+    """The reason why the limits decline these sizes, and whether the kernels accept them."""
     s = SimpleNamespace(**{**ATTENTION, **sizes})
-    q = torch.empty(s.rows, s.heads, s.length, s.depth, dtype=s.dtype)
-    v = torch.empty(s.rows, s.heads, s.length, s.values, dtype=s.dtype)
+    q = torch.empty(s.rows, s.heads, s.length, s.head_dim, dtype=s.dtype)
+    v = torch.empty(s.rows, s.heads, s.length, s.value_dim, dtype=s.dtype)
     offsets = None if s.documents is None else torch.zeros(s.documents + 1, dtype=torch.int32)
     codes = torch.zeros(s.rows, s.heads, s.length, dtype=torch.int64)
-    codebook = torch.empty(s.heads, 1, s.depth)
+    codebook = torch.empty(s.heads, 1, s.head_dim)
     args = attention_arguments(q, q, v, codebook, codes, cu_seqlens=offsets, causal=True, activation=activation)
 
     def call():
         namespace.vq_attention_backward(v, *namespace.vq_attention(*args), *args)
 
-    return _cuda_limits.attention(q, v, None, offsets, activation), taken(call)
+    return _cuda_limits.attention(q, v, None, offsets, activation), accepts(call)
 
 
-def taken(call):
+def accepts(call):
     try:
         call()
     except RuntimeError as error:
@@ -72,12 +80,24 @@ def taken(call):
 @pytest.mark.parametrize(
     ("most", "more", "reason"),
     [
-        ({"depth": 128}, {"depth": 129}, "q and k of up to D = 128, got 129"),
+        ({"head_dim": 128}, {"head_dim": 129}, "D must be at most 128 for the CUDA kernels, got 129"),
         ({"activation": "laplace", "dtype": torch.bfloat16}, {"activation": "laplace", "dtype": torch.half}, "range"),
-        ({"rows": 65_535, "depth": 1, "values": 1}, {"rows": 65_536, "depth": 1, "values": 1}, "got 65,536"),
-        ({"documents": 65_535}, {"documents": 65_536}, "documents with their segments, got 65,536"),
+        (
+            {"rows": 65_535, "head_dim": 1, "value_dim": 1},
+            {"rows": 65_536, "head_dim": 1, "value_dim": 1},
+            "got 65,536",
+        ),
+        (
+            {"documents": 65_535},
+            {"documents": 65_536},
+            "segments of rows or documents must be at most 65,535 for the CUDA kernels, got 65,536",
+        ),
         ({"documents": 65_534, "length": 1024}, {"documents": 65_535, "length": 1024}, "got 65,536"),
-        ({"heads": 257, "values": 255}, {"heads": 512, "values": 128}, "of all heads, H E, got 65,536"),
+        (
+            {"heads": 257, "value_dim": 255},
+            {"heads": 512, "value_dim": 128},
+            "H * E must be at most 65,535 for the CUDA kernels, got 65,536",
+        ),
     ],
 )
 def test_attention(planned, most, more, reason):
@@ -89,15 +109,15 @@ def test_attention(planned, most, more, reason):
 @pytest.mark.parametrize(
     ("most", "more", "reason"),
     [
-        ((1, 1, 1, 256), (1, 1, 1, 257), "keys of up to D = 256, got 257"),
-        ((65_535, 1, 1, 1), (65_536, 1, 1, 1), "rows B, got 65,536"),
-        ((1, 65_535, 1, 1), (1, 65_536, 1, 1), "heads H, got 65,536"),
+        ((1, 1, 1, 256), (1, 1, 1, 257), "D must be at most 256 for the CUDA kernels, got 257"),
+        ((65_535, 1, 1, 1), (65_536, 1, 1, 1), "B must be at most 65,535 for the CUDA kernels, got 65,536"),
+        ((1, 65_535, 1, 1), (1, 65_536, 1, 1), "H must be at most 65,535 for the CUDA kernels, got 65,536"),
     ],
 )
 def test_assign(planned, most, more, reason):
     def both(sizes):
         k, codebook = torch.empty(sizes), torch.empty(sizes[1], 1, sizes[3])
-        return _cuda_limits.assign(k), taken(lambda: planned.vq_assign(k, codebook))
+        return _cuda_limits.assign(k), accepts(lambda: planned.vq_assign(k, codebook))
 
     assert both(most) == (None, True)
     why, took = both(more)
@@ -107,7 +127,7 @@ def test_assign(planned, most, more, reason):
 @pytest.mark.parametrize(
     ("most", "more", "reason"),
     [
-        ((1, 32, None), (1, 33, None), "N = 32 modes, got 33"),
+        ((1, 32, None), (1, 33, None), "N must be at most 32 for the CUDA kernels, got 33"),
         ((65_535, 1, None), (65_536, 1, None), "got 65,536"),
         ((1, 1, 65_535), (1, 1, 65_536), "got 65,536"),
     ],
@@ -123,7 +143,7 @@ def test_scan(planned, most, more, reason):
             planned.ssm_scan(*args)
             planned.ssm_scan_backward(u, grad_state, *args, True, True)
 
-        return _cuda_limits.scan(u, modes, offsets), taken(call)
+        return _cuda_limits.scan(u, modes, offsets), accepts(call)
 
     assert both(*most) == (None, True)
     why, took = both(*more)
@@ -142,7 +162,7 @@ def test_a_gpu_with_less_shared_memory(gpu):
     assert _cuda_limits.scan(torch.empty(1, 1, 1, dtype=torch.bfloat16), 16, None) is None
 
 
-def test_what_is_declined_is_left_to_torch(monkeypatch):
+def test_declined_calls_are_left_to_torch(monkeypatch):
     monkeypatch.setattr(_extension, "_cuda_library", object())
     with pytest.raises(NotImplementedError, match="can't serve this call: it is too wide"):
         _dispatch.choose("vq_attention", "native", CUDA, (torch.float32,), lambda: "it is too wide")

@@ -1,4 +1,4 @@
-"""The machine on the host, `csrc/cuda/on_host`: it finds what is wrong in kernels that are (misuses.cpp)."""
+"""The execution model on the host, `csrc/cuda/on_host`, finds the errors of the wrong kernels in misuses.cpp."""
 
 import ctypes
 
@@ -9,14 +9,14 @@ import pytest
 @pytest.mark.parametrize(
     ("kernel", "message"),
     [
-        ("two copies to one place", "a copy to where another one is on its way"),
+        ("two copies to one place", "a copy to the target of an open copy"),
         ("copies one after the other", ""),
-        ("copy outside", "a copy to where there is no shared memory"),
+        ("copy outside", "a copy to outside of shared memory"),
         ("no block", "a grid without blocks"),
     ],
 )
-def test_what_it_says_of(library_on_host, thread_order, order, kernel, message):
-    said_of = ctypes.CDLL(library_on_host).longvq_on_host_said_of
-    said_of.restype = ctypes.c_char_p
+def test_error_of_a_kernel(library_on_host, thread_order, order, kernel, message):
+    error_of = ctypes.CDLL(library_on_host).longvq_on_host_error_of
+    error_of.restype = ctypes.c_char_p
     thread_order(order)
-    assert said_of(kernel.encode()).decode() == message
+    assert error_of(kernel.encode()).decode() == message

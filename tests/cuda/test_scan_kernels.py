@@ -1,4 +1,4 @@
-"""`csrc/cuda/scan.cu` and `scan_tables.cu`, run on the host (and a GPU where there is one), against the definition."""
+"""The kernels of `csrc/cuda/ssm` against the definition."""
 
 import itertools
 
@@ -11,7 +11,7 @@ from tests.native import by_channel
 from tests.strategies import NativeScanCase, in_precision, native_scan_cases
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# Relative to the sum of the sizes of the terms: up to 31 steps with one rounded decay; in bfloat16 rounded tables.
+# Errors relative to the sum of the absolute terms: one rounded decay over up to 31 steps; in bfloat16, rounded tables.
 ROUNDING = {torch.float32: 2**-20, torch.float16: 2**-20, torch.bfloat16: 2**-8}
 
 
@@ -19,7 +19,7 @@ NAMES = ("u", "log_decay", "weight", "skip", "initial_state")
 
 
 def call(namespace, arguments, options, grad_y, grad_state):
-    """y, the last state, and the gradients of what there is."""
+    """y, the final state, and the gradients of the given arguments."""
     inputs = [*(arguments.get(name) for name in NAMES), options["key_padding_mask"]]
     inputs += [options.get("cu_seqlens"), options["reverse"]]
     y, state = namespace.ssm_scan(*inputs)
@@ -78,8 +78,8 @@ def test_lengths_around_the_tiles(kernels, dtype, length):
 
 @pytest.mark.parametrize("channels", [8, 16, 24, 20])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_channels_that_are_read_together(kernels, dtype, channels):
-    """Eight of 16 bits at a time where they lie so, one by one where they don't."""
+def test_vectorized_channels(kernels, dtype, channels):
+    """Kernels read the channels of a step in one access if they are aligned, otherwise one by one."""
     case = drawn(2, 100, channels, 3, dtype, key_padding_mask=torch.rand(2, 100) < 0.2)
     assert_right(kernels, case)
     case.arguments["u"] = torch.randn(2, 100, channels + 1).to(dtype)[:, :, 1:]
@@ -89,7 +89,7 @@ def test_channels_that_are_read_together(kernels, dtype, channels):
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_segments(kernels, dtype, reverse):
-    """Few channels of a long sequence: its pieces run at the same time, from states that are made first."""
+    """A long sequence with few channels is cut into segments, which run at the same time."""
     mask = torch.rand(2, 13_000) < 0.1
     assert_right(kernels, drawn(2, 13_000, 2, 5, dtype, reverse=reverse, key_padding_mask=mask))
 
@@ -120,7 +120,7 @@ def test_wrong_arguments(kernels):
     case = drawn(1, 20, 3, 2, torch.float32)
     good = case.arguments
     for name, wrong, message in [
-        ("weight", good["weight"].real, "of one type"),
+        ("weight", good["weight"].real, "weight must be .* in the dtype of log_decay, got .* float32"),
         ("skip", good["skip"][:2], "skip must be"),
         ("initial_state", good["initial_state"][:, :2], "initial_state must be"),
         ("u", good["u"].double(), "float32, bfloat16 or float16"),

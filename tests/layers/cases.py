@@ -1,4 +1,4 @@
-"""Small instances of every layer, for the contracts that all of them keep."""
+"""Small instances of every layer, for tests of what all layers promise."""
 
 from collections.abc import Callable
 
@@ -70,11 +70,11 @@ def _mega_full(**options) -> nn.Module:
     return MegaBlock(WIDTH, ema_dim=4, max_positions=64, **switches, **options)
 
 
-BARE = ("ssm", "ema")  # mixers without projections: their input is called u, and any dtype will do
+BARE = ("ssm", "ema")  # layers without projections: their input is called u and may have any floating dtype
 
 
 def _local(**options) -> nn.Module:
-    # A window as wide as most of the sequences that the contracts are tried on: they ask whether all is seen.
+    # The window is as wide as most test sequences, because the tests check that all positions are seen.
     return LocalAttention(WIDTH, 4, num_kv_heads=2, window=20, **options)
 
 
@@ -116,7 +116,7 @@ LAYERS: dict[str, Callable[..., nn.Module]] = {
 
 
 def trained(name: str, **options) -> nn.Module:
-    """A layer in eval mode whose codebook has learned, with a window bias that is not zero."""
+    """A layer in eval mode with a trained codebook and a random window bias."""
     layer = LAYERS[name](**options)
     for parameter_name, parameter in layer.named_parameters():
         if parameter_name.endswith("window_bias"):

@@ -43,8 +43,8 @@ def test_causal_layers_see_the_past_and_not_the_future(name):
     changed[:, 8] += torch.randn(WIDTH)
     difference = (layer(changed) - layer(x)).abs().sum((0, 2))
     assert (difference[:8] == 0).all()
-    assert (difference[8:] > 0).all()  # the far ones too: through the codebook or the state
-    if "vq" not in name:  # the key gradient of a VQ layer is shared among keys of a code, see key_grad="cluster"
+    assert (difference[8:] > 0).all()  # far positions too, through codes or state
+    if "vq" not in name:  # in a VQ layer all keys of a code share their gradient, see key_grad="cluster"
         assert (jacobian.triu(1) == 0).all()
     assert (jacobian.tril() > 0).sum() == 14 * 15 / 2
 
@@ -69,7 +69,7 @@ def test_padding_and_batch_change_nothing(name, causal, side):
     mask = torch.ones(3, 17, dtype=torch.bool)
     at = slice(6, 17) if side == "left" else slice(0, 11)
     batch[1, at], mask[1, at] = x, False
-    batch[0, 2:5], mask[0, 2:5] = torch.randn(3, WIDTH, dtype=torch.float64), False  # the last row is all padding
+    batch[0, 2:5], mask[0, 2:5] = torch.randn(3, WIDTH, dtype=torch.float64), False  # the last row has only padding
     y = layer(batch, key_padding_mask=mask)
     assert_close(y[1, at], alone, "padded output")
     assert (y[mask] == 0).all()
@@ -100,7 +100,7 @@ def test_masked_inputs_get_no_gradient_and_teach_nothing(name):
 @each_layer
 @each_direction
 @pytest.mark.parametrize("filler", [float("nan"), float("inf")])
-def test_anything_may_stand_at_masked_positions(name, causal, filler):
+def test_masked_inputs_may_be_anything(name, causal, filler):
     layer = trained(name, causal=causal)
     x = torch.randn(2, 12, WIDTH)
     mask = torch.zeros(2, 12, dtype=torch.bool)
@@ -136,7 +136,7 @@ def test_state_dict_round_trip(name):
     x = torch.randn(2, 20, WIDTH)
     assert torch.equal(other.eval()(x), layer(x))
     before = [book.embedding.clone() for book in codebooks(other)]
-    other.train()(x)  # initialised: the codes move on from where they were, and are not fitted anew
+    other.train()(x)  # initialised: the codes keep learning, without a new k-means start
     for book, old in zip(codebooks(other), before, strict=True):
         assert (book.embedding - old).abs().max() < 0.5 * old.abs().max()
 
@@ -154,7 +154,7 @@ def test_copies_after_a_training_step(name, how):
     clone.train()(x)
     for book, other in zip(codebooks(layer), codebooks(clone), strict=True):
         assert bool(other.initialized)
-        assert book.steps == 1 and other.steps == 2  # nothing is shared, and the copy went on learning
+        assert book.steps == 1 and other.steps == 2  # the copy learns alone: nothing is shared
 
 
 @each_layer
@@ -232,7 +232,7 @@ def test_extra_repr_reproduces_the_call(name):
 
 
 @each_layer
-def test_what_has_numbers_of_its_own_can_reset_them(name):
+def test_modules_with_parameters_of_their_own_can_reset_them(name):
     layer = LAYERS[name](device="meta").to_empty(device="cpu")
     for tensor in layer.state_dict().values():
         tensor.fill_(torch.nan if tensor.is_floating_point() else 1)
@@ -254,7 +254,7 @@ def test_eval_is_repeatable_and_changes_nothing(name):
 
 @pytest.mark.parametrize("name", ["vq", "ssm", "ema", "s4d", "longvq", "mega", "local", "spade"])
 @pytest.mark.parametrize("option", ["causal", "glu", "window_bias", "ssm_gate", "bias", "recompute", "global_ssm"])
-def test_a_word_is_no_bool(name, option):
+def test_a_string_is_not_accepted_as_bool(name, option):
     made = type(LAYERS[name]())
     if option in inspect.signature(made).parameters:
         with pytest.raises(TypeError, match=rf"^\w+: {option} must be a bool, got 'false'$"):
@@ -278,6 +278,6 @@ def test_wrong_inputs_are_named(name):
         layer(x, key_padding_mask=torch.zeros(2, 5, dtype=torch.bool))
     with pytest.raises(TypeError, match=r"key_padding_mask must be bool with True = ignore, got torch\.float32"):
         layer(x, key_padding_mask=torch.zeros(2, 6))
-    if name not in BARE:  # which compute in float32 whatever comes
+    if name not in BARE:  # those take any floating dtype
         with pytest.raises(TypeError, match=r"x must have the dtype of the layer, torch.float32, got torch.float64"):
             layer(x.double())

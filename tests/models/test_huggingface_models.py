@@ -19,7 +19,6 @@ from transformers import (
 )
 
 from longvq_layers.layers import Codebook, DiagonalSSM, commitment_loss, optimizer_groups
-from longvq_layers.models import BLOCKS
 from longvq_layers.models.huggingface import (
     LongVQCache,
     LongVQConfig,
@@ -28,12 +27,8 @@ from longvq_layers.models.huggingface import (
     LongVQModel,
 )
 from longvq_layers.models.huggingface.cache_name import NAME
-from tests.models.test_plain_models import SMALL
+from tests.models.cases import SMALL, VOCABULARY, each_kind, each_streaming
 from tests.tolerances import assert_close
-
-VOCABULARY = 30
-each_kind = pytest.mark.parametrize("kind", list(BLOCKS))
-each_streaming = pytest.mark.parametrize("kind", [name for name in BLOCKS if name != "transformer"])
 
 
 def config(kind: str = "longvq", **options) -> LongVQConfig:
@@ -42,7 +37,7 @@ def config(kind: str = "longvq", **options) -> LongVQConfig:
 
 
 def trained(kind: str = "longvq", kind_of_model=LongVQForCausalLM, **options):
-    """In eval mode, with codebooks that have learned; tokens differ enough for generation not to repeat one."""
+    """A model in eval mode with trained codebooks, and embeddings so different that generation varies its tokens."""
     model = kind_of_model(config(kind, **options))
     for _ in range(2):
         model(torch.randint(VOCABULARY, (3, 40)))
@@ -109,7 +104,7 @@ def test_saving_and_loading_bit_for_bit(kind, tied, tmp_path):
         assert name == again and first.dtype == second.dtype and torch.equal(first, second), name
     tokens = torch.randint(VOCABULARY, (2, 20))
     assert torch.equal(model(tokens).logits, loaded(tokens).logits)
-    for each in (model, loaded):  # a loaded codebook goes on learning, it doesn't start anew
+    for each in (model, loaded):  # a loaded codebook keeps learning, without a new k-means start
         torch.manual_seed(0)
         each.train()(tokens)
     for first, second in zip(model.buffers(), loaded.buffers(), strict=True):
@@ -140,7 +135,7 @@ def test_loading_in_half_precision_keeps_ssms_and_codebooks(kind, dtype, tmp_pat
 
 @each_kind
 @pytest.mark.parametrize("norm_type", ["layer", "rms", "scale", "batch"])
-def test_what_a_checkpoint_lacks_is_drawn_as_when_made(kind, norm_type, tmp_path):
+def test_missing_tensors_get_the_values_of_a_new_model(kind, norm_type, tmp_path):
     model = LongVQForCausalLM(config(kind, norm_type=norm_type))
     kept = "model.encoder.embedding.weight"
     model.save_pretrained(tmp_path, state_dict={kept: model.state_dict()[kept]})
@@ -160,7 +155,7 @@ def test_what_a_checkpoint_lacks_is_drawn_as_when_made(kind, norm_type, tmp_path
             assert not other._ready
 
 
-def test_what_a_checkpoint_has_of_a_layer_is_kept(tmp_path):
+def test_the_tensors_of_a_partial_checkpoint_are_kept(tmp_path):
     model = trained()
     state = model.state_dict()
     dropped = [name for name in state if name.endswith((".ssm.D", ".bias", ".codebook.idle"))]
@@ -332,7 +327,7 @@ def test_classification_losses(problem, pooling):
 
 
 @each_kind
-def test_gradient_checkpointing_equals_none(kind):
+def test_gradient_checkpointing_changes_nothing(kind):
     plain = LongVQForCausalLM(config(kind, dropout=0.2)).train()
     saving = copy.deepcopy(plain)
     with pytest.warns(FutureWarning, match="deprecated"):
@@ -361,7 +356,7 @@ def test_gradient_checkpointing_equals_none(kind):
 
 
 def test_reentrant_checkpointing_is_refused():
-    with pytest.raises(ValueError, match="needs use_reentrant=False, got True"):
+    with pytest.raises(ValueError, match=r"use_reentrant .*must be False, got True"):
         trained("s4d").activation_checkpointing_enable({"use_reentrant": True})
 
 
@@ -395,13 +390,13 @@ def test_generation_equals_running_everything(kind, padded):
         options.pop("prefill_chunk_size", None)
         slow = run(model, tokens, mask, **options, use_cache=False)
         assert torch.equal(fast, slow), options
-        # One token over and over would say little; the greediest ways may fall into a short cycle.
+        # One repeated token would prove little. Greedy search may still run into a short cycle.
         assert len(fast[:, 9:].unique()) > (4 if options["do_sample"] else 2)
 
 
 @each_streaming
-def test_generation_by_hand(kind):
-    """Greedy decoding with the full forward each time, row by row, without transformers' loop."""
+def test_generation_equals_a_loop_of_full_forwards(kind):
+    """Greedy decoding by a full forward for every token and row, without transformers' loop."""
     model = trained(kind)
     tokens, mask = prompts()
     fast = run(model, tokens, mask, do_sample=False)
@@ -441,7 +436,7 @@ def test_several_turns_on_one_cache(kind, padded):
         assert torch.equal(fast, slow), turn
         tokens = torch.cat([fast, torch.randint(1, VOCABULARY, (3, 4))], 1)
         mask = torch.nn.functional.pad(mask, (0, tokens.shape[1] - mask.shape[1]), value=1)
-    new = tokens[:, cache.get_seq_length() :]  # only what is new, with a mask for the whole
+    new = tokens[:, cache.get_seq_length() :]  # only the new tokens, with a mask for all
     whole = torch.cat([mask[:, :1] * 0, mask[:, 1:]], 1) if padded else mask
     if not padded:
         with pytest.raises(ValueError, match="input_ids must go on after the"):
@@ -454,7 +449,7 @@ def test_several_turns_on_one_cache(kind, padded):
 
 
 @each_kind
-def test_padding_between_tokens_is_as_if_it_were_not_there(kind):
+def test_padding_between_tokens_changes_nothing(kind):
     model, tokens = trained(kind), torch.randint(VOCABULARY, (2, 40))
     mask = torch.ones_like(tokens)
     mask[0, 20:26] = mask[1, :3] = mask[1, 30:31] = 0
@@ -471,9 +466,9 @@ def test_padding_between_tokens_is_as_if_it_were_not_there(kind):
             assert_close(cached[mask.bool()], whole.logits[mask.bool()], "with a cache")
 
 
-def test_one_prompt_in_several_ways():
+def test_one_prompt_continued_in_several_ways():
     model = trained()
-    prompt = torch.randint(1, VOCABULARY, (1, 20))  # no 0: without a mask transformers takes it for padding
+    prompt = torch.randint(1, VOCABULARY, (1, 20))  # no 0, which transformers takes for padding if there is no mask
     cache = LongVQCache()
     with torch.no_grad():
         model(prompt, cache=cache)
@@ -495,7 +490,7 @@ def test_generation_from_embeddings():
     embeds = model.get_input_embeddings()(tokens)
     fast = run(model, None, mask, inputs_embeds=embeds, do_sample=False)
     assert torch.equal(fast, run(model, tokens, mask, do_sample=False)[:, 9:])
-    with pytest.raises(NotImplementedError, match="inputs_embeds need a cache"):
+    with pytest.raises(NotImplementedError, match="inputs_embeds must be None without a cache"):
         run(trained("transformer"), None, mask, inputs_embeds=embeds, do_sample=False)
 
 
@@ -553,7 +548,7 @@ def test_blocks_without_a_constant_state_generate_without_a_cache(kind, options)
 
 def test_what_generation_refuses():
     model, tokens = trained(), torch.randint(VOCABULARY, (1, 9))
-    with pytest.raises(RuntimeError, match=r"generate: the model is in training mode; call eval\(\) first"):
+    with pytest.raises(RuntimeError, match=r"generate: .* must be in eval mode, got training mode; call eval\(\)"):
         run(copy.deepcopy(model).train(), tokens)
     for options in ({"prompt_lookup_num_tokens": 2}, {"assistant_model": model}):
         with pytest.raises(ValueError, match="assisted generation is not supported with stateful models"):
@@ -562,7 +557,7 @@ def test_what_generation_refuses():
         run(model, tokens, penalty_alpha=0.5, top_k=4)
     with pytest.raises(ValueError, match="cache_implementation must be None, got 'static'"):
         run(model, tokens, cache_implementation="static")
-    with pytest.raises(NotImplementedError, match="can't assist another one"):
+    with pytest.raises(NotImplementedError, match="can't be an assistant"):
         run(model, tokens, is_assistant=True)
     with pytest.raises(TypeError, match="cache must be a LongVQCache, got DynamicCache"):
         run(model, tokens, past_key_values=DynamicCache())
@@ -600,7 +595,7 @@ def test_wrong_inputs_are_named():
     for options, error, message in cases:
         with pytest.raises(error, match=re.escape(message)):
             model(**options)
-    with pytest.raises(RuntimeError, match=r"a cache needs eval mode.*call eval\(\)"):
+    with pytest.raises(RuntimeError, match=r"with a cache the model must be in eval mode.*call eval\(\)"):
         model.train()(tokens, use_cache=True)
     with pytest.raises(ValueError, match=r"config.causal must be True, got False"):
         LongVQForCausalLM(config(causal=False))
@@ -612,7 +607,7 @@ def test_wrong_inputs_are_named():
 
 
 class Copies(torch.utils.data.Dataset):
-    """Sequences of one token repeated: what comes next is learned in a few steps."""
+    """Sequences of one repeated token, which a model learns in a few steps."""
 
     def __init__(self, size: int) -> None:
         self.size = size
@@ -653,7 +648,7 @@ def test_trainer(tmp_path, checkpointing):
     evals = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
     assert losses[-1] < 0.5 * losses[0] and evals[-1] < 0.5 * losses[0]
     books = [module for module in model.modules() if isinstance(module, Codebook)]
-    assert all(bool(book.initialized) and book.steps == 80 for book in books)  # two forwards a step, learned once each
+    assert all(bool(book.initialized) and book.steps == 80 for book in books)  # two forwards a step, each learned once
     loaded = LongVQForCausalLM.from_pretrained(tmp_path / "checkpoint-40")
     for first, second in zip(model.state_dict().values(), loaded.state_dict().values(), strict=True):
         assert torch.equal(first, second)

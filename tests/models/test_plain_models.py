@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 
 from longvq_layers.layers import Codebook, commitment_loss
 from longvq_layers.models import (
-    BLOCKS,
     S4DBlock,
     SequenceClassifier,
     SequenceEncoder,
@@ -17,19 +16,8 @@ from longvq_layers.models import (
     TransformerBlock,
 )
 from longvq_layers.models.sequence import pool
+from tests.models.cases import SMALL, VOCABULARY, WIDTH, each_kind, each_streaming
 from tests.tolerances import assert_close
-
-WIDTH, VOCABULARY = 16, 30
-SMALL = {
-    "longvq": {"num_codes": 6, "window": 3, "d_state": 8},
-    "mega": {"chunk": 4, "ema_dim": 4},
-    "spade": {"window": 3, "d_state": 8, "num_heads": 2},
-    "s4d": {"d_state": 8},
-    "transformer": {"num_heads": 2},
-}
-STREAMING = [name for name in BLOCKS if name != "transformer"]
-each_kind = pytest.mark.parametrize("kind", list(BLOCKS))
-each_streaming = pytest.mark.parametrize("kind", STREAMING)
 
 
 def encoder(kind: str, **options) -> SequenceEncoder:
@@ -38,7 +26,7 @@ def encoder(kind: str, **options) -> SequenceEncoder:
 
 
 def trained(kind: str, **options) -> SequenceEncoder:
-    """In eval mode, with codebooks that have learned."""
+    """An encoder in eval mode with trained codebooks."""
     model = encoder(kind, **options)
     for _ in range(2):
         model(torch.randint(VOCABULARY, (3, 30)))
@@ -70,7 +58,7 @@ def test_padding_and_batch_change_nothing(kind, causal, side):
     batch, mask = torch.randint(VOCABULARY, (3, 17)), torch.ones(3, 17, dtype=torch.bool)
     at = slice(6, 17) if side == "left" else slice(0, 11)
     batch[1, at], mask[1, at] = tokens, False
-    mask[0, 2:5] = False  # the last row is all padding
+    mask[0, 2:5] = False  # the last row has only padding
     y = model(batch, mask)
     assert_close(y[1, at], alone, "padded output")
     assert (y[mask] == 0).all() and y.isfinite().all()
@@ -81,7 +69,7 @@ def test_padding_and_batch_change_nothing(kind, causal, side):
 
 
 @each_kind
-def test_anything_may_stand_at_masked_positions(kind):
+def test_masked_inputs_may_be_anything(kind):
     model = encoder(kind, num_inputs=None, input_dim=5).eval()
     x, mask = torch.randn(2, 12, 5), torch.zeros(2, 12, dtype=torch.bool)
     mask[0, 7:] = mask[1, :3] = True
@@ -122,13 +110,13 @@ def test_packed_documents_equal_rows(kind):
 
 
 @each_kind
-def test_gradient_checkpointing_equals_none(kind):
+def test_gradient_checkpointing_changes_nothing(kind):
     plain = encoder(kind, dropout=0.3).train()
     saving = copy.deepcopy(plain)
     saving.backbone.gradient_checkpointing = True
     tokens, mask = torch.randint(VOCABULARY, (3, 20)), torch.zeros(3, 20, dtype=torch.bool)
     mask[0, 15:] = True
-    for step in range(3):  # the first one starts the codebooks, the others teach them
+    for step in range(3):  # the first step fits the codebooks, the others update them
         results = []
         for model in (plain, saving):
             torch.manual_seed(step)
@@ -158,7 +146,7 @@ def test_gradient_checkpointing_runs_blocks_again():
 @pytest.mark.parametrize("masked", [False, True])
 @each_streaming
 def test_pieces_equal_forward(kind, masked, data):
-    """Masked tokens take no position: each row is what `forward` gives for its unmasked tokens alone."""
+    """Masked tokens take no position: each row equals `forward` of its unmasked tokens alone."""
     torch.manual_seed(2)
     model, rows = trained(kind, causal=True, dtype=torch.float64), data.draw(st.integers(0, 3))
     sizes = data.draw(st.lists(st.one_of(st.integers(0, 2), st.integers(0, 9)), max_size=5))
@@ -187,7 +175,7 @@ def test_pieces_equal_forward(kind, masked, data):
 
 
 @each_streaming
-def test_states_branch_and_select_rows(kind):
+def test_states_are_cloned_and_rows_selected(kind):
     model = SequenceLM(trained(kind, causal=True, dtype=torch.float64), 7).double().eval()
     tokens = torch.randint(VOCABULARY, (3, 10))
     rows = torch.tensor([2, 0, 2, 1])
@@ -207,11 +195,11 @@ def test_the_state_of_s4d_is_checked():
     state = block.initial_state(2)
     with pytest.raises(RuntimeError, match=r"S4DBlock\.step: .*training mode.*eval\(\)"):
         copy.deepcopy(block).train().step(torch.randn(2, WIDTH), state)
-    with pytest.raises(NotImplementedError, match=r"S4DBlock\.step: a bidirectional block"):
+    with pytest.raises(NotImplementedError, match=r"S4DBlock\.step: causal must be True.*bidirectional"):
         S4DBlock(WIDTH).eval().step(torch.randn(2, WIDTH), state)
-    with pytest.raises(NotImplementedError, match=r"S4DBlock\.initial_state: a bidirectional block"):
+    with pytest.raises(NotImplementedError, match=r"S4DBlock\.initial_state: causal must be True.*bidirectional"):
         S4DBlock(WIDTH).initial_state(2)
-    with pytest.raises(TypeError, match="state must be an S4DState, from initial_state, got Tensor"):
+    with pytest.raises(TypeError, match="state must be of type S4DState, from initial_state, got Tensor"):
         block.step(torch.randn(2, WIDTH), state.memory)
     with pytest.raises(ValueError, match="x must have the B = 2 of the state, got 3"):
         block.step(torch.randn(3, WIDTH), state)
@@ -230,8 +218,8 @@ def test_steps_of_s4d_differentiate():
     assert_close(grad, torch.autograd.grad(block(x).square().sum(), x)[0], "gradient")
 
 
-def test_what_cannot_stream_says_so():
-    with pytest.raises(NotImplementedError, match='"transformer" have no state of constant size'):
+def test_blocks_that_cannot_stream_say_so():
+    with pytest.raises(NotImplementedError, match="'transformer', whose blocks have no state of constant size"):
         encoder("transformer", causal=True).initial_state(1)
     with pytest.raises(NotImplementedError, match="bidirectional"):
         encoder("longvq").initial_state(1)
@@ -294,7 +282,7 @@ def test_pool():
         ({"block_options": [1]}, TypeError, r"block_options must be a mapping from names to values, got \[1\]"),
         ({"block_options": {"causal": True}}, ValueError, "block_options must not contain 'causal'"),
         ({"block_options": {"d_model": 3}}, ValueError, "block_options must not contain 'd_model'"),
-        ({"block": "spade", "block_options": {"global_layers": -1}}, ValueError, "global_layers must be an int, 0 or"),
+        ({"block": "spade", "block_options": {"global_layers": -1}}, ValueError, "global_layers must be at least 0"),
         ({"causal": "False"}, TypeError, "causal must be a bool, got 'False'"),
     ],
 )
@@ -306,13 +294,13 @@ def test_wrong_options_are_named(options, error, message):
 def test_wrong_steps_are_named_and_change_nothing():
     model = encoder("s4d", causal=True).eval()
     with torch.no_grad():
-        with pytest.raises(TypeError, match="state must be a BackboneState, from initial_state, got NoneType"):
+        with pytest.raises(TypeError, match="state must be of type BackboneState, from initial_state, got NoneType"):
             model.step(torch.zeros(2, dtype=torch.long), None)
         with pytest.raises(TypeError, match=r"inputs must be a torch\.Tensor"):
             model.step([1], model.initial_state(2))
         state = encoder("s4d", causal=True, depth=3).eval().initial_state(2)
         before = copy.deepcopy(state)
-        with pytest.raises(ValueError, match="state must have the 2 layers of the model, got one with 3"):
+        with pytest.raises(ValueError, match="state must have 2 layers, as the model, got 3"):
             model.step(torch.ones(2, dtype=torch.long), state)
     assert torch.equal(state.layers[0].memory, before.layers[0].memory)
 

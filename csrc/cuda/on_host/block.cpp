@@ -19,11 +19,11 @@ namespace on_host {
 namespace {
 
 constexpr size_t kStack = 128 << 10;
-constexpr size_t kGuard = 64;  // bytes on either side of shared memory that must stay as they are
+constexpr size_t kGuard = 64;  // bytes on either side of shared memory that kernels must not change
 constexpr unsigned char kGuardByte = 0xA5;
-constexpr unsigned char kUnset = 0xFF;  // every 16-bit and 32-bit number of these bytes is NaN
+constexpr unsigned char kUnset = 0xFF;  // 16-bit and 32-bit numbers of these bytes are NaN
 
-constexpr size_t kUnit = 16;  // bytes that a copy writes
+constexpr size_t kUnit = 16;  // bytes that one copy writes
 
 struct Copy {
   void* target;
@@ -42,10 +42,10 @@ struct Fiber {
   Position position;
   State state = State::kReady;
   bool started = false;
-  ucontext_t context;  // of its start; afterwards jumps are enough, and make no system calls
+  ucontext_t context;  // for the first start; later jumps need no system calls
   jmp_buf resumed;
   std::unique_ptr<char[]> stack{new char[kStack]};
-  std::vector<Copy> open;                // copies not committed yet
+  std::vector<Copy> open;                // copies that are not committed yet
   std::deque<std::vector<Copy>> groups;  // committed, oldest first
 };
 
@@ -60,27 +60,29 @@ struct Block {
   std::vector<std::unique_ptr<Fiber>> fibers;
   std::vector<Warp> warps;
   std::vector<char> memory;   // guard, shared memory, guard
-  std::vector<bool> awaited;  // by units of shared memory: whether a copy to it has not been waited for
+  std::vector<bool> awaited;  // for each unit of shared memory: whether a copy to it is open
   int at_barrier = 0;
 };
 
-uint64_t order_of_threads = 0;
+uint64_t thread_order = 0;
 Block* block = nullptr;
 Fiber* running = nullptr;
 jmp_buf scheduler;
 const std::function<void()>* body_of_kernel = nullptr;
 
 bool planning = false;
-std::string plan;  // a line for each launch: the mangled name of a type that names the kernel, and its bytes
+// A line for each launch: the mangled name of a type that contains the kernel, and the bytes of shared memory.
+std::string plan;
 
-std::string misuse;  // by the kernel; exceptions can't leave a fiber, so the scheduler throws
+// The kernel's error. Exceptions can't leave a fiber, so the scheduler throws it.
+std::string misuse;
 
 [[noreturn]] void refuse(const char* what) {
   misuse = what;
   _longjmp(scheduler, 1);
 }
 
-// Back to the scheduler, until somebody makes this fiber ready.
+// Returns to the scheduler until another fiber makes this one ready.
 void pause() {
   if (_setjmp(running->resumed) == 0) {
     _longjmp(scheduler, 1);
@@ -116,21 +118,21 @@ void prepare(Fiber& fiber) {
 std::vector<size_t> ordered(size_t count, std::mt19937_64& random) {
   std::vector<size_t> order(count);
   std::iota(order.begin(), order.end(), 0);
-  if (order_of_threads == 1) {
+  if (thread_order == 1) {
     std::reverse(order.begin(), order.end());
-  } else if (order_of_threads > 1) {
+  } else if (thread_order > 1) {
     std::shuffle(order.begin(), order.end(), random);
   }
   return order;
 }
 
-// Both are allowed: at once, which shows targets that are still being read, or when they are waited for, which shows
-// those that are read too soon.
+// Whether copies happen at once, which reveals targets that are still being read, or when they are waited for, which
+// reveals targets that are read too soon. CUDA allows both.
 bool copies_are_early() {
-  return order_of_threads % 2 == 1;
+  return thread_order % 2 == 1;
 }
 
-size_t unit_of(const void* target) {  // before the beginning a very large number
+size_t unit_of(const void* target) {  // very large for addresses before shared memory
   return (reinterpret_cast<uintptr_t>(target) - reinterpret_cast<uintptr_t>(shared_memory())) / kUnit;
 }
 
@@ -174,7 +176,7 @@ void run_block(dim3 index, dim3 size, dim3 grid, size_t shared_bytes, std::mt199
       }
     }
     if (!moved) {
-      throw std::runtime_error("some threads of a block wait for others that never arrive");
+      throw std::runtime_error("some threads of a block wait at a barrier that others never reach");
     }
   }
   check_guards(shared_bytes);
@@ -197,8 +199,8 @@ void synchronize_block() {
     for (auto& fiber : block->fibers) {
       fiber->state = State::kReady;
     }
-    if (order_of_threads == 0) {
-      return;  // the last one to arrive goes on, as it may on a GPU
+    if (thread_order == 0) {
+      return;  // the last thread to arrive continues, as a GPU may do
     }
   }
   pause();
@@ -226,19 +228,19 @@ void synchronize_warp(Collective operation, void* mine) {
 
 void check_aligned(const void* address) {
   if (reinterpret_cast<uintptr_t>(address) % kUnit != 0) {
-    refuse("16 bytes at a time from an address that is no multiple of 16");
+    refuse("16 bytes at an address that is no multiple of 16");
   }
 }
 
-void copy_later(void* target, const void* source, int bytes) {
+void copy_async(void* target, const void* source, int bytes) {
   check_aligned(target);
-  check_aligned(source);  // also where nothing is read
+  check_aligned(source);  // even if no byte is read
   const size_t unit = unit_of(target);
   if (unit >= block->awaited.size()) {
-    refuse("a copy to where there is no shared memory");
+    refuse("a copy to outside of shared memory");
   }
   if (block->awaited[unit]) {
-    refuse("a copy to where another one is on its way");
+    refuse("a copy to the target of an open copy");
   }
   block->awaited[unit] = true;
   running->open.push_back({target, source, bytes});
@@ -268,7 +270,7 @@ void run_grid(dim3 grid, dim3 size, size_t shared_bytes, const std::function<voi
     throw std::runtime_error("a grid without blocks");
   }
   if (size.y != 1 || size.z != 1 || size.x % kWarpSize != 0) {
-    throw std::runtime_error("blocks on the host are rows of whole warps");
+    throw std::runtime_error("a block on the host must be one row of whole warps");
   }
   Block own;
   own.memory.resize(shared_bytes + 2 * kGuard);
@@ -279,7 +281,7 @@ void run_grid(dim3 grid, dim3 size, size_t shared_bytes, const std::function<voi
   }
   block = &own;
   body_of_kernel = &body;
-  std::mt19937_64 random(order_of_threads);
+  std::mt19937_64 random(thread_order);
   for (size_t i : ordered(size_t{grid.x} * grid.y * grid.z, random)) {
     const dim3 index(i % grid.x, i / grid.x % grid.y, i / grid.x / grid.y);
     run_block(index, size, grid, shared_bytes, random);
@@ -287,7 +289,7 @@ void run_grid(dim3 grid, dim3 size, size_t shared_bytes, const std::function<voi
   block = nullptr;
 }
 
-bool starts(const char* mangled_name, size_t shared_bytes) {
+bool should_run(const char* mangled_name, size_t shared_bytes) {
   if (planning) {
     plan += std::string(mangled_name) + ' ' + std::to_string(shared_bytes) + '\n';
   }
@@ -296,10 +298,10 @@ bool starts(const char* mangled_name, size_t shared_bytes) {
 
 }  // namespace on_host
 
-// How threads, and blocks, are ordered from now on: 0 ascending, 1 descending, others the seed of a random order. If it
-// is odd, asynchronous copies are made early.
+// Sets the order of threads and blocks: 0 ascending, 1 descending, others seed a random order. With an odd number,
+// asynchronous copies happen at once.
 LONGVQ_EXPORT void longvq_on_host_set_order(uint64_t order) {
-  on_host::order_of_threads = order;
+  on_host::thread_order = order;
 }
 
 LONGVQ_EXPORT void longvq_on_host_begin_plan() {

@@ -1,12 +1,16 @@
-// CUDA's execution model on the host: what a kernel of this folder means, for tests on machines without a GPU.
+// CUDA's execution model on the host, so that tests can run the kernels on machines without a GPU.
 //
-// The threads of a block are fibers of one host thread. A fiber runs until it waits for others: at __syncthreads() for
-// the block, in a shuffle or a tensor core instruction for its warp. In between the order of the threads is the
-// caller's choice, ascending, descending or random: results that depend on it reveal a missing barrier. So is that of
-// blocks, which run one after the other: results that depend on it reveal blocks that count on each other. Asynchronous
-// copies are made as late as the kernel's waits allow, in some orders at once, and shared memory starts as NaN, so that
-// a value that is used before it is there, or replaced while it is needed, is noticed. Two copies to one place of which
-// none was waited for are an error. So is a barrier that not all threads reach: not a hang.
+// Threads: the threads of a block are fibers of one host thread. A fiber runs until it waits for other threads: for its
+// block at __syncthreads(), for its warp in a shuffle or a tensor core instruction. Between these points the caller
+// chooses the order of the threads: ascending, descending or random. A result that depends on the order reveals a
+// missing barrier. Blocks run one after the other, also in an order of choice. A result that depends on it reveals
+// blocks that rely on each other.
+//
+// Memory: shared memory starts as NaN. Asynchronous copies happen as late as the kernel's waits allow, or, in some
+// orders, at once. This reveals values that are read before they arrive, or overwritten while they are needed.
+//
+// Errors instead of hangs or silent races: two copies to one place without a wait between them, and a barrier that some
+// threads never reach.
 #pragma once
 
 #include <cstddef>
@@ -28,30 +32,30 @@ struct Position {
   int lane;
 };
 
-// Of the thread that runs now.
+// Where the running thread is, and the shared memory of its block.
 const Position& position();
 char* shared_memory();
 
-// All threads of the block arrive before any goes on.
+// Waits for all threads of the block.
 void synchronize_block();
 
-// All lanes of the warp arrive, each with a pointer; then `operation` is called once with the 32 of them.
+// Waits for all lanes of the warp. Then one call of `operation` gets the pointers `mine` of all 32 lanes.
 using Collective = void (*)(void* const* lanes);
 void synchronize_warp(Collective operation, void* mine);
 
-// Misuse of an instruction that takes 16 bytes at a time unless this is a multiple of 16.
+// Raises unless the address is a multiple of 16, as instructions on 16 bytes require.
 void check_aligned(const void* address);
 
-// A copy of 16 bytes, of which all but the first `bytes` become zero, that is there when it has been waited for.
-void copy_later(void* target, const void* source, int bytes);
+// Starts a copy of `bytes` bytes, filled up with zeros to 16. It is complete after a wait.
+void copy_async(void* target, const void* source, int bytes);
 void commit_copies();
-void wait_for_copies(int newest_groups_that_may_be_missing);
+void wait_for_copies(int num_newest_groups_not_awaited);
 
-// Runs body() for every thread of every block. Throws std::runtime_error where the kernel misuses what is above.
+// Runs body() for every thread of every block. Throws std::runtime_error if the kernel misuses these functions.
 void run_grid(dim3 grid, dim3 block_size, size_t shared_bytes, const std::function<void()>& body);
 
-// Whether a kernel that is launched runs. Between longvq_on_host_begin_plan and longvq_on_host_end_plan none does: what
-// each asks for is noted instead.
-bool starts(const char* mangled_name, size_t shared_bytes);
+// Whether a launch should run its kernel. Between longvq_on_host_begin_plan and longvq_on_host_end_plan no kernel runs;
+// the plan records each launch and its shared memory instead.
+bool should_run(const char* mangled_name, size_t shared_bytes);
 
 }  // namespace on_host

@@ -1,5 +1,4 @@
-// The instructions of a GPU that the kernels use, as target.h names them, on the host. Layouts of fragments are those
-// of the PTX manual (mma.m16n8k16, ldmatrix).
+// The functions of common/device.h on the host. Fragments have the layouts of the PTX manual (mma.m16n8k16, ldmatrix).
 #pragma once
 
 #include <algorithm>
@@ -9,7 +8,7 @@
 #include <cstring>
 #include <typeinfo>
 
-#include "../launch.h"
+#include "../common/status.h"
 #include "block.h"
 
 #define LONGVQ_DEVICE inline
@@ -101,7 +100,7 @@ inline void synchronize_warp() {
   on_host::synchronize_warp([](void* const*) {}, nullptr);
 }
 
-inline void forget(int&) {}
+inline void hide_from_optimizer(int&) {}
 
 constexpr double kPi = 3.14159265358979323846;
 inline double cosine_of_pi(double x) {
@@ -115,13 +114,13 @@ inline float fast_exponential(float x) {
   return std::exp(x);
 }
 
-inline void store_together(void* to, const uint32_t (&x)[4]) {
+inline void store_16_bytes(void* to, const uint32_t (&x)[4]) {
   on_host::check_aligned(to);
   std::memcpy(to, x, sizeof x);
 }
 
-inline void copy_later(void* target, const void* source, int bytes) {
-  on_host::copy_later(target, source, bytes);
+inline void copy_async(void* target, const void* source, int bytes) {
+  on_host::copy_async(target, source, bytes);
 }
 inline void commit_copies() {
   on_host::commit_copies();
@@ -157,13 +156,14 @@ inline uint16_t float_to_half(float x) {
   if (magnitude >= 65520) {
     return sign | 0x7c00;
   }
-  int exponent = -13;  // of the last bit of what is subnormal: 2^-24
+  int exponent = -13;  // for subnormal numbers, whose last bit is 2^-24
   if (magnitude >= 0x1p-14f) {
     std::frexp(magnitude, &exponent);
   }
-  // In units of the last of 11 bits; where rounding carries, the sum below carries into the exponent.
-  const auto units = static_cast<uint16_t>(std::nearbyint(std::ldexp(magnitude, 11 - exponent)));
-  return magnitude < 0x1p-14f ? sign | units : static_cast<uint16_t>(sign | (((exponent + 13) << 10) + units));
+  // In units of the last of 11 bits. If rounding carries, the sum below carries into the exponent.
+  const auto inverse_num_keys = static_cast<uint16_t>(std::nearbyint(std::ldexp(magnitude, 11 - exponent)));
+  return magnitude < 0x1p-14f ? sign | inverse_num_keys
+                              : static_cast<uint16_t>(sign | (((exponent + 13) << 10) + inverse_num_keys));
 }
 
 inline uint32_t round_to_bfloat16(float first, float second) {
@@ -205,14 +205,14 @@ inline void load_matrices_transposed(uint32_t (&out)[4], const void* row) {
   on_host::synchronize_warp(MatrixLoad::run<true>, &load);
 }
 
-// A row of c plus eight products for each column, as the tensor cores of an A100 add them: each is cut off one bit
-// below the last one that a float as large as the largest of them has, and so is the sum to a float. Hopper adds
-// sixteen at a time, and keeps two bits. Fasi et al. 2021, "Numerical behavior of NVIDIA tensor cores"; Khattak and
-// Mikaitis 2025, arXiv 2512.07004. All loops over columns can be vectorised.
+// Adds eight products to each column of a row of c, with the rounding of A100 tensor cores: every summand is truncated
+// one bit below the last bit of the largest summand, and the sum is truncated to a float. Hopper adds sixteen products
+// at a time and keeps two more bits. Fasi et al. 2021, "Numerical behavior of NVIDIA tensor cores"; Khattak and
+// Mikaitis 2025, arXiv 2512.07004. Compilers can vectorise all loops over columns.
 inline void add_products(float (&c)[8], const float* a, const float (*b)[8]) {
-  constexpr float kLeast = 1e-30f;  // where exponents would leave their range, and no sum is of interest
+  constexpr float kLeast = 1e-30f;  // below it the exponents here leave their range, and sums don't matter
   float products[8][8], largest[8], plain[8], scale[8], unit[8];
-  bool usual = true;
+  bool finite = true;
   for (int i = 0; i < 8; ++i) {
     largest[i] = std::fabs(c[i]);
     plain[i] = c[i];
@@ -225,19 +225,19 @@ inline void add_products(float (&c)[8], const float* a, const float (*b)[8]) {
     }
   }
   for (int i = 0; i < 8; ++i) {
-    usual =
-        usual && std::fabs(plain[i]) < INFINITY && largest[i] < INFINITY && (largest[i] > kLeast || largest[i] == 0);
+    finite =
+        finite && std::fabs(plain[i]) < INFINITY && largest[i] < INFINITY && (largest[i] > kLeast || largest[i] == 0);
   }
-  if (!usual) {
+  if (!finite) {
     std::memcpy(c, plain, sizeof c);
     return;
   }
   int32_t sum[8];
-  for (int i = 0; i < 8; ++i) {  // 2^(24 − e) with 2^e ≤ largest < 2^(e + 1), and one over it
+  for (int i = 0; i < 8; ++i) {  // scale = 2^(24 − e) with 2^e ≤ largest < 2^(e + 1), unit = 1 / scale
     const uint32_t exponent = std::max(to_bits(largest[i]) >> 23, to_bits(kLeast) >> 23);
     scale[i] = from_bits((127 + 24 + 127 - exponent) << 23);
     unit[i] = from_bits((exponent - 24) << 23);
-    sum[i] = static_cast<int32_t>(c[i] * scale[i]);  // conversions cut off
+    sum[i] = static_cast<int32_t>(c[i] * scale[i]);  // conversion truncates
   }
   for (int k = 0; k < 8; ++k) {
     for (int i = 0; i < 8; ++i) {
@@ -245,7 +245,7 @@ inline void add_products(float (&c)[8], const float* a, const float (*b)[8]) {
     }
   }
   for (int i = 0; i < 8; ++i) {
-    constexpr uint64_t kOfAFloat = ~uint64_t{0} << 29;  // what a float keeps of a double
+    constexpr uint64_t kOfAFloat = ~uint64_t{0} << 29;  // the bits of a double that a float keeps
     double exact = sum[i];
     uint64_t bits;
     std::memcpy(&bits, &exact, sizeof bits);
@@ -255,8 +255,9 @@ inline void add_products(float (&c)[8], const float* a, const float (*b)[8]) {
   }
 }
 
-// A (16, 16) and B (16, 8) of 16 bits, C (16, 8): g = lane / 4, t = lane % 4. A: rows g and g + 8, columns 2t, 2t + 1
-// and these + 8. B: rows 2t, 2t + 1 and these + 8, column g. C: rows g and g + 8, columns 2t, 2t + 1.
+// C (16, 8) += A (16, 16) · B (16, 8). With g = lane / 4 and t = lane % 4, a lane holds of A rows g and g + 8, columns
+// 2t, 2t + 1, 2t + 8 and 2t + 9; of B rows 2t, 2t + 1, 2t + 8 and 2t + 9, column g; of C rows g and g + 8, columns 2t
+// and 2t + 1.
 struct MatrixProduct {
   float* c;
   const uint32_t* a;
@@ -305,22 +306,22 @@ inline void multiply_add_half(float (&c)[4], const uint32_t (&a)[4], uint32_t b0
   on_host::synchronize_warp(MatrixProduct::run<half_to_float>, &product);
 }
 
-constexpr size_t kSharedBytes = 163 << 10;  // of a block on sm_80; Hopper has more
+constexpr size_t kSharedBytes = 163 << 10;  // the most for a block on sm_80; Hopper has more
 
 inline const char* error_text(int) {
-  return "an error that the host does not have";
+  return "unknown error";
 }
 
 template <auto KERNEL>
-struct Named;  // whose type_info has the kernel in its name
+struct Named;  // its type_info has the kernel in its name
 
 template <auto KERNEL, typename... Arguments>
 int launch(dim3 grid, int threads, size_t shared_bytes, void*, const Arguments&... arguments) {
-  if (!on_host::starts(typeid(Named<KERNEL>*).name(), shared_bytes)) {
+  if (!on_host::should_run(typeid(Named<KERNEL>*).name(), shared_bytes)) {
     return 0;
   }
   if (shared_bytes > kSharedBytes) {
-    return kNotCovered;
+    return kUnsupported;
   }
   on_host::run_grid(grid, dim3(threads), shared_bytes, [&] { KERNEL(arguments...); });
   return 0;

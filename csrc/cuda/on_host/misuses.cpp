@@ -1,4 +1,4 @@
-// Kernels that are wrong, for tests that the machine says so.
+// Wrong kernels, for tests that the host finds their errors.
 #include <exception>
 #include <string>
 
@@ -11,8 +11,8 @@ namespace {
 alignas(16) const char kSource[16] = {};
 
 struct TwoCopies {
-  static void run() {  // by all threads
-    copy_later(shared_memory(), kSource, 16);
+  static void run() {  // all threads copy to the same place
+    copy_async(shared_memory(), kSource, 16);
     commit_copies();
   }
 };
@@ -21,7 +21,7 @@ struct CopyAfterWaiting {
   static void run() {
     char* own = shared_memory() + 16 * threadIdx.x;
     for (int i = 0; i < 2; ++i) {
-      copy_later(own, kSource, 16);
+      copy_async(own, kSource, 16);
       commit_copies();
       wait_for_copies<0>();
     }
@@ -29,16 +29,16 @@ struct CopyAfterWaiting {
 };
 
 struct CopyOutside {
-  static void run() { copy_later(shared_memory() + 16 * (blockDim.x + threadIdx.x), kSource, 16); }
+  static void run() { copy_async(shared_memory() + 16 * (blockDim.x + threadIdx.x), kSource, 16); }
 };
 
 template <typename Kernel>
-std::string said_of(unsigned blocks = 1) {
+std::string error_of(unsigned blocks = 1) {
   constexpr unsigned kThreads = 32;
   try {
     on_host::run_grid(dim3(1, blocks), dim3(kThreads), 16 * kThreads, Kernel::run);
-  } catch (const std::exception& error) {
-    return error.what();
+  } catch (const std::exception& exception) {
+    return exception.what();
   }
   return "";
 }
@@ -46,15 +46,15 @@ std::string said_of(unsigned blocks = 1) {
 }  // namespace
 }  // namespace longvq::cuda
 
-// What the machine says of the kernel of that name, nothing if it is right.
-LONGVQ_EXPORT const char* longvq_on_host_said_of(const char* name) {
+// The error that the host finds in the kernel with this name; empty if there is none.
+LONGVQ_EXPORT const char* longvq_on_host_error_of(const char* name) {
   using namespace longvq::cuda;
-  static std::string said;
+  static std::string error;
   const std::string kernel = name;
-  said = kernel == "two copies to one place"      ? said_of<TwoCopies>()
-         : kernel == "copies one after the other" ? said_of<CopyAfterWaiting>()
-         : kernel == "copy outside"               ? said_of<CopyOutside>()
-         : kernel == "no block"                   ? said_of<CopyAfterWaiting>(0)
-                                                  : "unknown";
-  return said.c_str();
+  error = kernel == "two copies to one place"      ? error_of<TwoCopies>()
+          : kernel == "copies one after the other" ? error_of<CopyAfterWaiting>()
+          : kernel == "copy outside"               ? error_of<CopyOutside>()
+          : kernel == "no block"                   ? error_of<CopyAfterWaiting>(0)
+                                                   : "unknown";
+  return error.c_str();
 }

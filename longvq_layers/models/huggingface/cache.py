@@ -1,22 +1,25 @@
-"""What `generate` carries from token to token: a state of constant size."""
+"""The cache of the Hugging Face models: a state of constant size that `generate` hands from token to token."""
+
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import Cache
+from typing_extensions import Never
 
-from longvq_layers.models.backbone import BackboneState
+from longvq_layers.layers.streaming.states import BackboneState
 
 
 class LongVQCache(Cache):
     """The past of a batch of sequences, for `cache=` or `past_key_values=`; its memory is the same at every length.
 
-    An empty one is filled by the first forward that gets it. Later forwards update it in place: to go on from one
-    prompt in several ways, give each a `copy.deepcopy`. What was read can't be taken back, so there is no `crop`, and
-    with it no assisted decoding.
+    The first forward with an empty cache fills it. Later forwards update it in place: to continue one prompt in several
+    ways, give each continuation a `copy.deepcopy`. Tokens can't be removed from the state, so there is no `crop`, and
+    no assisted decoding.
 
     Attributes:
         state: `BackboneState`, or None while empty.
-        lengths: (B,) int64, number of tokens of each row that were no padding; None while empty.
+        lengths: (B,) int64, number of tokens of each row, padding not counted; None while empty.
 
     Example:
         >>> from longvq_layers.models.huggingface import LongVQConfig, LongVQForCausalLM
@@ -54,7 +57,9 @@ class LongVQCache(Cache):
     @property
     def nbytes(self) -> int:
         """Memory of the tensors, in bytes; the same at every length."""
-        return 0 if self.state is None else self.state.nbytes + self.lengths.nbytes
+        if self.state is None or self.lengths is None:
+            return 0
+        return self.state.nbytes + self.lengths.nbytes
 
     @property
     def is_initialized(self) -> bool:
@@ -63,12 +68,12 @@ class LongVQCache(Cache):
 
     @property
     def is_compileable(self) -> bool:
-        """False: `generate` is not to compile the steps by itself."""
+        """False: `generate` should not compile the steps."""
         return False
 
     @property
     def is_linear(self) -> list[bool]:
-        """[False]: what it has read is to be cut off the input, as with keys and values."""
+        """[False]: `generate` passes only the tokens that the cache has not read, as it does with keys and values."""
         return [False]
 
     @property
@@ -76,15 +81,20 @@ class LongVQCache(Cache):
         """False: see `crop`."""
         return False
 
+    def start(self, state: BackboneState, batch: int, device: torch.device) -> None:
+        """Fill the empty cache with the state of `batch` empty sequences."""
+        self.state, self.lengths = state, torch.zeros(batch, dtype=torch.int64, device=device)
+
     def advance(self, state: BackboneState, key_padding_mask: Tensor | None, length: int) -> None:
-        """Note `state` as that after `length` more positions, of which those in key_padding_mask (B, T) are padding."""
+        """Keep `state`, which has read `length` more positions; key_padding_mask (B, T) says which are padding."""
         self.state = state
         self._columns += length
-        self.lengths += length if key_padding_mask is None else (~key_padding_mask).sum(1)
+        if self.lengths is not None:
+            self.lengths += length if key_padding_mask is None else (~key_padding_mask).sum(1)
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Make row i a copy of what row ``indices[i]`` is; rows may be left out and repeated."""
-        if self.state is not None:
+        """Make row i a copy of row ``indices[i]``; rows may be left out and repeated."""
+        if self.state is not None and self.lengths is not None:
             indices = indices.to(self.lengths.device)
             self.state, self.lengths = self.state.index_select(indices), self.lengths.index_select(0, indices)
 
@@ -97,19 +107,19 @@ class LongVQCache(Cache):
         if self.state is not None:
             self.batch_select_indices(torch.arange(self.batch_size).repeat_interleave(repeats))
 
-    def crop(self, *args, **kwargs) -> None:
-        """Refused."""
+    def crop(self, *args: Any, **kwargs: Any) -> None:
+        """Not offered."""
         raise NotImplementedError(
             "LongVQCache.crop: tokens can't be taken back out of a state of constant size, so assisted and contrastive "
             "decoding don't work; keep a copy.deepcopy of the cache from before them, or generate with use_cache=False"
         )
 
     def activate_past_recording(self) -> None:
-        """Refused, like `crop`, for which it prepares."""
+        """Not offered: it prepares for `crop`."""
         self.crop()
 
-    def update(self, *args, **kwargs) -> None:
-        """Refused: there are no keys and values to add."""
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Never:
+        """Not offered: the cache holds no keys and values."""
         raise NotImplementedError("LongVQCache.update: the cache holds states, not keys and values; see `state`")
 
     def __len__(self) -> int:

@@ -1,5 +1,7 @@
 """A Hugging Face language model that generates in constant memory."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, GenerationMixin
@@ -10,17 +12,17 @@ from longvq_layers.layers.commitment import commitment_loss
 from longvq_layers.models.huggingface import cache_name
 from longvq_layers.models.huggingface.cache import LongVQCache
 from longvq_layers.models.huggingface.configuration import LongVQConfig
-from longvq_layers.models.huggingface.modeling import LongVQModel, LongVQPreTrainedModel
+from longvq_layers.models.huggingface.modeling import LongVQModel, LongVQModelWithHead
 
-_IGNORED = -100  # labels that count for nothing
+_IGNORED = -100  # a label without loss
 
 
-class LongVQForCausalLM(LongVQPreTrainedModel, GenerationMixin):
-    """`LongVQModel` and a linear layer to the vocabulary, at every position.
+class LongVQForCausalLM(LongVQModelWithHead, GenerationMixin):
+    """A `LongVQModel` and a linear layer to the vocabulary, at every position.
 
-    `generate` keeps a `LongVQCache`, whose memory doesn't grow, where the blocks have a state of constant size
-    (`model.model.streams()`). Other blocks ("transformer", "longvq" with num_codes=None, "mega" without a chunk) are
-    run over the whole sequence for every token, as with use_cache=False.
+    `generate` uses a `LongVQCache`, whose memory doesn't grow, if the blocks have a state of constant size
+    (`model.model.streams()`). Other blocks ("transformer", "longvq" with num_codes=None, "mega" without a chunk) run
+    over the whole sequence for every token, as with use_cache=False.
 
     Args:
         config: `LongVQConfig` with causal=True.
@@ -35,23 +37,17 @@ class LongVQForCausalLM(LongVQPreTrainedModel, GenerationMixin):
         torch.Size([2, 60])
     """
 
-    accepts_loss_kwargs = True  # num_items_in_batch, of Trainer
-    _is_stateful = True  # for generate: no assisted decoding
+    accepts_loss_kwargs = True  # Trainer may pass num_items_in_batch
+    _is_stateful = True  # generate refuses assisted decoding then
     _tied_weights_keys = {"lm_head.weight": "model.encoder.embedding.weight"}  # noqa: RUF012, transformers' interface
 
     def __init__(self, config: LongVQConfig) -> None:
         if not config.causal:
-            raise ValueError("LongVQForCausalLM: config.causal must be True, got False, which would show it the future")
+            raise ValueError("LongVQForCausalLM: config.causal must be True, got False, which shows it the future")
         super().__init__(config)
         self.model = LongVQModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
-
-    def get_input_embeddings(self) -> nn.Embedding:
-        return self.model.get_input_embeddings()
-
-    def set_input_embeddings(self, value: nn.Embedding) -> None:
-        self.model.set_input_embeddings(value)
 
     def get_output_embeddings(self) -> nn.Linear:
         return self.lm_head
@@ -74,16 +70,16 @@ class LongVQForCausalLM(LongVQPreTrainedModel, GenerationMixin):
         output_attentions: bool | None = None,
         return_dict: bool | None = None,
         cache: LongVQCache | None = None,
-    ) -> CausalLMOutputWithPast | tuple:
+    ) -> CausalLMOutputWithPast | tuple[Any, ...]:
         """Predict the next token at every position.
 
         Args:
-            labels: (B, L) int64, the tokens themselves: they are shifted here, and -100 counts for nothing. With
-                `cu_seqlens` the first token of a document is nobody's prediction. In training mode the loss contains
-                the commitment loss of the codebooks.
-            logits_to_keep: only the last so many positions, or those of an index tensor (N,); default 0 = all.
-            num_items_in_batch: number of predicted labels over which the loss is averaged, when this is one of
-                several batches of a step; default those of this batch.
+            labels: (B, L) int64, the tokens themselves: `forward` shifts them. A label of -100 has no loss. With
+                `cu_seqlens` the first token of a document is not predicted. In training mode the loss includes the
+                commitment loss of the codebooks.
+            logits_to_keep: give logits at the last so many positions only, or at an index tensor (N,); default 0 = all.
+            num_items_in_batch: number of predicted labels over which the loss is averaged, if a step has several
+                batches; default the number in this batch.
             others: see `LongVQModel`.
 
         Returns:
@@ -116,13 +112,10 @@ class LongVQForCausalLM(LongVQPreTrainedModel, GenerationMixin):
                 raise TypeError(f"LongVQForCausalLM: labels must be int64, got {labels.dtype}")
             logits = self.lm_head(hidden)
             loss = self._loss(logits, labels, cu_seqlens, num_items_in_batch)
-        output = CausalLMOutputWithPast(
-            loss=loss,
-            logits=logits,
-            hidden_states=encoded.hidden_states,
-            **{cache_name.NAME: getattr(encoded, cache_name.NAME)},
+        past = {cache_name.NAME: getattr(encoded, cache_name.NAME)}
+        return self._returned(
+            CausalLMOutputWithPast(loss=loss, logits=logits, hidden_states=encoded.hidden_states, **past), return_dict
         )
-        return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
 
     def _loss(
         self, logits: Tensor, labels: Tensor, cu_seqlens: Tensor | None, num_items_in_batch: Tensor | int | None
@@ -130,20 +123,22 @@ class LongVQForCausalLM(LongVQPreTrainedModel, GenerationMixin):
         if cu_seqlens is not None:
             position = torch.arange(labels.shape[1], device=labels.device)
             labels = labels.masked_fill(torch.isin(position, cu_seqlens.to(labels.device)), _IGNORED)
-        own = (labels[:, 1:] != _IGNORED).sum().clamp(min=1)  # a batch without predictions has loss 0, not 0 / 0
+        own = (labels[:, 1:] != _IGNORED).sum().clamp(min=1)  # at least 1: a batch without predictions has loss 0
         items = own if num_items_in_batch is None else num_items_in_batch
         loss = self.loss_function(
             logits=logits, labels=labels, vocab_size=self.config.vocab_size, num_items_in_batch=items
         )
         if not self.training:
             return loss
-        # Once per step: where the step's loss is a sum over batches, each brings its share.
+        # Once per step: if a step sums over batches, each batch adds its share.
         return loss + commitment_loss(self) * (own / items)
 
-    def generate(self, *args, **kwargs):
-        """As in transformers; raises RuntimeError in training mode, where reading would move the codebooks."""
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers; raises RuntimeError in training mode, where each forward moves the codebooks."""
         if self.training:
-            raise RuntimeError("LongVQForCausalLM.generate: the model is in training mode; call eval() first")
+            raise RuntimeError(
+                "LongVQForCausalLM.generate: the model must be in eval mode, got training mode; call eval() first"
+            )
         return super().generate(*args, **cache_name.renamed("LongVQForCausalLM.generate", kwargs))
 
     def prepare_inputs_for_generation(
@@ -154,34 +149,34 @@ class LongVQForCausalLM(LongVQPreTrainedModel, GenerationMixin):
         inputs_embeds: Tensor | None = None,
         is_first_iteration: bool | None = False,
         cache: LongVQCache | None = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> dict:
         """What `generate` calls the model with."""
-        cache = cache_name.given("LongVQForCausalLM.prepare_inputs_for_generation", past_key_values, cache)
+        past = cache_name.given("LongVQForCausalLM.prepare_inputs_for_generation", past_key_values, cache)
         if is_first_iteration and next_sequence_length is not None and next_sequence_length < 1:
+            read = 0 if past is None else past.get_seq_length()
             raise ValueError(
-                f"LongVQForCausalLM.generate: input_ids must go on after the {cache.get_seq_length()} "
-                f"positions in the cache, got {input_ids.shape[1]}; pass the whole sequence, or what is new "
-                "and an attention_mask for the whole"
+                f"LongVQForCausalLM.generate: input_ids must go on after the {read} positions in the cache, got "
+                f"{input_ids.shape[1]}; pass the whole sequence, or the new tokens and an attention_mask for the whole"
             )
         inputs = super().prepare_inputs_for_generation(
             input_ids,
             next_sequence_length=next_sequence_length,
             inputs_embeds=inputs_embeds,
             is_first_iteration=is_first_iteration,
-            **{cache_name.NAME: cache},
+            **{cache_name.NAME: past},
             **kwargs,
         )
-        if cache is not None and not is_first_iteration:
-            inputs.pop("attention_mask", None)  # generated tokens are no padding, and the cache knows the rest
+        if past is not None and not is_first_iteration:
+            inputs.pop("attention_mask", None)  # new tokens aren't padding, and the cache knows the past
         return inputs
 
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
         return False
 
-    def _prepare_cache_for_generation(
-        self, generation_config: GenerationConfig, model_kwargs: dict, *args, **kwargs
+    def _prepare_cache_for_generation(  # type: ignore[override]  # its result differs between versions and isn't used
+        self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> None:
         name = "LongVQForCausalLM.generate"
         if generation_config.cache_implementation is not None:
@@ -191,7 +186,7 @@ class LongVQForCausalLM(LongVQPreTrainedModel, GenerationMixin):
             )
         if getattr(generation_config, "is_assistant", False):
             raise NotImplementedError(
-                f"{name}: the model can't assist another one, for that takes tokens back out of the cache"
+                f"{name}: the model can't be an assistant, which takes tokens back out of the cache"
             )
         if model_kwargs.get(cache_name.NAME) is not None or generation_config.use_cache is False:
             return
@@ -199,7 +194,8 @@ class LongVQForCausalLM(LongVQPreTrainedModel, GenerationMixin):
             model_kwargs[cache_name.NAME] = LongVQCache()
         elif model_kwargs.get("inputs_embeds") is not None:
             raise NotImplementedError(
-                f"{name}: inputs_embeds need a cache, which blocks that need all their past don't have; pass input_ids"
+                f"{name}: inputs_embeds must be None without a cache, which blocks that need their whole past don't "
+                "have; pass input_ids"
             )
         else:
             generation_config.use_cache = False  # the whole sequence for every token

@@ -1,20 +1,22 @@
 """A Hugging Face classifier of sequences."""
 
+from typing import Any
+
 from torch import Tensor, nn
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from longvq_layers import _checks as check
 from longvq_layers.layers.commitment import commitment_loss
 from longvq_layers.models.huggingface.configuration import LongVQConfig
-from longvq_layers.models.huggingface.modeling import LongVQModel, LongVQPreTrainedModel
-from longvq_layers.models.sequence import pool
+from longvq_layers.models.huggingface.modeling import LongVQModel, LongVQModelWithHead
+from longvq_layers.models.sequence import POOLINGS, pool
 
 
-class LongVQForSequenceClassification(LongVQPreTrainedModel):
-    """`LongVQModel`, the mean over its unmasked positions (or the last one), and a linear layer to `num_labels`.
+class LongVQForSequenceClassification(LongVQModelWithHead):
+    """A `LongVQModel`, the mean over unmasked positions (or the last of them), and a linear layer to `num_labels`.
 
     Args:
-        config: `LongVQConfig` with num_labels (default 2) and, if it isn't to be guessed from the labels, problem_type.
+        config: `LongVQConfig` with num_labels (default 2) and, unless it should follow from the labels, problem_type.
 
     Raises:
         ValueError, TypeError: sizes out of range, unknown options.
@@ -27,22 +29,16 @@ class LongVQForSequenceClassification(LongVQPreTrainedModel):
         (torch.Size([2, 3]), torch.Size([]))
     """
 
-    # The loss is a mean over the batch, whatever num_items_in_batch a Trainer counts.
+    # The loss is a mean over the batch, so Trainer should not pass num_items_in_batch.
     accepts_loss_kwargs = False
 
     def __init__(self, config: LongVQConfig) -> None:
-        check.one_of("LongVQForSequenceClassification", "pooling", config.pooling, ("mean", "last"))
+        check.one_of("LongVQForSequenceClassification", "pooling", config.pooling, POOLINGS)
         super().__init__(config)
         self.num_labels = config.num_labels
         self.model = LongVQModel(config)
-        self.score = nn.Linear(config.hidden_size, config.num_labels)
+        self.score = nn.Linear(config.hidden_size, config.num_labels)  # type: ignore[arg-type]  # never None
         self.post_init()
-
-    def get_input_embeddings(self) -> nn.Embedding:
-        return self.model.get_input_embeddings()
-
-    def set_input_embeddings(self, value: nn.Embedding) -> None:
-        self.model.set_input_embeddings(value)
 
     def forward(
         self,
@@ -53,12 +49,13 @@ class LongVQForSequenceClassification(LongVQPreTrainedModel):
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
         return_dict: bool | None = None,
-    ) -> SequenceClassifierOutput | tuple:
+    ) -> SequenceClassifierOutput | tuple[Any, ...]:
         """Classify.
 
         Args:
-            labels: (B,) int64 for one label each, (B, num_labels) float for several, (B,) float or with num_labels=1
-                any for regression. In training mode the loss contains the commitment loss of the codebooks.
+            labels: (B,) int64 for one label per row; (B, num_labels) float for several labels per row; (B,) float, or
+                any dtype with num_labels=1, for regression. In training mode the loss includes the commitment loss of
+                the codebooks.
             others: see `LongVQModel`.
 
         Returns:
@@ -80,4 +77,4 @@ class LongVQForSequenceClassification(LongVQPreTrainedModel):
             if self.training:
                 loss = loss + commitment_loss(self)
         output = SequenceClassifierOutput(loss=loss, logits=logits, hidden_states=encoded.hidden_states)
-        return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
+        return self._returned(output, return_dict)

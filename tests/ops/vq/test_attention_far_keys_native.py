@@ -184,5 +184,5 @@ def test_wrong_direct_calls_raise():
     codes = torch.zeros(1, 1, 5, dtype=torch.int64)
     for wrong in ({"far_k": None}, {"far_q": None}, {"far_q": q[..., :3]}, {"local_keys": "quantized"}):
         arguments = attention_arguments(q, k, v, codebook, codes, **{"far_q": q, "far_k": k, **wrong})
-        with pytest.raises(RuntimeError, match="far_[qk]"):
+        with pytest.raises(RuntimeError, match=r"far_[qk]"):
             torch.ops.longvq.vq_attention(*arguments)

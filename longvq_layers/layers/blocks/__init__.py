@@ -1,0 +1,1 @@
+"""Residual blocks: a mixer of positions (SSM, attention or both), then a feed-forward block."""

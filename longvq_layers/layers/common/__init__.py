@@ -1,0 +1,1 @@
+"""Helpers of all layers: checks of inputs, padding, autocast, precision of parameters, `repr`."""

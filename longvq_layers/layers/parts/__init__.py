@@ -1,0 +1,1 @@
+"""Parts of blocks that treat every position alike: norms, dropout, feed-forward, gates."""

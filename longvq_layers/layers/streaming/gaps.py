@@ -1,0 +1,35 @@
+"""Padding between the tokens of a row, as a batch of conversations has it: each turn is padded to the longest.
+
+Causal models count tokens instead of positions, so that such padding changes nothing. Generation needs that: there
+padding never enters the state. If `forward` counted positions, gaps would push keys out of its window.
+"""
+
+import torch
+from torch import Tensor
+
+
+def order_without_gaps(key_padding_mask: Tensor) -> Tensor | None:
+    """The order (B, L) that moves the tokens of each row to the front, without changing their order, then its padding.
+
+    Args:
+        key_padding_mask: (B, L) bool, True = ignore.
+
+    Returns:
+        None if the tokens of every row are adjacent already.
+    """
+    if not torch.compiler.is_compiling():  # a compiled graph can't branch on it
+        # Runs of tokens: each starts after padding, but for the one at position 0.
+        starts = (~key_padding_mask[:, 1:] & key_padding_mask[:, :-1]).sum(1)
+        if not bool((starts + ~key_padding_mask[:, :1].any(1) > 1).any()):
+            return None
+    return key_padding_mask.to(torch.uint8).sort(dim=1, stable=True).indices
+
+
+def reorder(x: Tensor, order: Tensor) -> Tensor:
+    """x (B, …, L, C) with position i of row b taken from ``order[b, i]``."""
+    return x.gather(-2, order.view(len(order), *[1] * (x.dim() - 3), -1, 1).expand_as(x))
+
+
+def put_back(x: Tensor, order: Tensor) -> Tensor:
+    """The inverse of `reorder`."""
+    return reorder(x, order.argsort(dim=1))
