@@ -174,8 +174,9 @@ def test_no_buffer_of_modes_times_length():
     u = torch.randn(1, length, channels)
     log_decay = torch.complex(-torch.rand(channels, modes), torch.randn(channels, modes))
     with LargestTensor() as mode:
-        y, state = ops.torch.ssm.ssm_scan(u, log_decay, log_decay, None, None, None, False)
-        ops.torch.ssm.ssm_scan_backward(y, state, u, log_decay, log_decay, None, None, None, False, True, True)
+        arguments = (u, log_decay, log_decay, None, None, None, None, False)
+        y, state = torch.ops.longvq_torch.ssm_scan(*arguments)
+        torch.ops.longvq_torch.ssm_scan_backward(y, state, *arguments, True, True)
     assert mode.bytes <= 4 * u.numel() * 4  # bytes: four times the input, not `modes` times
 
 
