@@ -108,7 +108,7 @@ def _vq_attention_setup(ctx: Any, inputs: Sequence[Any], output: tuple[Tensor, T
     ctx.save_for_backward(*output, *tensors)
 
 
-def _vq_attention_grad(ops: Any, ctx: Any, grad: Tensor, grad_normalizers: Tensor) -> tuple[Tensor | None, ...]:
+def _vq_attention_grad(ops: Any, ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     out, normalizers, *tensors = ctx.saved_tensors
     gradients = AttentionGradients(*ops.vq_attention_backward(grad, out, normalizers, *tensors, *ctx.options))
     inputs = AttentionInputs(*tensors)
