@@ -29,7 +29,7 @@ def attend(leaves, codebook, options, codes, backend):
 @given(attention_cases(max_length=180), st.sampled_from([torch.bfloat16, torch.float16]))
 @settings(max_examples=60)
 def test_half_types_with_gradients(case, dtype):
-    """At most twice the error of the dense definition in the same dtype, which computes in float32 and rounds once."""
+    """At most twice the error of the dense definition in that type, which computes in float32 and rounds once."""
     leaves = {name: x.detach().to(dtype).requires_grad_() for name, x in case.tensors(torch.float64).items()}
     codes = ops.vq_assign(leaves["k"].detach(), case.codebook.float(), backend="reference")
     codebook = case.codebook.float()
