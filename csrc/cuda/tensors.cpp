@@ -47,58 +47,8 @@ OnDeviceOf::OnDeviceOf(const char* op, const Tensor& x) {
 
 #endif
 
-namespace {
-
-const char* name_of(ScalarType type) {
-  switch (type) {
-    case ScalarType::Bool:
-      return "bool";
-    case ScalarType::Int:
-      return "int32";
-    case ScalarType::Long:
-      return "int64";
-    case ScalarType::Half:
-      return "float16";
-    case ScalarType::BFloat16:
-      return "bfloat16";
-    case ScalarType::Float:
-      return "float32";
-    case ScalarType::Double:
-      return "float64";
-    case ScalarType::ComplexFloat:
-      return "complex64";
-    default:
-      return "another dtype";
-  }
-}
-
-// "(2, 3) float32"
-std::string description_of(const Tensor& x) {
-  std::string text = "(";
-  for (int64_t i = 0; i < x.dim(); ++i) {
-    text += (i == 0 ? "" : ", ") + std::to_string(x.size(i));
-  }
-  return text + (x.dim() == 1 ? ",) " : ") ") + name_of(x.scalar_type());
-}
-
-}  // namespace
-
-bool has_sizes(const Tensor& x, std::initializer_list<int64_t> sizes) {
-  if (x.dim() != static_cast<int64_t>(sizes.size())) {
-    return false;
-  }
-  int64_t axis = 0;
-  for (const int64_t size : sizes) {
-    if (size != -1 && size != x.size(axis)) {
-      return false;
-    }
-    ++axis;
-  }
-  return true;
-}
-
 void check(const char* op, const char* name, const Tensor& x, bool valid, const char* expected) {
-  STD_TORCH_CHECK(valid, op, ": ", name, " must be ", expected, ", got ", description_of(x));
+  STD_TORCH_CHECK(valid, op, ": ", name, " must be ", expected, ", got ", tensor_text(x));
 }
 
 void check_mask(const char* op, const OptionalTensor& mask, int64_t batch, int64_t length) {
@@ -132,7 +82,7 @@ Sequences sequences_of(
   if (!cu_seqlens.has_value()) {
     return {batch, length, nullptr, 0};
   }
-  const bool valid = has_sizes(*cu_seqlens, {-1}) && cu_seqlens->size(0) >= 1;
+  const bool valid = has_sizes(*cu_seqlens, {kAnySize}) && cu_seqlens->size(0) >= 1;
   check(op, "cu_seqlens", *cu_seqlens, valid && cu_seqlens->scalar_type() == ScalarType::Int, "(N + 1,) int32");
   STD_TORCH_CHECK(batch == 1, op, ": the batch must be 1 with cu_seqlens, got ", batch);
   const int64_t documents = cu_seqlens->size(0) - 1;

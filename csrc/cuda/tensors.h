@@ -8,8 +8,8 @@
 #include <torch/headeronly/util/Exception.h>
 
 #include <optional>
-#include <string>
 
+#include "../common/check_tensor.h"
 #include "../common/tensor_dtype.h"
 #include "common/sequences.h"
 
@@ -33,11 +33,9 @@ class OnDeviceOf {
   void* stream_ = nullptr;
 };
 
-// ---- checks, which raise "{op}: {name} must be {expected}, got (2, 3) float32" ----
+// ---- checks ----
 
-// Whether a tensor has these sizes; −1 allows any.
-bool has_sizes(const Tensor& x, std::initializer_list<int64_t> sizes);
-
+// Raises "{op}: {name} must be {expected}, got {the sizes and dtype of x}" unless `valid`.
 void check(const char* op, const char* name, const Tensor& x, bool valid, const char* expected);
 
 // Accepts absent masks.

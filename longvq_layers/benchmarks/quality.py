@@ -18,10 +18,9 @@ import torch
 from torch import Tensor
 
 from longvq_layers.benchmarks import results
-from longvq_layers.replace import calibration as calibrating
-from longvq_layers.replace import replace_attention
-from longvq_layers.replace._swapped import SwappedAttention
-from longvq_layers.replace.distill import distill_attention
+from longvq_layers.replace import distill_attention, replace_attention
+from longvq_layers.replace.calibration import recorder as recording
+from longvq_layers.replace.slot.swapped import SwappedAttention
 
 # Each name stands for itself and those before it: metric of the queries, correction by the variance of a code, gain on
 # it per head, keys weighted by attention received, codes that stand for means of the sequence's own keys, codes shared
@@ -130,20 +129,20 @@ def run(args: argparse.Namespace) -> None:
 @contextlib.contextmanager
 def working_by(method: str) -> Iterator[None]:
     """Within the block `replace_attention` works by that method: parts of it are put out of action."""
-    fit, choices = calibrating.fit, calibrating.GAINS if _has(method, "+ gain per head") else (1.0,)
+    fit, choices = recording.fit, recording.GAINS if _has(method, "+ gain per head") else (1.0,)
 
-    def fit_by(recorder: calibrating.Recorder, seam: SwappedAttention) -> None:
+    def fit_by(recorder: recording.Recorder, slot: SwappedAttention) -> None:
         if not _has(method, "+ query metric"):
             recorder.moment = torch.eye(recorder.moment.shape[-1]).double().expand_as(recorder.moment)
         if not _has(method, "+ attention received"):
             recorder.weight = None
-        fit(recorder, seam)
+        fit(recorder, slot)
 
     with contextlib.ExitStack() as parts:
-        parts.enter_context(mock.patch.object(calibrating, "fit", fit_by))
-        parts.enter_context(mock.patch.object(calibrating, "GAINS", choices))
+        parts.enter_context(mock.patch.object(recording, "fit", fit_by))
+        parts.enter_context(mock.patch.object(recording, "GAINS", choices))
         if not _has(method, "+ means of the sequence"):
-            parts.enter_context(mock.patch.object(SwappedAttention, "_of_sequence", _of_codebook))
+            parts.enter_context(mock.patch.object(SwappedAttention, "_sequence_codewords", _codewords_of_codebook))
         yield
 
 
@@ -151,10 +150,12 @@ def _has(method: str, part: str) -> bool:
     return METHODS.index(method) >= METHODS.index(part)
 
 
-def _of_codebook(attention: SwappedAttention, keys: Tensor, codes: Tensor, table: Tensor, padding: Tensor) -> Tensor:
-    # The same codewords for every sequence, as in causal attention: (B, Hkv, S, D + 1)
-    codebook = attention._spread_out(table @ attention.from_metric, attention.spread)
-    return codebook.expand(len(keys), -1, -1, -1)
+def _codewords_of_codebook(
+    attention: SwappedAttention, keys: Tensor, codes: Tensor, table: Tensor, padding: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    # The codewords of causal attention, for every sequence: (B, Hkv, S, D), and their spread (B, Hkv, S)
+    codewords = table @ attention.from_metric
+    return codewords.expand(len(keys), -1, -1, -1), attention.spread.expand(len(keys), -1, -1)
 
 
 def _line(row: Row) -> str:

@@ -1,4 +1,4 @@
-"""Modules: they hold parameters and buffers and call `longvq_layers.ops`."""
+"""Layers: modules with parameters and buffers that call the operators of `longvq_layers.ops`."""
 
 from longvq_layers.layers.attention.codebook_attention import CodebookAttention
 from longvq_layers.layers.attention.cross import CrossAttention

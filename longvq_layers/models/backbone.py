@@ -159,7 +159,7 @@ class SequenceBackbone(nn.Module):
             hidden: as in `forward`.
 
         Returns:
-            y with the shape of x, 0 at masked positions, and the state to go on with.
+            y with the shape of x, 0 at masked positions, and the state for the next call.
 
         Raises:
             NotImplementedError: as `initial_state`.

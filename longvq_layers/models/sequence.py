@@ -116,7 +116,7 @@ class SequenceEncoder(nn.Module):
             state, key_padding_mask: see `SequenceBackbone.step`.
 
         Returns:
-            Hidden states (B, T, d_model), or (B, d_model) for one position, and the state to go on with.
+            Hidden states (B, T, d_model), or (B, d_model) for one position, and the state for the next call.
         """
         one = isinstance(inputs, Tensor) and inputs.dim() == (1 if self.num_inputs is not None else 2)
         return self.backbone.step(self._embed(inputs, "B" if one else "B T", key_padding_mask), state, key_padding_mask)

@@ -1,13 +1,13 @@
 """Swap the attention of an existing model for linear-time vector-quantised attention, and put it back."""
 
+from longvq_layers.replace.adapters.custom.adapter import register_adapter
+from longvq_layers.replace.adapters.huggingface.register import register_attn_implementation
 from longvq_layers.replace.api import replace_attention
-from longvq_layers.replace.custom import register_adapter
-from longvq_layers.replace.distill import distill_attention
-from longvq_layers.replace.distill_report import DistillPoint, DistillReport
-from longvq_layers.replace.huggingface_by_name import register_attn_implementation
-from longvq_layers.replace.installation import restore_attention
+from longvq_layers.replace.distill.api import distill_attention
+from longvq_layers.replace.distill.report import DistillPoint, DistillReport
+from longvq_layers.replace.install import restore_attention
+from longvq_layers.replace.load import load_replaced
 from longvq_layers.replace.report import LayerReport, ReplacementReport
-from longvq_layers.replace.saved import load_replaced
 
 __all__ = [
     "DistillPoint",

@@ -1,21 +1,20 @@
-"""Replace the attention of a model, and restore it."""
+"""Replace the attention of a model."""
 
-import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
-import torch
 from torch import nn
 
-from longvq_layers.replace import budget, choosing, huggingface, positions
-from longvq_layers.replace import calibration as calibrating
-from longvq_layers.replace._site import Site
-from longvq_layers.replace._swapped import SwappedAttention
-from longvq_layers.replace.installation import Replacement, find_sites, install, undo, undo_on_error
-from longvq_layers.replace.report import ReplacementReport, layer_report
-from longvq_layers.replace.rotary import ClampedRotary
+from longvq_layers import _checks as check
+from longvq_layers.replace.calibration.run import calibrate
+from longvq_layers.replace.install import find_sites, install_and_verify, make_slot
+from longvq_layers.replace.model_inputs import ModelInputs, check_inputs, read_inputs
+from longvq_layers.replace.options import NAME, check_has_values, checked_options
+from longvq_layers.replace.plan import SwapPlan
+from longvq_layers.replace.report import ReplacementReport, replaced_layer, skipped_layer
+from longvq_layers.replace.select import check_can_start_without_calibration, select, with_backends
+from longvq_layers.replace.slot.swapped import SwappedAttention
 
-_FEW_KEYS = 10  # for each code; fewer, and the codes fit the calibration data better than what comes later
-_DENSE_MASKS = "the model keeps making its dense L x L masks, which every call verifies: their memory is quadratic"
+_NEEDS_CALIBRATION = "needs calibration= (the model is in eval mode)"
 
 
 def replace_attention(
@@ -27,7 +26,7 @@ def replace_attention(
     far_positions: str = "auto",
     trained_length: int | None = None,
     filter_fn: Callable[[nn.Module, str], bool] | None = None,
-    calibration: Iterable | None = None,
+    calibration: Iterable[ModelInputs] | None = None,
     strict: bool = True,
     dry_run: bool = False,
     backend: str = "auto",
@@ -36,36 +35,36 @@ def replace_attention(
 ) -> ReplacementReport:
     """Swap the attention of a trained model, in place, for attention over quantised keys: linear in the length.
 
-    Works on this instance only: Hugging Face transformers 5 models that use its attention interface, and
-    `torch.nn.MultiheadAttention` wherever it sits. Projections, parameter names, dtype, device, mode and hooks stay.
-    Causality and padding come from the model. If anything raises, the model is as it was. In bidirectional attention a
-    code stands for the mean of the sequence's own keys that chose it; in causal attention, where that would tell of the
-    future, for what it was fitted to.
+    Changes this instance only. It works on Hugging Face transformers 5 models that use its attention interface, on
+    `torch.nn.MultiheadAttention` in any model, and on classes given to `register_adapter`. Projections, parameter
+    names, dtype, device, mode and hooks stay. The model decides about causality and padding. If anything raises, the
+    model is as it was before. Bidirectional: each code is the mean of this sequence's keys assigned to it. Causal: the
+    calibrated codeword, because that mean would leak the future.
 
     Args:
         model: the model, or any part of it.
         num_codes: S, codes per key-value head, default 256.
         window: W, positions attended key by key, default 64; 0 = none.
         local_keys: "exact" (default) or "quantized" keys inside the window.
-        far_positions: of rotary models, what pairs outside the window know of their distance. "rectified": the relative
-            position is clamped to the window, and codes stand for keys without positions, so that lengths beyond
-            training become usable; causal attention with exact local keys only. "rotated": codes stand for keys as they
-            arrive. "auto" (default): "rectified" where that is possible; the report says which, and why.
-        trained_length: of rectified models, the longest sequence of their training, in tokens: in longer ones the keys
-            outside the window count together as much as they do there. Default the config's max_position_embeddings.
+        far_positions: how rotary models treat pairs outside the window. "rectified": the relative position is clamped
+            to the window and codes stand for keys without positions, so that lengths beyond training become usable;
+            only for causal attention with exact local keys. "rotated": codes stand for keys as they arrive. "auto"
+            (default): "rectified" where that is possible; the report says which, and why.
+        trained_length: for rectified models, the longest sequence of their training, in tokens. In longer sequences the
+            keys outside the window together count as much as they do at this length. Default the config's
+            max_position_embeddings.
         filter_fn: `filter_fn(module, name) -> bool` chooses among the attention modules; default all. A later call can
             choose others, with other options; transformers' masks then stay dense.
-        calibration: model inputs (each a tensor, a tuple of positional or a dict of keyword arguments) that the
-            codebooks are fitted to; run twice, in eval mode. May be None only if the model is in training mode:
-            codebooks then start from the first training batch.
+        calibration: model inputs to which the codebooks are fitted; each is a tensor, a tuple of positional arguments
+            or a dict of keyword arguments. They run twice, in eval mode. May be None only if the model is in training
+            mode; codebooks then start from the first training batch.
         strict: True (default) raises if a chosen module can't be replaced; False skips it and reports why.
-        dry_run: True only reports what would be done; calibration isn't run.
+        dry_run: True only reports what would be done; calibration doesn't run. Default False.
         backend: "auto" (default), "torch", "native" or "reference", see `ops.vq_attention`.
-        variance_correction: True (default) lets a code account for the spread of the keys it stands for, as far as that
-            helps each head on the calibration data; closer to the original at the price of one more key dimension.
-
+        variance_correction: True (default) lets a code account for the spread of its keys, as far as that helps each
+            head on the calibration data. The result is closer to the original and costs one more key dimension.
         balance_codes: True gives layers whose output loses most more codes, and others fewer, num_codes on average over
-            all heads; needs calibration, which then takes about twice as long. Default False.
+            all heads. Needs calibration, which then takes about twice as long. Default False.
 
     Returns:
         A report; `print(report)` shows a table, `report.restore()` puts the original attention back.
@@ -74,8 +73,7 @@ def replace_attention(
         TypeError: model, calibration or an option of the wrong type.
         ValueError: nothing to replace, a chosen module is replaced already, an option out of range, calibration
             missing, empty or not finite.
-        NotImplementedError: a module that can't be replaced, or not in the way asked for (strict), each with its
-            reason.
+        NotImplementedError: a module can't be replaced, or not as asked for (strict); the message gives each reason.
 
     Example:
         >>> import torch
@@ -89,55 +87,58 @@ def replace_attention(
     Source: LongVQ (arXiv 2404.11163); rectified positions after ReRoPE (kexue.fm/archives/9708); query-weighted k-means
     and exact local keys are this library's.
     """
-    flags = {"strict": strict, "dry_run": dry_run, "variance_correction": variance_correction}
-    flags["balance_codes"] = balance_codes
-    num_codes, window = choosing.as_int("num_codes", num_codes, least=1), choosing.as_int("window", window, least=0)
-    if trained_length is not None:
-        trained_length = choosing.as_int("trained_length", trained_length, least=1)
-        if trained_length <= window:
-            raise ValueError(
-                f"replace_attention: trained_length: got {trained_length} with window={window}, expected more: in "
-                "training some keys were outside the window"
-            )
-    choosing.check_options(model, local_keys, far_positions, filter_fn, backend, flags)
+    check.module(NAME, "model", model)
+    options = checked_options(
+        num_codes=num_codes,
+        window=window,
+        local_keys=local_keys,
+        far_positions=far_positions,
+        trained_length=trained_length,
+        filter_fn=filter_fn,
+        strict=strict,
+        dry_run=dry_run,
+        backend=backend,
+        variance_correction=variance_correction,
+        balance_codes=balance_codes,
+    )
     if not dry_run:
-        choosing.check_has_values("replace_attention", model)
+        check_has_values(NAME, model)
     sites = find_sites(model)
-    positions.plan(model, sites, window, local_keys, far_positions, trained_length)
-    chosen, skipped = choosing.choose_sites(model, sites, filter_fn, strict)
-    if calibration is None and balance_codes:
-        raise ValueError(
-            "replace_attention: balance_codes: got True without calibration, which shows what a layer loses"
-        )
-    if calibration is None and not dry_run:
-        choosing.check_modes(chosen)
-    if calibration is not None:
-        calibrating.check_iterable(calibration)
-    batches = None if calibration is None or dry_run else calibrating.as_batches(calibration)
+    plans, skipped = select(model, sites, options)
+    _check_calibration(calibration, plans, dry_run, balance_codes)
+    batches = [] if calibration is None or dry_run else read_inputs(NAME, "calibration", calibration)
+    plans = with_backends(plans)
 
-    options = {"num_codes": num_codes, "window": window, "local_keys": local_keys, "backend": backend}
-    choosing.check_backend(chosen, backend)
-    correction = {"variance_correction": variance_correction}
     errors: dict[str, tuple[float, float]] = {}
     keys, replacement = 0, None
     if dry_run:
-        for site in chosen:
-            if calibration is None and not site.module.training:
-                site.notes.append("needs calibration= (the model is in eval mode)")
+        plans = [_with_dry_run_note(plan, calibration is not None) for plan in plans]
     else:
-        if batches is None:
-            seams = [_seam(site, site.sizes, site.rotary, {**options, **correction}) for site in chosen]
+        if batches:
+            calibrated = calibrate(
+                model,
+                plans,
+                batches,
+                num_codes=options.slot.num_codes,
+                balance_codes=balance_codes,
+                strict=strict,
+                skipped=skipped,
+            )
+            plans, slots, skipped = calibrated.plans, calibrated.slots, calibrated.skipped
+            errors, keys = calibrated.errors, calibrated.keys
         else:
-            all_options = {**options, **correction, "balance_codes": balance_codes}
-            chosen, seams, errors, keys = _calibrate_what_can_be(model, chosen, skipped, batches, all_options, strict)
-            for site in chosen:
-                site.notes += _few_keys(keys, num_codes)
-        for site, seam in zip(chosen, seams, strict=True):
-            seam.train(site.module.training)
-        replacement = Replacement(_settle(model, chosen, seams, batches))
-        replacement.stand_in(model)
-    positions.remark(chosen)
-    layers = [layer_report(site, options, errors.get(site.name), skipped.get(site.name)) for site in sites]
+            slots = _uncalibrated_slots(plans)
+        for plan, slot in zip(plans, slots, strict=True):
+            slot.train(plan.site.module.training)
+        replacement, plans = install_and_verify(model, plans, slots, batches)
+        replacement.register_on(model)
+    planned = {plan.site.name: plan.with_notes(*plan.rotary_notes) for plan in plans}
+    layers = [
+        replaced_layer(planned[site.name], errors.get(site.name))
+        if site.name in planned
+        else skipped_layer(site, skipped[site.name])
+        for site in sites
+    ]
     return ReplacementReport(
         layers,
         dry_run=dry_run,
@@ -147,123 +148,29 @@ def replace_attention(
     )
 
 
-def _seam(site: Site, sizes: tuple[int, int, int], rotary: ClampedRotary | None, options: dict) -> SwappedAttention:
-    device, dtype = choosing.device_and_dtype(site)
-    # Also in a caller's inference mode these are ordinary tensors, that can be trained later.
-    with (
-        torch.inference_mode(False),
-        torch.random.fork_rng(devices=[]),
-    ):  # a new codebook draws random codes; the caller's generator stays as it is
-        positions_of = {"rotary": copy.deepcopy(rotary), "trained_length": site.trained_length}
-        return SwappedAttention(*sizes, dtype=dtype, **positions_of, **options).to(device)
-
-
-def _calibrate_what_can_be(
-    model: nn.Module, sites: list[Site], skipped: dict[str, str], batches, options, strict: bool
-):
-    # Some modules show only in a call that they can't be replaced; not strict, calibration starts again without them.
-    while sites:
-        try:
-            return sites, *_calibrate(model, sites, batches, options)
-        except calibrating.CallRefused as error:
-            why = f"in calibration, {error}"
-            if strict:
-                raise choosing.cannot_replace({error.site or "(the model itself)": why}) from error
-            skipped[error.site] = why
-            sites = [site for site in sites if site.name != error.site]
-    raise choosing.nothing_left(model, skipped)
-
-
-def _calibrate(model: nn.Module, sites: list[Site], batches: list, options: dict):
-    # The original attention drives the model in all passes; the first collects, the others measure.
-    options = dict(options)
-    balance = options.pop("balance_codes")
-    recorders = [
-        calibrating.Recorder(
-            site.adapter.original_function(site.module),
-            site.name,
-            rotary=site.rotary,
-            may_stay_rotated=site.may_stay_rotated,
-            window=options["window"] if options["local_keys"] == "exact" else 0,
+def _check_calibration(
+    calibration: Iterable[ModelInputs] | None, plans: Sequence[SwapPlan], dry_run: bool, balance_codes: bool
+) -> None:
+    if calibration is not None:
+        check_inputs(NAME, "calibration", calibration)
+        return
+    if balance_codes:
+        raise ValueError(
+            f"{NAME}: balance_codes must be False without calibration, got True; calibration shows what a layer loses"
         )
-        for site in sites
-    ]
-    records: list = []
-    try:
-        install(model, sites, recorders, records, masks=False)
-        calibrating.run(model, batches, recorders)
-        seen = [recorder.keys is not None and recorder.keys.shape[1] > 0 for recorder in recorders]
-        if not all(seen):
-            names = [site.name for site, ok in zip(sites, seen, strict=True) if not ok]
-            raise ValueError(
-                f"replace_attention: calibration: no key reached {choosing.shorten(names)}; pass inputs with real "
-                "tokens that use these modules, or leave them out with filter_fn="
-            )
-        keys = min(recorder.keys.shape[1] for recorder in recorders)
-        for site, recorder in zip(sites, recorders, strict=True):
-            site.rotary, site.why_rotated = recorder.rotary, recorder.why_rotated or site.why_rotated
-            site.has_rotary &= recorder.has_positions
-            if site.adapter is huggingface and recorder.causal:  # its masks decide, whatever the module says
-                site.causal = "per call" if len(recorder.causal) > 1 else "yes" if True in recorder.causal else "no"
-        seams = _fitted(sites, recorders, [options["num_codes"]] * len(sites), options)
-        calibrating.run(model, batches, recorders)
-        if balance:
-            seams = _fitted(sites, recorders, _balanced(recorders, options["num_codes"]), options)
-            calibrating.run(model, batches, recorders)
-        for recorder in recorders:
-            recorder.choose_gains()
-    finally:
-        undo(records)
-    return seams, {site.name: rec.errors() for site, rec in zip(sites, recorders, strict=True)}, keys
+    if not dry_run:
+        check_can_start_without_calibration(plans)
 
 
-def _few_keys(keys: int, num_codes: int) -> list[str]:
-    enough = min(_FEW_KEYS * num_codes, calibrating.KEYS_PER_HEAD)  # no more are kept
-    if keys >= enough:
-        return []
+def _uncalibrated_slots(plans: Sequence[SwapPlan]) -> list[SwappedAttention]:
     return [
-        f"{num_codes} codes were fitted to {keys:,} keys per head: these errors say little about other inputs; "
-        f"calibrate on at least {enough:,}"
+        make_slot(
+            plan.site.module, plan.site.sizes, plan.options, rotary=plan.rotary, trained_length=plan.trained_length
+        )
+        for plan in plans
+        if plan.site.sizes is not None  # always so: it was checked
     ]
 
 
-def _fitted(sites: list[Site], recorders: list, codes: list[int], options: dict) -> list[SwappedAttention]:
-    seams = []
-    for site, recorder, site.num_codes in zip(sites, recorders, codes, strict=True):
-        seams.append(_seam(site, recorder.sizes, recorder.rotary, {**options, "num_codes": site.num_codes}))
-        calibrating.fit(recorder, seams[-1])
-    return seams
-
-
-def _balanced(recorders: list, num_codes: int) -> list[int]:
-    generator = torch.Generator().manual_seed(calibrating.SEED)
-    falls = [
-        budget.falls_with_codes(recorder.candidate[0].in_metric(recorder.keys), num_codes, generator)
-        for recorder in recorders
-    ]
-    errors = [recorder.errors()[1] ** 2 for recorder in recorders]
-    return budget.share_out(errors, falls, [recorder.sizes[1] for recorder in recorders], num_codes)
-
-
-def _settle(model: nn.Module, sites: list[Site], seams: list, batches: list | None) -> list:
-    # Install for good, and with calibration try it: on an error nothing stays. Where transformers' mask is more than
-    # causal and padding, ours can't be used; the model then keeps making its dense masks, and each call verifies them.
-    ours = {site.module for site in sites}
-    for masks in (True, False):
-        for seam in seams:
-            seam.linear_masks = masks
-        with undo_on_error() as records:
-            install(model, sites, seams, records, masks=masks)
-            try:
-                calibrating.run(model, (batches or [])[:1])
-                break
-            except NotImplementedError:
-                if not masks:
-                    raise
-                undo(records)
-    earlier = any(huggingface.is_replaced(module) for module in model.modules() if module not in ours)
-    if not masks or earlier:
-        for site in sites:
-            if site.adapter is huggingface:
-                site.notes.append(_DENSE_MASKS)
-    return records
+def _with_dry_run_note(plan: SwapPlan, is_calibrated: bool) -> SwapPlan:
+    return plan if is_calibrated or plan.site.module.training else plan.with_notes(_NEEDS_CALIBRATION)

@@ -1,15 +1,18 @@
 """What a replacement did, layer by layer."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from torch import nn
 
-from longvq_layers.replace._site import Site
+from longvq_layers.replace.adapters.base import Site
+from longvq_layers.replace.install import Replacement
+from longvq_layers.replace.plan import SwapPlan
 
 
 @dataclass(frozen=True)
 class LayerReport:
-    """One attention module: what it was, what it is now, how well the codebook fits it, or why it was skipped."""
+    """One attention module: its kind before and now, how well its codebook fits, or why it was skipped."""
 
     name: str
     kind: str
@@ -33,16 +36,17 @@ class ReplacementReport:
     As a context manager it restores the original attention at the end of the block.
 
     Attributes:
-        layers: every attention module found, in the order of the model.
-        dry_run: True if the model was left alone.
+        layers: every attention module that was found, in the order of the model.
+        dry_run: True if the model was not changed.
         calibration_keys: keys per head that the codebooks were fitted to, 0 without calibration.
+        model: the model that was changed.
     """
 
     layers: list[LayerReport]
     dry_run: bool = False
     calibration_keys: int = 0
     model: nn.Module | None = field(default=None, repr=False)
-    replacement: object | None = field(default=None, repr=False)  # what to undo
+    replacement: Replacement | None = field(default=None, repr=False)  # undoes it; None after a dry run
 
     @property
     def replaced(self) -> list[LayerReport]:
@@ -60,15 +64,15 @@ class ReplacementReport:
         Raises:
             ValueError: a dry run, or this replacement was restored already.
         """
-        if self.dry_run:
-            raise ValueError("restore: this report is of a dry run, nothing was replaced")
+        if self.replacement is None or self.model is None:
+            raise ValueError("restore: the report must be of a replacement, got one of a dry run; nothing was replaced")
         self.replacement.undo_in(self.model)
 
     def __enter__(self) -> "ReplacementReport":
         return self
 
     def __exit__(self, *error: object) -> None:
-        if not self.dry_run and self.replacement.stands_in(self.model):
+        if self.replacement is not None and self.model is not None and self.replacement.is_active_on(self.model):
             self.restore()
 
     def __str__(self) -> str:
@@ -89,17 +93,17 @@ class ReplacementReport:
 def _row(layer: LayerReport) -> list[str]:
     if layer.skipped is not None:
         return [layer.name, layer.kind, "(skipped)", layer.causal, *["-"] * 6]
-    cells = [layer.new_kind, layer.causal, layer.num_codes, layer.window, layer.local_keys, layer.backend]
+    cells: list[object] = [layer.new_kind, layer.causal, layer.num_codes, layer.window, layer.local_keys, layer.backend]
     errors = ["-" if error is None else f"{error:.4f}" for error in (layer.key_error, layer.output_error)]
-    return [layer.name, layer.kind, *[str(cell) for cell in cells], *errors]
+    return [layer.name, layer.kind, *map(str, cells), *errors]
 
 
 def _line(cells: list[str], widths: list[int]) -> str:
     return "  ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True))
 
 
-def _gather(layers: list[LayerReport], texts) -> dict[str, list[str]]:
-    # The same remark about many layers is printed once: remark -> names.
+def _gather(layers: Sequence[LayerReport], texts: Callable[[LayerReport], tuple[str, ...]]) -> dict[str, list[str]]:
+    # text -> names of its layers, because a text about many layers is printed once.
     gathered: dict[str, list[str]] = {}
     for layer in layers:
         for text in texts(layer):
@@ -108,28 +112,44 @@ def _gather(layers: list[LayerReport], texts) -> dict[str, list[str]]:
 
 
 def _why_skipped(layer: LayerReport) -> tuple[str, ...]:
-    return (layer.skipped,)
+    return () if layer.skipped is None else (layer.skipped,)
 
 
 def _notes(layer: LayerReport) -> tuple[str, ...]:
     return layer.notes
 
 
-def layer_report(site: Site, options: dict, errors: tuple[float, float] | None, skipped: str | None) -> LayerReport:
-    """What became of a site: replaced with these options and errors (of keys and output), or skipped and why."""
-    used = {key: None for key in options} if skipped else {**options, "backend": site.backend}
-    if site.num_codes is not None and not skipped:
-        used["num_codes"] = site.num_codes
-    key_error, output_error = errors or (None, None)
+def skipped_layer(site: Site, why: str) -> LayerReport:
+    """The report of a module that keeps its attention."""
     return LayerReport(
         name=site.name or "(model)",
         kind=site.kind,
-        new_kind=None if skipped else site.new_kind,
+        new_kind=None,
         causal=site.causal,
+        num_codes=None,
+        window=None,
+        local_keys=None,
+        backend=None,
+        key_error=None,
+        output_error=None,
+        skipped=why,
+    )
+
+
+def replaced_layer(plan: SwapPlan, errors: tuple[float, float] | None = None) -> LayerReport:
+    """The report of a module that was replaced as planned; `errors` of its keys and its output, if measured."""
+    key_error, output_error = (None, None) if errors is None else errors
+    return LayerReport(
+        name=plan.site.name or "(model)",
+        kind=plan.site.kind,
+        new_kind=plan.site.new_kind,
+        causal=plan.causal,
+        num_codes=plan.options.num_codes,
+        window=plan.options.window,
+        local_keys=plan.options.local_keys,
+        backend=plan.served_by,
         key_error=key_error,
         output_error=output_error,
-        skipped=skipped,
-        far_positions=None if skipped or not site.has_rotary else "rotated" if site.rotary is None else "rectified",
-        notes=() if skipped else tuple(site.notes),
-        **used,
+        far_positions=plan.far_positions,
+        notes=plan.notes,
     )

@@ -278,7 +278,7 @@ def test_wrong_arguments(kernels):
         (4, z.int(), r"codes must be \(B, Hkv, L\) int64, got .* int32"),
         (5, good[5][:, :-1], "bias must be"),
         (6, torch.zeros(1, 19, dtype=torch.bool), "key_padding_mask must be"),
-        (7, torch.tensor([0, 20]), r"cu_seqlens must be \(N \+ 1,\) int32, got \(2,\) int64"),
+        (7, torch.tensor([0, 20]), r"cu_seqlens must be \(N \+ 1,\) int32, got \(2\) int64"),
         (7, torch.tensor([0], dtype=torch.int32), "cu_seqlens must hold a document for the 20 positions, got none"),
         (8, good[0], "far_q and far_k must be given together"),
         (12, -1, "window must be at least 0"),

@@ -439,7 +439,7 @@ def test_several_turns_on_one_cache(kind, padded):
     new = tokens[:, cache.get_seq_length() :]  # only the new tokens, with a mask for all
     whole = torch.cat([mask[:, :1] * 0, mask[:, 1:]], 1) if padded else mask
     if not padded:
-        with pytest.raises(ValueError, match="input_ids must go on after the"):
+        with pytest.raises(ValueError, match="input_ids must continue after the"):
             run(model, new, past_key_values=copy.deepcopy(cache), do_sample=False)
     elif not torch.equal(whole, mask):
         with pytest.raises(ValueError, match="attention_mask must agree with what the cache has read"):
@@ -563,7 +563,7 @@ def test_what_generation_refuses():
         run(model, tokens, past_key_values=DynamicCache())
     cache = LongVQCache()
     run(model, tokens, past_key_values=cache)
-    with pytest.raises(ValueError, match=r"input_ids must go on after the 20 positions in the cache, got 9"):
+    with pytest.raises(ValueError, match=r"input_ids must continue after the 20 positions in the cache, got 9"):
         run(model, tokens, past_key_values=cache)
     with pytest.raises(ValueError, match=r"cache must have the 2 rows of the input, got 1"):
         model(tokens.expand(2, -1), past_key_values=cache)

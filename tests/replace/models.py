@@ -1,10 +1,12 @@
-"""Tiny models of real classes, and inputs for them. Widths are odd on purpose where a class allows it."""
+"""Tiny models of real classes, and inputs for them. Sizes are odd where a class allows it."""
 
 import torch
 from torch import Tensor, nn
 from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 VOCABULARY = 101
+COARSE = {"num_codes": 8, "window": 5}  # far from the original attention, so that a mistake shows
+FINE = {"num_codes": 96, "window": 64}  # every key has a code of its own
 TOKENS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 
 
@@ -54,3 +56,14 @@ def output(model: nn.Module, *args, **kwargs) -> Tensor:
     """The first output, without gradients: last hidden state or logits."""
     with torch.no_grad():
         return model(*args, **kwargs)[0]
+
+
+def snapshot(model: nn.Module) -> list:
+    """Everything that a failed replacement could change in a model."""
+
+    def state(module: nn.Module) -> list:
+        inside = [sorted(module.__dict__), sorted(module._modules), sorted(module._buffers)]
+        hooks = [list(module._forward_hooks), list(module._forward_pre_hooks)]
+        return [id(module), type(module), module.training, id(module.__dict__.get("config")), *inside, *hooks]
+
+    return [*(state(module) for module in model.modules()), torch.get_rng_state().tolist()]

@@ -1,4 +1,4 @@
-"""A real pretrained encoder: what a swap costs in quality, without any training."""
+"""A pretrained encoder: the quality that a swap costs without training, and after distillation."""
 
 import inspect
 import textwrap

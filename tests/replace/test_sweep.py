@@ -1,4 +1,4 @@
-"""The sweep over every model type of transformers: nothing replaced is anything but equal, and it can tell."""
+"""The sweep over every model type of transformers: every replaced model is equal, and a wrong one is found."""
 
 import sys
 
@@ -11,7 +11,7 @@ from longvq_layers.benchmarks import architectures, architectures_check, archite
 from longvq_layers.benchmarks.architectures_check import BUG, EQUAL, NOT_BUILT, REFUSED, Verdict
 from tests.replace.models import bert, tokens
 
-LEAST_EQUAL = 303  # of 625 in transformers 5.24 without timm and torchaudio, which some need
+LEAST_EQUAL = 303  # model types of 625, in transformers 5.24 without timm and torchaudio, which some need
 
 
 def test_two_types_are_told_apart(monkeypatch, capsys, tmp_path):
@@ -53,16 +53,16 @@ class Wrong(nn.Module):
 
     def forward(self, input_ids: torch.Tensor):
         x = self.model(input_ids).last_hidden_state
-        seams = [module for module in self.modules() if type(module).__name__ == "SwappedAttention"]
-        if self.spoil == "replaced" and seams:
+        slots = [module for module in self.modules() if type(module).__name__ == "SwappedAttention"]
+        if self.spoil == "replaced" and slots:
             return {"x": x + 1}
-        if self.spoil == "backend" and any(seam.backend == "reference" for seam in seams):
+        if self.spoil == "backend" and any(slot.backend == "reference" for slot in slots):
             return {"x": x + 1}
-        if self.spoil == "raises" and seams:
+        if self.spoil == "raises" and slots:
             raise TypeError("no such thing")
-        if self.spoil == "restored" and not seams and self.was_replaced:
+        if self.spoil == "restored" and not slots and self.was_replaced:
             return {"x": x + 1}
-        self.was_replaced = bool(seams)
+        self.was_replaced = bool(slots)
         return {"x": x}
 
     was_replaced = False

@@ -20,7 +20,7 @@ void check_inputs(
   const ScalarType type = log_decay.scalar_type();
   check(
       kOp, "log_decay", log_decay,
-      has_sizes(log_decay, {channels, -1}) && log_decay.size(1) >= 1 &&
+      has_sizes(log_decay, {channels, kAnySize}) && log_decay.size(1) >= 1 &&
           (type == ScalarType::Float || is_complex(log_decay)),
       "(H, N) float32 or complex64, with the H of u and N >= 1");
   const int64_t modes = log_decay.size(1);

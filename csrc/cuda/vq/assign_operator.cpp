@@ -21,7 +21,7 @@ PackedCodebook::PackedCodebook(const char* op, const Tensor& from, ElementType t
 Tensor vq_assign(const Tensor& k, const Tensor& codebook) {
   constexpr const char* kOp = "vq_assign";
   check(kOp, "k", k, k.dim() == 4, "(B, H, L, D)");
-  const bool valid = has_sizes(codebook, {k.size(1), -1, k.size(3)}) && codebook.size(1) >= 1;
+  const bool valid = has_sizes(codebook, {k.size(1), kAnySize, k.size(3)}) && codebook.size(1) >= 1;
   check(kOp, "codebook", codebook, valid, "(H, S, D) with S >= 1 and the H and D of k");
   check_same_device(kOp, k, {codebook});
   const ElementType type = checked_type(kOp, "k", k);

@@ -19,7 +19,7 @@ void check_inputs(const AttentionInputs& in, const AttentionOptions& options) {
   check(
       kOp, "k", k, kv_heads > 0 && heads % kv_heads == 0 && is_like_q(k, kv_heads, q.size(3)),
       "(B, Hkv, L, D) with the B, L, D and dtype of q, and Hkv a divisor of H");
-  check(kOp, "v", v, is_like_q(v, kv_heads, -1), "(B, Hkv, L, E) with the sizes of k and the dtype of q");
+  check(kOp, "v", v, is_like_q(v, kv_heads, kAnySize), "(B, Hkv, L, E) with the sizes of k and the dtype of q");
   STD_TORCH_CHECK(
       in.far_q.has_value() == in.far_k.has_value(), kOp, ": far_q and far_k must be given together, got ",
       in.far_q.has_value() ? "far_q" : "far_k", " alone");
@@ -27,13 +27,13 @@ void check_inputs(const AttentionInputs& in, const AttentionOptions& options) {
   if (in.far_q.has_value()) {
     STD_TORCH_CHECK(
         options.local_keys == LocalKeys::kExact, kOp, ": local_keys must be exact with far_q, got quantized");
-    check(kOp, "far_q", *in.far_q, is_like_q(*in.far_q, heads, -1), "(B, H, L, F) with the sizes and dtype of q");
+    check(kOp, "far_q", *in.far_q, is_like_q(*in.far_q, heads, kAnySize), "(B, H, L, F) with the sizes and dtype of q");
     check(
         kOp, "far_k", *in.far_k, is_like_q(*in.far_k, kv_heads, far_head_dim),
         "(B, Hkv, L, F) with the sizes and dtype of k and the F of far_q");
   }
   check(
-      kOp, "codebook", codebook, has_sizes(codebook, {kv_heads, -1, far_head_dim}) && codebook.size(1) >= 1,
+      kOp, "codebook", codebook, has_sizes(codebook, {kv_heads, kAnySize, far_head_dim}) && codebook.size(1) >= 1,
       "(Hkv, S, D) with S >= 1 and the D of k, or of far_k");
   check(
       kOp, "codes", in.codes,

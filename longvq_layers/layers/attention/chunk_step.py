@@ -27,26 +27,26 @@ def step_in_chunks(
     keep = torch.ones_like(q[..., 0], dtype=torch.bool) if key_padding_mask is None else ~key_padding_mask
     filled = state.lengths % size  # (B,) tokens that the current chunk has
     total = filled + keep.sum(1)  # (B,)
-    width = -(-(size - 1 + q.shape[1]) // size) * size  # slots for a chunk that is almost full and T tokens
+    slots = -(-(size - 1 + q.shape[1]) // size) * size  # enough for a chunk that is almost full and T tokens
     # All masked tokens go to one slot after the others.
-    slot = torch.where(keep, filled.unsqueeze(-1) + keep.cumsum(1) - 1, width).unsqueeze(-1)  # (B, T, 1)
-    keys, values = _in_slots(state.keys, k, slot, width), _in_slots(state.values, v, slot, width)
-    queries = _in_slots(torch.zeros_like(state.keys), q, slot, width)
-    valid = torch.arange(width, device=q.device) < total.unsqueeze(-1)
+    slot = torch.where(keep, filled.unsqueeze(-1) + keep.cumsum(1) - 1, slots).unsqueeze(-1)  # (B, T, 1)
+    keys, values = _in_slots(state.keys, k, slot, slots), _in_slots(state.values, v, slot, slots)
+    queries = _in_slots(torch.zeros_like(state.keys), q, slot, slots)
+    valid = torch.arange(slots, device=q.device) < total.unsqueeze(-1)
     chunks = [x.reshape(-1, size, x.shape[-1]) for x in (queries, keys, values)]
-    out = attention.attend(chunks[0], chunks[1], chunks[2], valid.view(-1, size)).view(q.shape[0], width, -1)
+    out = attention.attend(chunks[0], chunks[1], chunks[2], valid.view(-1, size)).view(q.shape[0], slots, -1)
     last = (total // size * size).unsqueeze(-1) + torch.arange(size, device=q.device)  # slots of the last chunk
-    last = last.clamp(max=width - 1).unsqueeze(-1)  # beyond the end: a chunk that begins with the next token
+    last = last.clamp(max=slots - 1).unsqueeze(-1)  # beyond the end: a chunk that begins with the next token
     state.keys.copy_(keys.gather(1, last.expand_as(state.keys)))
     state.values.copy_(values.gather(1, last.expand_as(state.values)))
     state.lengths += keep.sum(1)
-    return out.gather(1, slot.clamp(max=width - 1).expand(-1, -1, out.shape[-1]))
+    return out.gather(1, slot.clamp(max=slots - 1).expand(-1, -1, out.shape[-1]))
 
 
-def _in_slots(past: Tensor, new: Tensor, slot: Tensor, width: int) -> Tensor:
-    """(B, width, d) with `past` (B, C, d) in the first C slots, then `new` (B, T, d) in the slots (B, T, 1)."""
-    room = torch.nn.functional.pad(past, (0, 0, 0, width + 1 - past.shape[1])).to(new.dtype)
-    return room.scatter(1, slot.expand_as(new), new)[:, :width]
+def _in_slots(past: Tensor, new: Tensor, slot: Tensor, slots: int) -> Tensor:
+    """(B, slots, d) with `past` (B, C, d) in the first C slots, then `new` (B, T, d) in the slots (B, T, 1)."""
+    room = torch.nn.functional.pad(past, (0, 0, 0, slots + 1 - past.shape[1])).to(new.dtype)
+    return room.scatter(1, slot.expand_as(new), new)[:, :slots]
 
 
 def _one_token(

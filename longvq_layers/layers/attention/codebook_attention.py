@@ -14,11 +14,8 @@ from longvq_layers.layers.common.context import no_autocast, recomputing
 from longvq_layers.layers.common.factory import Factory
 from longvq_layers.layers.common.representation import arguments_repr
 from longvq_layers.layers.streaming import step_checks
+from longvq_layers.ops._attention_options import ACTIVATIONS, KEY_GRADS, LOCAL_KEYS
 from longvq_layers.ops._dispatch import BACKENDS
-
-ACTIVATIONS = ("softmax", "laplace")
-LOCAL_KEYS = ("quantized", "exact")
-KEY_GRADS = ("cluster", "window")
 
 
 def check_options(name: str, local_keys: str, key_grad: str, activation: str) -> None:

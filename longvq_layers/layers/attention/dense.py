@@ -83,9 +83,9 @@ class DenseAttention(AttentionCore):
         name = "DenseAttention"
         self._check_queries(name, q, cu_seqlens)
         batch, length = q.shape[0], q.shape[2]
-        for which, x, width, dims in (("k", k, self.head_dim, "B Hkv L D"), ("v", v, self.value_dim, "B Hkv L E")):
+        for which, x, dim, dims in (("k", k, self.head_dim, "B Hkv L D"), ("v", v, self.value_dim, "B Hkv L E")):
             check.tensor(name, which, x, dims)
-            check.size(name, which, x, (batch, self.num_kv_heads, length, width), dims)
+            check.size(name, which, x, (batch, self.num_kv_heads, length, dim), dims)
             if x.dtype != q.dtype:
                 raise TypeError(f"{name}: {which} must have the dtype of q, {q.dtype}, got {x.dtype}")
         if key_padding_mask is not None:

@@ -12,7 +12,7 @@ NORM_PLACES = ("pre", "post")
 
 
 def feed_forward_width(name: str, d_ff: int | None, default: int) -> int:
-    """The hidden width of the feed-forward block from a block's argument: None is the default, 0 is no such block."""
+    """The hidden width of the feed-forward block. The argument `d_ff` may be None (`default`) or 0 (no such block)."""
     if d_ff is None:
         return default
     check.integer(name, "d_ff", d_ff, 0)
@@ -30,37 +30,36 @@ class ResidualBlock(SequenceLayer):
 
     d_model: int
     norm: str = "pre"
+    norm_type: str
+    ffn_activation: str
+    glu: bool
+    dropout_type: str
     norm1: Norm
     norm2: Norm | None
     ffn: FeedForward | None
 
     def _add_feed_forward(
-        self,
-        name: str,
-        d_ff: int,
-        *,
-        norm_type: str,
-        activation: str,
-        glu: bool,
-        dropout: float,
-        hidden_dropout: float | None,
-        dropout_type: str,
-        factory: Factory,
+        self, name: str, d_ff: int, dropout: float, hidden_dropout: float | None, factory: Factory
     ) -> None:
         """Make norm₂ and the feed-forward block, or neither if d_ff is 0. `name` is the block in errors."""
         self.norm2 = self.ffn = None
         if d_ff:
-            self.norm2 = make_norm(name, norm_type, self.d_model, **factory)
-            self.ffn = FeedForward(
-                self.d_model,
-                d_ff,
-                activation=activation,
-                glu=glu,
-                dropout=dropout,
-                hidden_dropout=hidden_dropout,
-                dropout_type=dropout_type,
-                **factory,
-            )
+            self.norm2 = make_norm(name, self.norm_type, self.d_model, **factory)
+            self.ffn = self._make_feed_forward(d_ff, dropout, hidden_dropout, factory)
+
+    def _make_feed_forward(
+        self, d_ff: int, dropout: float, hidden_dropout: float | None, factory: Factory
+    ) -> FeedForward:
+        return FeedForward(
+            self.d_model,
+            d_ff,
+            activation=self.ffn_activation,
+            glu=self.glu,
+            dropout=dropout,
+            hidden_dropout=hidden_dropout,
+            dropout_type=self.dropout_type,
+            **factory,
+        )
 
     def _before_mixer(self, x: Tensor, key_padding_mask: Tensor | None) -> Tensor:
         """X' of X (B, L, d_model)."""

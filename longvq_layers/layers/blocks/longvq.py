@@ -53,7 +53,7 @@ class LongVQBlock(ResidualBlock, StreamingLayer[LongVQState]):
         d_model: width of input and output.
         num_heads: H, attention heads, default 1 as in the paper.
         num_codes: S, codes per head, default 256; None = no quantisation: softmax attention over all keys in quadratic
-            time, see `DenseAttention`, without use for local_keys, key_grad and commitment.
+            time, see `DenseAttention`, which ignores local_keys, key_grad and commitment.
         window: W, positions in which keys count one by one, default 64; 0 = none.
         window_bias: whether a bias is learned for each offset inside the window, default True.
         ssm: "s4d" (default), `DiagonalSSM`, or "ema", Mega's `DampedEMA`.
@@ -221,17 +221,7 @@ class LongVQBlock(ResidualBlock, StreamingLayer[LongVQState]):
                 **factory,
             )
         self.dropout = make_dropout(name, dropout_type, dropout)
-        self._add_feed_forward(
-            name,
-            d_ff,
-            norm_type=norm_type,
-            activation=ffn_activation,
-            glu=glu,
-            dropout=dropout,
-            hidden_dropout=hidden_dropout,
-            dropout_type=dropout_type,
-            factory=factory,
-        )
+        self._add_feed_forward(name, d_ff, dropout, hidden_dropout, factory)
 
     @property
     def codebook(self) -> Codebook | None:
@@ -276,21 +266,22 @@ class LongVQBlock(ResidualBlock, StreamingLayer[LongVQState]):
         state.memory.copy_(ssm_state)  # last: a call that raises must leave the state as it was
         return y, state
 
-    # The equations of the class, X' = `normed`. Each part that `recompute` runs again is a method. Z is not passed
-    # from one part to another, but made from `memory` in each: the SSM's output is saved anyway.
+    # The equations of the class, with X' = `normed`. Each part that `recompute` runs again is a method of its own. Each
+    # part computes Z from `memory`, the output of the SSM, which is saved anyway; so Z itself needs no memory.
 
     def _memory(self, ssm_output: Tensor) -> Tensor:
-        """What each part makes Z from: SSM(X'); with dropout Z itself, so that all parts drop the same elements."""
+        """The input of `_z`: SSM(X'). With dropout it is Z itself, so that all parts drop the same elements."""
         return self.dropout(silu(ssm_output)) if self._drops() else ssm_output
 
     def _z(self, memory: Tensor) -> Tensor:
+        """Z, the structured memory."""
         return memory if self._drops() else silu(memory)
 
     def _drops(self) -> bool:
         return self.training and self.dropout.p > 0
 
     def _project(self, memory: Tensor, normed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Q, K (B, H, L, D) and V (B, H, L, E)."""
+        """Q and K (B, H, L, D), V (B, H, L, E)."""
         v = self._checkpoint(self._values, normed)
         q, k = self._checkpoint(self._queries_and_keys, memory)
         return split_heads(q, self.num_heads), split_heads(k, self.num_heads), split_heads(v, self.num_heads)
@@ -311,11 +302,11 @@ class LongVQBlock(ResidualBlock, StreamingLayer[LongVQState]):
         return zero_padding(y, key_padding_mask)
 
     def _gate(self, memory: Tensor, o: Tensor, normed: Tensor, x: Tensor) -> Tensor:
-        """Y."""
+        """Y from O (B, L, d_value): both gates, the candidate and the residual connection."""
         gate_input = self._z(memory) if self.ssm_gate else normed
         gated = silu_product(self.attention_gate(gate_input), o)  # G_a ⊙ O
-        u = self.dropout(silu(self.candidate_x(normed) + self.candidate_o(gated)))
-        return gated_residual(self.output_gate(gate_input), u, x, recompute=self.recompute)
+        u = self.dropout(silu(self.candidate_x(normed) + self.candidate_o(gated)))  # U
+        return gated_residual(self.output_gate(gate_input), u, x, recompute=self.recompute)  # G_o ⊙ U + (1 − G_o) ⊙ X
 
     def _checkpoint(self, part: Callable[..., _T], *inputs: Tensor | None) -> _T:
         """Run a part of the block. With `recompute`, save only its inputs; other operations hold them anyway."""

@@ -166,17 +166,7 @@ class MegaBlock(ResidualBlock, StreamingLayer[MegaState]):
         )
         self.dropout = make_dropout(name, dropout_type, dropout)
         self.hidden_dropout = make_dropout(name, dropout_type, hidden_dropout)
-        self._add_feed_forward(
-            name,
-            d_ff,
-            norm_type=norm_type,
-            activation=ffn_activation,
-            glu=glu,
-            dropout=dropout,
-            hidden_dropout=hidden_dropout,
-            dropout_type=dropout_type,
-            factory=factory,
-        )
+        self._add_feed_forward(name, d_ff, dropout, hidden_dropout, factory)
         for each in (self.norm1, self.norm2):
             if each is not None:
                 each.eps = _NORM_EPS

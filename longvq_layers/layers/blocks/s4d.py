@@ -75,20 +75,11 @@ class S4DBlock(ResidualBlock, StreamingLayer[S4DState]):
         d_ff = feed_forward_width(name, d_ff, 2 * d_model)
         factory: Factory = {"device": device, "dtype": dtype}
         self.d_model, self.causal = d_model, causal
+        self.norm_type, self.dropout_type, self.ffn_activation, self.glu = norm_type, dropout_type, ffn_activation, glu
         self.norm1 = make_norm(name, norm_type, d_model, **factory)
         self.mixer = S4DLayer(d_model, d_state=d_state, causal=causal, dropout=dropout, backend=backend, **factory)
         self.dropout = make_dropout(name, dropout_type, dropout)
-        self._add_feed_forward(
-            name,
-            d_ff,
-            norm_type=norm_type,
-            activation=ffn_activation,
-            glu=glu,
-            dropout=dropout,
-            hidden_dropout=hidden_dropout,
-            dropout_type=dropout_type,
-            factory=factory,
-        )
+        self._add_feed_forward(name, d_ff, dropout, hidden_dropout, factory)
 
     def forward(self, x: Tensor, key_padding_mask: Tensor | None = None, *, cu_seqlens: Tensor | None = None) -> Tensor:
         """x (B, L, d_model) -> the same shape, 0 at masked positions; mask and `cu_seqlens` as in `S4DLayer`."""

@@ -44,7 +44,7 @@ class SPADEBlock(ResidualBlock, StreamingLayer[SPADEState]):
         d_model: width of input and output.
         num_heads: H, heads of local and cross-attention; d_model is a multiple.
         global_ssm: whether there is an SSM, default True (a bottom block).
-        combine: "concat" (default), "add" or "stack"; without use in a block without SSM.
+        combine: "concat" (default), "add" or "stack"; ignored in a block without SSM.
         window: W of the local attention, in positions, default 64.
         d_state: 2N, state of an SSM channel, even, default 64.
         d_ff: hidden width of the feed-forward block, default 4 d_model.
@@ -75,7 +75,6 @@ class SPADEBlock(ResidualBlock, StreamingLayer[SPADEState]):
     """
 
     state_class = SPADEState
-    norm1: Norm
     norm2: Norm
     norm3: Norm | None
     norm_global: Norm
@@ -124,6 +123,7 @@ class SPADEBlock(ResidualBlock, StreamingLayer[SPADEState]):
         check.one_of(name, "norm", norm, NORM_PLACES)
         self.d_model, self.num_heads, self.combine, self.d_state = d_model, num_heads, combine, d_state
         self.norm, self.norm_type, self.backend = norm, norm_type, backend
+        self.ffn_activation, self.glu, self.dropout_type = ffn_activation, glu, dropout_type
         factory: Factory = {"device": device, "dtype": dtype}
 
         def another_norm() -> Norm:
@@ -143,16 +143,7 @@ class SPADEBlock(ResidualBlock, StreamingLayer[SPADEState]):
         self.cross = CrossAttention(d_model, num_heads, **factory) if cross_attention else None
         self.norm3 = another_norm() if cross_attention else None
         self.dropout = make_dropout(name, dropout_type, dropout)
-        self.ffn = FeedForward(
-            d_model,
-            d_ff,
-            activation=ffn_activation,
-            glu=glu,
-            dropout=dropout,
-            hidden_dropout=hidden_dropout,
-            dropout_type=dropout_type,
-            **factory,
-        )
+        self.ffn = self._make_feed_forward(d_ff, dropout, hidden_dropout, factory)
 
     def reset_parameters(self) -> None:
         """Give both mixers equal weight with combine="add". The parts have a `reset_parameters` of their own."""
@@ -300,12 +291,5 @@ class SPADEBlock(ResidualBlock, StreamingLayer[SPADEState]):
             check.size(name, "state.memory_keys", state.memory_keys, expected, "B H M D")
 
     def extra_repr(self) -> str:
-        return arguments_repr(
-            self,
-            SPADEBlock,
-            self.local,
-            self.ffn,
-            global_ssm=self.ssm is not None,
-            ffn_activation=self.ffn.activation,
-            cross_attention=self.cross is not None,
-        )
+        parts = {"global_ssm": self.ssm is not None, "cross_attention": self.cross is not None}
+        return arguments_repr(self, SPADEBlock, self.local, self.ffn, **parts)

@@ -70,26 +70,18 @@ class TransformerBlock(ResidualBlock):
         name = "TransformerBlock"
         check.positive(name, d_model=d_model, num_heads=num_heads)
         check.divides(name, "2 num_heads", 2 * num_heads, "d_model", d_model)
+        d_ff = feed_forward_width(name, d_ff, 4 * d_model)
         check.flags(name, causal=causal)
         check.probability(name, "dropout", dropout)
         check.one_of(name, "attention", attention, tuple(ATTENTION))
         factory: Factory = {"device": device, "dtype": dtype}
         self.d_model, self.num_heads, self.causal, self.attention = d_model, num_heads, causal, attention
+        self.norm_type, self.dropout_type, self.ffn_activation, self.glu = norm_type, dropout_type, ffn_activation, glu
         self.norm1 = make_norm(name, norm_type, d_model, **factory)
         self.qkv_proj = nn.Linear(d_model, 3 * d_model, **factory)
         self.out_proj = nn.Linear(d_model, d_model, **factory)
         self.dropout = make_dropout(name, dropout_type, dropout)
-        self._add_feed_forward(
-            name,
-            feed_forward_width(name, d_ff, 4 * d_model),
-            norm_type=norm_type,
-            activation=ffn_activation,
-            glu=glu,
-            dropout=dropout,
-            hidden_dropout=hidden_dropout,
-            dropout_type=dropout_type,
-            factory=factory,
-        )
+        self._add_feed_forward(name, d_ff, dropout, hidden_dropout, factory)
 
     def forward(self, x: Tensor, key_padding_mask: Tensor | None = None) -> Tensor:
         """x (B, L, d_model) -> the same shape, 0 where key_padding_mask (B, L) is True."""

@@ -219,7 +219,7 @@ class Codebook(KeepsFloat32):
     def reread(self) -> Self:
         """Read `initialized` again, after a loader has set the buffers as attributes; returns self.
 
-        `load_state_dict` needs no such call.
+        It isn't needed after `load_state_dict`.
         """
         self._ready = bool(self.initialized)
         return self
@@ -316,7 +316,7 @@ class Codebook(KeepsFloat32):
             self.idle.masked_fill_(revived, 0)
 
     def _spare_keys(self, keys: Tensor, error: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
-        """For each code a key to re-seed it with (H, S, D), and whether there is such a key (H, S).
+        """For each code a key to re-seed it with (H, S, D), and whether a key exists (H, S).
 
         Under data parallelism one rank gives the key of code s, in turn from step to step. The others give zeros.
         """

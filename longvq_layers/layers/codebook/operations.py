@@ -6,11 +6,11 @@ from torch import Tensor
 
 def code_sums(keys: Tensor, codes: Tensor, valid: Tensor, num_codes: int) -> tuple[Tensor, Tensor]:
     """For each code the sum (H, S, D) and number (H, S) of its valid keys; keys (H, N, D), codes and valid (H, N)."""
-    heads, _, width = keys.shape
+    heads, _, head_dim = keys.shape
     weight = valid.to(keys.dtype)
     counts = keys.new_zeros(heads, num_codes).scatter_add_(1, codes, weight)
-    index = codes.unsqueeze(-1).expand(-1, -1, width)
-    sums = keys.new_zeros(heads, num_codes, width).scatter_add_(1, index, keys * weight.unsqueeze(-1))
+    index = codes.unsqueeze(-1).expand(-1, -1, head_dim)
+    sums = keys.new_zeros(heads, num_codes, head_dim).scatter_add_(1, index, keys * weight.unsqueeze(-1))
     return sums, counts
 
 

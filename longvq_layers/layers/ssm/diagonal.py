@@ -262,7 +262,7 @@ class DiagonalSSM(ScanLayer):
         if torch.compiler.is_compiling():
             return self._discretise_step(dtype, rate)
         # Not parameters() and buffers(), which are slow.
-        tensors = tuple(t for t in (*self._parameters.values(), *self._buffers.values()) if t is not None)
+        tensors: tuple[Tensor, ...] = (*self._parameters.values(), *self._buffers.values())  # type: ignore[arg-type]
         # A parametrisation or a hook computes tensors from others; then their number is another.
         stamp = _stamp(tensors) if len(tensors) == 5 + ("B" in self.trained) else None
         if stamp is None or (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)):

@@ -32,7 +32,7 @@ class StreamingLayer(SequenceLayer, Generic[StateT]):
 
         Pieces of any length give together what `forward` gives for the whole sequence in eval mode. Masks differ: here
         a masked token takes no position. So prompts of different lengths can be padded, left or right, and each row
-        goes on at its own length.
+        continues at its own length.
 
         Args:
             x: (B, C), one token per row, or (B, T, C), T ≥ 0 tokens, with the layer's width C and dtype.
@@ -40,7 +40,7 @@ class StreamingLayer(SequenceLayer, Generic[StateT]):
             key_padding_mask: (B,) or (B, T) bool, True = not part of the sequence. Default none.
 
         Returns:
-            y with the shape of x, 0 at masked positions, and the state to go on with.
+            y with the shape of x, 0 at masked positions, and the state for the next call.
 
         Raises:
             ValueError, TypeError: wrong shapes, dtypes or devices.

@@ -156,7 +156,7 @@ class LongVQForCausalLM(LongVQModelWithHead, GenerationMixin):
         if is_first_iteration and next_sequence_length is not None and next_sequence_length < 1:
             read = 0 if past is None else past.get_seq_length()
             raise ValueError(
-                f"LongVQForCausalLM.generate: input_ids must go on after the {read} positions in the cache, got "
+                f"LongVQForCausalLM.generate: input_ids must continue after the {read} positions in the cache, got "
                 f"{input_ids.shape[1]}; pass the whole sequence, or the new tokens and an attention_mask for the whole"
             )
         inputs = super().prepare_inputs_for_generation(

@@ -1,0 +1,1 @@
+"""How each kind of attention module is found, swapped and put back: one adapter per kind."""

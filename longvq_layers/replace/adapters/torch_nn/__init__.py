@@ -1,0 +1,1 @@
+"""torch.nn.MultiheadAttention, alone or inside nn.TransformerEncoderLayer and nn.TransformerDecoderLayer."""

@@ -1,0 +1,1 @@
+"""Distillation: trains the codes of swapped attention towards the original attention."""
