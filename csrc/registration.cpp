@@ -1,4 +1,4 @@
-// Adds the compiled CPU kernels to the operators that longvq_layers/ops/_schema.py defines.
+// Registers the CPU kernels for the operators that longvq_layers/ops/_schema.py defines.
 #include <torch/csrc/stable/library.h>
 
 #include "common/cpu_capability.h"
@@ -10,7 +10,7 @@
 #include "vq/step/step.h"
 
 STABLE_TORCH_LIBRARY_IMPL(longvq, CPU, m) {
-  // A refused LONGVQ_CPU_CAPABILITY registers nothing: Python finds the reason and the torch kernels keep serving.
+  // If LONGVQ_CPU_CAPABILITY is refused, nothing is registered: Python reads the reason and uses the torch kernels.
   if (longvq::cpu_capability_error() != nullptr) {
     return;
   }
@@ -24,7 +24,7 @@ STABLE_TORCH_LIBRARY_IMPL(longvq, CPU, m) {
   m.impl("ssm_step", TORCH_BOX(&longvq::ssm_step_cpu));
 }
 
-// The operators that this build has CPU kernels for, separated by spaces; Python checks that each was registered.
+// The operators with CPU kernels, separated by spaces. Python checks that each of them was registered.
 LONGVQ_EXPORT const char* longvq_cpu_operators() {
   return "vq_assign vq_attention vq_attention_backward vq_attention_step ssm_scan ssm_scan_backward ssm_step";
 }

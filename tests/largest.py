@@ -1,11 +1,11 @@
-"""The largest tensor that a piece of code makes: how tests see that nothing quadratic exists."""
+"""The largest tensor that a piece of code makes, for tests that no tensor is quadratic in the length."""
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class LargestTensor(TorchDispatchMode):
-    """Records, as `bytes`, the largest storage among the results of all operations inside the `with` block."""
+    """Records the largest storage of all results of operations inside the `with` block, as `bytes`."""
 
     bytes = 0
 

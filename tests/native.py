@@ -1,4 +1,4 @@
-"""What the tests of the compiled scan and step share."""
+"""Helpers for the tests of the compiled scan and step."""
 
 import contextlib
 from collections.abc import Iterator
@@ -25,7 +25,7 @@ def threads(count: int) -> Iterator[None]:
 def drawn(
     batch: int, length: int, channels: int, modes: int, complex_modes: bool = True, dtype=torch.float32, reverse=False
 ) -> NativeScanCase:
-    """Everything present, decays from 1 over a step to none over a million."""
+    """A case with all optional arguments, and decays of time scales from one step to a million steps."""
     family = torch.complex64 if complex_modes else torch.float32
     log_decay = -torch.rand(channels, modes) * torch.tensor([1.0, 1e-2, 1e-4, 1e-8])[torch.arange(modes) % 4]
     arguments = {
@@ -41,26 +41,26 @@ def drawn(
 
 
 def run(leaves: dict[str, Tensor], backend: str, case: NativeScanCase) -> dict[str, Tensor]:
-    """y, the state, and the gradient of every argument through both of them."""
+    """y, the state, and the gradient of every argument through both."""
     y, state = ops.ssm_scan(**leaves, **case.options, return_state=True, backend=backend)
     pairs = [(y, case.grad_y), (state, case.grad_state)]
     if backend != "native":
         pairs = [(x, in_precision(grad, x.real.dtype)) for x, grad in pairs]
-    # Of an empty sequence the reference leaves some arguments and outputs unused.
+    # For an empty sequence the reference does not use all arguments and outputs.
     outputs, grads = zip(*[(x, grad) for x, grad in pairs if x.requires_grad], strict=True)
     gradients = torch.autograd.grad(outputs, list(leaves.values()), grads, allow_unused=True, materialize_grads=True)
     return {"y": y.detach(), "state": state.detach(), **dict(zip(leaves, gradients, strict=True))}
 
 
 def in_absolute_values(case: NativeScanCase) -> dict[str, Tensor]:
-    """Each result as the sum of the sizes of its terms: what rounding errors are relative to when terms cancel."""
+    """For each result the sum of the absolute values of its terms, to which rounding errors are relative."""
     leaves = {n: x.real if n == "log_decay" else x.abs() for n, x in case.plain_leaves(torch.float64).items()}
     sizes = NativeScanCase({}, case.options, case.grad_y.abs(), case.grad_state.abs())
     return run({n: x.detach().requires_grad_() for n, x in leaves.items()}, "torch", sizes)
 
 
 def by_channel(x: Tensor, name: str) -> Tensor:
-    """The largest size in each channel: channels share nothing, so an error in one can't hide behind another."""
+    """The largest absolute value of each channel. Channels are independent, so each is compared on its own."""
     x = x.abs().movedim(CHANNEL_AXIS[name], 0).unsqueeze(-1).flatten(1)
     return x.amax(1) if x.shape[1] else x.new_zeros(x.shape[0])
 
@@ -68,9 +68,9 @@ def by_channel(x: Tensor, name: str) -> Tensor:
 def assert_as_good_as_plain_float32(case: NativeScanCase, oracle: str = "reference") -> None:
     """At most twice the error that a plain float32 computation makes, plus a floor.
 
-    The floor, some roundings of the terms, is for results where the plain computation happens to be exact, such as a
-    single step from a zero state: the kernel adds skip to the first tap and multiplies by both at once. Half types also
-    round the result once, and nothing else.
+    The floor is a few roundings of the terms. It is for results that the plain computation happens to compute exactly,
+    such as a single step from a zero state: the kernel adds skip to the first tap and multiplies by the sum. With half
+    precision the result is also rounded once.
     """
     exact, sizes = run(case.plain_leaves(torch.float64), oracle, case), in_absolute_values(case)
     plain = [run(case.plain_leaves(torch.float32), backend, case) for backend in {oracle, "torch"}]
@@ -81,7 +81,7 @@ def assert_as_good_as_plain_float32(case: NativeScanCase, oracle: str = "referen
         assert value.real.dtype == (case.arguments["u"].dtype if name in ("y", "u") else torch.float32), name
         error = (value.resolve_conj().to(expected.dtype) - expected).abs()
         if value.dtype in (torch.bfloat16, torch.float16):
-            info = torch.finfo(value.dtype)  # half a unit in the last place, of subnormal numbers a constant
+            info = torch.finfo(value.dtype)  # half a unit in the last place, which is a constant for subnormal numbers
             error = (error - expected.abs() * info.eps / 2 - info.tiny * info.eps / 2).clamp(min=0)
         allowed = 2 * torch.stack([by_channel(p[name] - expected, name) for p in plain]).amax(0)
         allowed = allowed + 4 * torch.finfo(torch.float32).eps * by_channel(sizes[name], name)

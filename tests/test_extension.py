@@ -1,6 +1,6 @@
-"""Loading the compiled library, and every way in which that can fail.
+"""Loading the compiled library, and every way in which loading can fail.
 
-Failures are made in a copy of the package, each in a process of its own: a library can't be unloaded.
+Each failure is produced in a copy of the package and in a new process, because a library can't be unloaded.
 """
 
 import json
@@ -18,7 +18,7 @@ from longvq_layers import _extension
 
 PACKAGE = Path(longvq_layers.__file__).parent
 
-# What must hold however the library fails: the import works, results are right, "native" explains itself.
+# This must hold for every failure: the import works, results are right, and backend="native" gives the reason.
 _PROBE = """
 import json, warnings
 with warnings.catch_warnings(record=True) as caught:
@@ -66,7 +66,7 @@ def probe(package: Path, **environment: str) -> dict:
 
 @pytest.fixture
 def package(tmp_path: Path) -> Path:
-    """A copy of the installed package, free to be damaged."""
+    """A copy of the installed package, which tests may damage."""
     copy = tmp_path / "longvq_layers"
     shutil.copytree(PACKAGE, copy, ignore=shutil.ignore_patterns("__pycache__"))
     assert (copy / "lib" / "liblongvq.so").exists(), f"these tests need the library: {_extension.load_error()}"
@@ -168,9 +168,9 @@ def test_a_library_that_registers_nothing(package):
 
 
 def test_another_library_by_name(package):
-    """It serves, although the package has none of its own."""
+    """The named library is used, although the package has none."""
     library = (package / "lib" / "liblongvq.so").rename(package.parent / "another.so")
-    for name in (str(library), library.name):  # from the working directory, not from the linker's folders
+    for name in (str(library), library.name):  # relative to the working directory, not to the linker's folders
         answer = probe(package, LONGVQ_LIBRARY=name)
         assert answer["loaded"] and answer["error"] is None and answer["native"] is None and not answer["warnings"]
         assert f"file                     {library}" in answer["info"]
@@ -178,7 +178,7 @@ def test_another_library_by_name(package):
     assert_served_by_torch(answer, "disabled by LONGVQ_DISABLE_EXTENSION=1", warned=False)
 
 
-# In each of these the package's own library is intact and must not stand in for the one that was asked for.
+# In each case the package's own library is intact, but must not be loaded instead of the named library.
 def test_another_library_that_is_missing(package):
     path = package.parent / "nowhere.so"
     answer = probe(package, LONGVQ_LIBRARY=str(path))
@@ -209,13 +209,15 @@ def test_capability_override_is_honoured_or_refused(best_capability, capability)
 
 def test_unknown_capability_is_refused():
     answer = probe(PACKAGE, LONGVQ_CPU_CAPABILITY="avx1024")
-    assert_served_by_torch(answer, "LONGVQ_CPU_CAPABILITY=avx1024 is not an instruction set", warned=True)
-    assert "expected one of default, avx2, avx512" in answer["error"]
+    assert_served_by_torch(
+        answer, "LONGVQ_CPU_CAPABILITY must be one of default, avx2, avx512, got avx1024", warned=True
+    )
+    assert "must be one of default, avx2, avx512" in answer["error"]
 
 
 @pytest.mark.slow
 def test_a_capability_that_the_build_lacks_is_refused(package):
-    """The same refusal as on a CPU that lacks it, from a library compiled without AVX2 and AVX-512."""
+    """A library compiled without AVX2 and AVX-512 refuses them like a CPU that does not have them."""
     torch = native_library.find_torch()
     assert torch is not None
     root = PACKAGE.parent
@@ -238,7 +240,7 @@ def test_info_runs_as_a_command():
 
 
 def test_the_library_needs_no_python():
-    """One library for every Python: it must link neither libpython nor torch's Python layer."""
+    """The same library works for every Python version: it must not link libpython or torch's Python layer."""
     dynamic = subprocess.run(["readelf", "-d", _extension.LIBRARY], capture_output=True, text=True, check=True).stdout
     needed = [line.split("[")[1].rstrip("]") for line in dynamic.splitlines() if "(NEEDED)" in line]
     assert any(name.startswith("libtorch_cpu") for name in needed)
@@ -249,6 +251,6 @@ def test_the_library_needs_no_python():
     ).stdout
     names = [line.split()[-1] for line in symbols.splitlines()]
     assert not [name for name in names if name.startswith(("Py", "_Py"))]
-    # Of torch only the C shim: C++ symbols of at:: or c10:: would tie the library to one torch.
+    # Only the C shim of torch: C++ symbols of at:: or c10:: would need the same version of torch.
     assert not [name for name in names if name.startswith(("_ZN2at", "_ZN3c10", "_ZNK2at", "_ZNK3c10", "_ZN5torch"))]
     assert [name for name in names if name.startswith(("aoti_torch_", "torch_"))]

@@ -1,17 +1,17 @@
-"""How close is equal, per dtype, with the reason; every comparison of the suite takes its bound from here."""
+"""The bounds of comparisons by dtype, with reasons. Every comparison of the suite uses them."""
 
 import torch
 from torch import Tensor
 
 # Relative to the largest magnitude of the expected tensor.
 BOUND = {
-    # Sums of up to some hundred terms in another order.
+    # Sums of up to a few hundred terms in another order.
     torch.float64: 1e-10,
-    # The same in float32: 2^-24 ≈ 6e-8 a rounding, a few hundred of them, times the growth of exp.
+    # The same in float32: a few hundred roundings of 2^-24 ≈ 6e-8, amplified by exp.
     torch.float32: 2e-5,
-    # Computed in float32, rounded once to 8 bits on output; gradients also use the rounded output.
+    # Computed in float32, rounded once to 8 bits; gradients also use the rounded output.
     torch.bfloat16: 2e-2,
-    # 11 bits.
+    # The same with 11 bits.
     torch.float16: 3e-3,
 }
 

@@ -1,16 +1,18 @@
-"""PEP 517 backend: setuptools, plus torch as a build requirement only where it is really needed.
+"""PEP 517 backend: setuptools, with torch as a build requirement only where it is needed.
 
-`torch` can't stand in `build-system.requires`: every isolated build would then download a second torch, gigabytes
-of it, although the user's own has all that the stable ABI needs. So torch is asked for only if the library is going
-to be compiled and no torch is in sight, for example in a fresh environment (which is about to get torch anyway).
+With torch in `build-system.requires`, every isolated build would download a second torch of several gigabytes, although
+the user's own torch has everything that the stable ABI needs. So torch is only required if the library will be compiled
+and no torch is found, for example in a fresh environment, which gets torch anyway.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from find_torch import find_torch
 from native_library import STABLE_ABI_TARGET, build_mode, find_compiler
 from setuptools import build_meta
-from setuptools.build_meta import *  # noqa: F403  the hooks that stay as they are
+from setuptools.build_meta import *  # noqa: F403  the other hooks of setuptools
 
 
 def _torch_if_needed() -> list[str]:
@@ -20,9 +22,12 @@ def _torch_if_needed() -> list[str]:
     return [f"torch>={STABLE_ABI_TARGET}"]
 
 
-def get_requires_for_build_wheel(config_settings=None):
-    return build_meta.get_requires_for_build_wheel(config_settings) + _torch_if_needed()
+Settings = Mapping[str, str | list[str] | None] | None
 
 
-def get_requires_for_build_editable(config_settings=None):
-    return build_meta.get_requires_for_build_editable(config_settings) + _torch_if_needed()
+def get_requires_for_build_wheel(config_settings: Settings = None) -> list[str]:
+    return [*build_meta.get_requires_for_build_wheel(config_settings), *_torch_if_needed()]
+
+
+def get_requires_for_build_editable(config_settings: Settings = None) -> list[str]:
+    return [*build_meta.get_requires_for_build_editable(config_settings), *_torch_if_needed()]

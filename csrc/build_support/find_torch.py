@@ -1,7 +1,7 @@
 """Find a PyTorch to compile against, without importing or installing one.
 
-The extension needs torch's headers, and its library at link time. Thanks to the stable ABI any torch >= 2.10 will do:
-the one it is compiled against need not be the one it runs with.
+The extension needs torch's headers to compile and torch's library to link. Because of the stable ABI any torch >= 2.10
+works, and the torch at run time may be another one.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-MINIMUM = (2, 10)  # keep in step with `dependencies` in pyproject.toml and the ABI target in native_library.py
+MINIMUM = (2, 10)  # must equal `dependencies` in pyproject.toml
 
 _WHERE_IS_TORCH = (
     "import importlib.util as u, json; s = u.find_spec('torch');"
@@ -26,6 +26,8 @@ _WHERE_IS_TORCH = (
 
 @dataclass(frozen=True)
 class Torch:
+    """An installed torch."""
+
     root: Path  # .../site-packages/torch
     version: str
 
@@ -42,9 +44,9 @@ class Torch:
 def find_torch() -> Torch | None:
     """The first usable torch of: this process, the interpreter outside pip's build isolation, the active environment.
 
-    pip isolates a build by putting a `sitecustomize` on PYTHONPATH of the *same* interpreter, so that interpreter in
-    isolated mode (`-I` ignores PYTHONPATH) sees the user's packages. Other tools build in an environment of their own;
-    there the activated environment or the first Python on PATH is asked.
+    pip isolates a build by a `sitecustomize` on the PYTHONPATH of the same interpreter. So this interpreter with `-I`,
+    which ignores PYTHONPATH, sees the user's packages. Other tools build in an environment of their own; then the
+    activated environment or the first Python on PATH is used.
     """
     for root in _torch_of_this_process():
         if torch := _usable(root):
@@ -79,7 +81,7 @@ def _torch_of(python: str) -> list[Path]:
         )
         return [Path(p) for p in json.loads(answer.stdout)]
     except (OSError, subprocess.SubprocessError, ValueError):
-        return []  # not a Python that works: ask the next one
+        return []  # this Python does not work: use the next one
 
 
 def _usable(root: Path) -> Torch | None:

@@ -1,8 +1,8 @@
-"""Compile csrc/ into one shared library. No Python C API: it is loaded by `torch.ops.load_library`.
+"""Compile csrc/ into one shared library. It does not use the Python C API; `torch.ops.load_library` loads it.
 
-Conventions: `csrc/**/*_kernel.cpp` is compiled once per instruction set (with `LONGVQ_ISA` set to its name), every
-other `.cpp` once. Objects are kept under `build/native` by the hash of all that goes into them, so only what changed
-is compiled again.
+Files named `csrc/**/*_kernel.cpp` are compiled once per instruction set, with `LONGVQ_ISA` set to its name, other
+`.cpp` files once. Objects are cached in `build/native` by a digest of everything that they depend on, so only changed
+files are compiled again.
 """
 
 from __future__ import annotations
@@ -16,12 +16,13 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from find_torch import MINIMUM, Torch, find_torch
 
 ROOT = Path(__file__).resolve().parents[2]
-CUDA = "cuda"  # the folder of csrc/ that is a library of its own, see cuda_library.py
-CACHE = Path("build", "native")  # relative to ROOT, where the compiler runs: no absolute path enters the library
+CUDA = "cuda"  # this folder of csrc/ is a library of its own, see cuda_library.py
+CACHE = Path("build", "native")  # relative to ROOT, where the compiler runs, so that the library has no absolute paths
 
 LIBRARY = "lib/liblongvq.so"  # inside the package
 BUILD_INFO = "_build_info.json"
@@ -33,7 +34,7 @@ COMMON_FLAGS = [
     "-fPIC",
     "-fvisibility=hidden",
     "-fvisibility-inlines-hidden",
-    "-ffp-contract=fast",  # multiply-add becomes one instruction where the instruction set has it
+    "-ffp-contract=fast",  # use fused multiply-add where the instruction set has it
     "-Wall",
     "-Wextra",
     f"-DTORCH_TARGET_VERSION=0x{MINIMUM[0]:02x}{MINIMUM[1]:02x}000000000000",
@@ -47,7 +48,7 @@ LINK_FLAGS = ["-shared", "-Wl,--no-undefined", "-Wl,--no-as-needed", "-ltorch_cp
 
 
 class BuildError(Exception):
-    """The library can't be built here; the message is one line for the user, `log` what the compiler printed."""
+    """The library can't be built. The message is one line for the user; `log` is the output of the compiler."""
 
     def __init__(self, message: str, log: str = "") -> None:
         super().__init__(message)
@@ -56,6 +57,8 @@ class BuildError(Exception):
 
 @dataclass
 class Compiler:
+    """A C++ compiler, with the first line of its `--version` and its `-dumpmachine`."""
+
     command: list[str]
     version: str = field(init=False)
     machine: str = field(init=False)
@@ -85,17 +88,17 @@ def find_compiler() -> list[str] | None:
 
 
 def build_mode() -> str:
-    """`LONGVQ_BUILD`: "0" never compile, "1" a failure is an error, "" (unset) compile if possible."""
+    """The value of `LONGVQ_BUILD`: "0" never compile, "1" a failure is an error, "" (unset) compile if possible."""
     mode = os.environ.get("LONGVQ_BUILD", "")
     if mode not in ("", "0", "1"):
         raise SystemExit(f"LONGVQ_BUILD must be 0, 1 or unset, got {mode!r}")
     return mode
 
 
-def build(cache: Path = CACHE, more_flags: Sequence[str] = ()) -> tuple[Path, dict[str, object]]:
-    """Compile what is not in the cache. Returns the library and what to record about it. Raises `BuildError`.
+def build(cache: Path = CACHE, more_flags: Sequence[str] = ()) -> tuple[Path, dict[str, Any]]:
+    """Compile all files that are not in the cache. Returns the library and the information to record about it.
 
-    `more_flags` go to the compiler and the linker, after our own.
+    `more_flags` are passed to the compiler and the linker, after the flags of this module. Raises `BuildError`.
     """
     command = find_compiler()
     if command is None:
@@ -108,7 +111,7 @@ def build(cache: Path = CACHE, more_flags: Sequence[str] = ()) -> tuple[Path, di
     if "mingw" in compiler.machine or "windows" in compiler.machine or "apple" in compiler.machine:
         raise BuildError(f"no native kernels for {compiler.machine} yet")
 
-    # Other processors have one portable variant: every *_kernel.cpp is plain C++ with GCC/Clang vector types.
+    # For other processors there is one portable variant: every *_kernel.cpp is plain C++ with GCC/Clang vector types.
     isa_flags = X86_FLAGS if compiler.machine.startswith("x86_64") else {"default": []}
     have = [f"-DLONGVQ_HAVE_{isa.upper()}" for isa in isa_flags if isa != "default"]
     flags = [*COMMON_FLAGS, *have, *more_flags]
@@ -124,7 +127,7 @@ def build(cache: Path = CACHE, more_flags: Sequence[str] = ()) -> tuple[Path, di
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         objects = list(pool.map(lambda job: compile_cpp(compiler, torch, flags, cache, setting, *job), jobs))
     library = link(command, torch, [*LINK_FLAGS, *more_flags], cache, objects)
-    info = {
+    info: dict[str, Any] = {
         "built": True,
         "reason": None,
         "torch": torch.version,
@@ -138,13 +141,13 @@ def build(cache: Path = CACHE, more_flags: Sequence[str] = ()) -> tuple[Path, di
 
 
 def sources(pattern: str, but: str | None = None) -> list[Path]:
-    """Files of csrc/ relative to ROOT; `but` is a folder of csrc/ to leave out."""
+    """The files of csrc/ that match, relative to ROOT, without those of the folder `but` of csrc/."""
     found = (p.relative_to(ROOT) for p in (ROOT / "csrc").rglob(pattern))
     return sorted(p for p in found if but is None or p.parts[1] != but)
 
 
 def setting_of(compiler: Compiler, torch: Torch, flags: Sequence[str], headers: Sequence[Path]) -> str:
-    """A digest of all that goes into every object."""
+    """A digest of everything that every object depends on."""
     texts = [f"{p}\n{(ROOT / p).read_text()}" for p in headers]
     return digest(compiler.version, compiler.machine, torch.version, str(torch.root), *flags, *texts)
 
@@ -158,12 +161,12 @@ def compile_cpp(
     source: Path,
     extra: Sequence[str] = (),
 ) -> Path:
-    """The object of one file, relative to ROOT."""
+    """Compile one file unless its object is cached. Returns the object, relative to ROOT."""
     target = cache / f"{source.stem}-{digest(setting, str(source), (ROOT / source).read_text(), *extra)}.o"
     if not (ROOT / target).exists():
-        # The prefix map keeps the place of torch out of the error messages in the library.
-        place = [f"-ffile-prefix-map={torch.include}=torch", "-isystem", str(torch.include)]
-        run([*compiler.command, *flags, *extra, *place, "-c", str(source)], target)
+        # The prefix map removes the path of torch from error messages in the library.
+        include = [f"-ffile-prefix-map={torch.include}=torch", "-isystem", str(torch.include)]
+        run([*compiler.command, *flags, *extra, *include, "-c", str(source)], target)
     return target
 
 
@@ -175,6 +178,7 @@ def link(
     objects: Sequence[Path],
     name: str = "longvq",
 ) -> Path:
+    """Link the objects unless the library is cached. Returns the library."""
     target = cache / f"lib{name}-{digest(*map(str, objects), *flags)}.so"
     if not (ROOT / target).exists():
         run([*command, *map(str, objects), f"-L{torch.lib}", *flags], target)
@@ -182,9 +186,9 @@ def link(
 
 
 def run(command: Sequence[str], target: Path) -> str:
-    """Run a command that makes `target`, which appears only when complete: two builds at once don't disturb.
+    """Run a command that writes `target`. The file appears only when it is complete, so builds can run concurrently.
 
-    Returns what the command printed, which is also printed.
+    Prints the output of the command and returns it.
     """
     print(shlex.join([*command, "-o", str(target)]), flush=True)
     unfinished = target.with_name(f"{target.name}.{os.getpid()}.tmp")
@@ -203,4 +207,5 @@ def run(command: Sequence[str], target: Path) -> str:
 
 
 def digest(*parts: str) -> str:
+    """A short hash of the parts."""
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]

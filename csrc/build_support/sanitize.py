@@ -1,7 +1,7 @@
 """`make sanitize`: the kernel tests on a library built with AddressSanitizer and UndefinedBehaviorSanitizer. GCC only.
 
-The library goes to build/sanitize and is loaded through `LONGVQ_LIBRARY`; the installed one stays as it is. Every
-instruction set of this machine gets a run. Arguments replace those that pytest is called with.
+The library is built in build/sanitize and loaded through `LONGVQ_LIBRARY`; the installed library does not change. The
+tests run once per instruction set of this machine. Arguments replace the arguments of pytest.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ FLAGS = [
     "-fno-sanitize-recover=undefined",
     "-fno-omit-frame-pointer",
     "-g",
-    "-O1",  # -O3 would optimise some of the wrong accesses away, and most of the lines in a report
+    "-O1",  # -O3 would remove some wrong accesses, and most line numbers from the reports
 ]
 
-# Runs as the tests will. The library has the checks in it, and it is the one that serves: then the sanitizers watch.
+# Checks, in the environment of the tests, that the library is loaded and has the checks of the sanitizers.
 _CHECK = """
 import sys
 from pathlib import Path
@@ -38,7 +38,7 @@ print(_extension.cpu_capability())
 def main() -> None:
     compiler = native_library.Compiler(native_library.find_compiler() or ["g++"])
     if "clang" in compiler.version:
-        raise SystemExit(f"make sanitize needs GCC: it does not know the runtime of {compiler.version}")
+        raise SystemExit(f"make sanitize: the compiler must be GCC, got {compiler.version}")
     try:
         library, info = native_library.build(Path("build", "sanitize"), FLAGS)
     except native_library.BuildError as error:
@@ -47,17 +47,17 @@ def main() -> None:
     environment = {
         **{name: value for name, value in os.environ.items() if not name.startswith("LONGVQ_")},
         "LONGVQ_LIBRARY": str(library),
-        # Python is not instrumented: the runtime must be told to come first. It looks up the function that throws C++
-        # exceptions before anything else is loaded, and Python itself brings none.
+        # Python is not instrumented, so the runtime must be preloaded. At its start, the runtime looks up the function
+        # that throws C++ exceptions, which Python does not have; hence libstdc++.
         "LD_PRELOAD": f"{_runtime(compiler, 'libasan.so')} {_runtime(compiler, 'libstdc++.so')}",
-        "ASAN_OPTIONS": "detect_leaks=0",  # Python and PyTorch never free what lives to the end
+        "ASAN_OPTIONS": "detect_leaks=0",  # Python and PyTorch do not free everything at exit
         "UBSAN_OPTIONS": "print_stacktrace=1:halt_on_error=1",
     }
     check = [sys.executable, "-c", _CHECK, str(library)]
     best = subprocess.run(check, env=environment, check=True, stdout=subprocess.PIPE, text=True).stdout.strip()
 
     tests = sys.argv[1:] or ["-q", "-m", "not slow", *sorted(map(str, ROOT.glob("tests/ops/**/test_*_native.py")))]
-    pytest = [sys.executable, "-m", "pytest", "--capture=sys", *tests]  # the default would swallow a report
+    pytest = [sys.executable, "-m", "pytest", "--capture=sys", *tests]  # the default would hide the reports
     instruction_sets, failed = info["instruction_sets"], []
     for capability in instruction_sets[: instruction_sets.index(best) + 1]:
         print(f"==== sanitized kernels on {capability}", flush=True)
@@ -68,9 +68,10 @@ def main() -> None:
 
 
 def _runtime(compiler: native_library.Compiler, name: str) -> str:
+    """The path of a library that comes with the compiler."""
     command = [*compiler.command, f"-print-file-name={name}"]
     path = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    if not Path(path).is_absolute():  # GCC repeats the name of what it does not have
+    if not Path(path).is_absolute():  # GCC prints only the name of a file that it does not have
         raise SystemExit(f"make sanitize needs {name}, which does not come with this {compiler.version}")
     return path
 

@@ -1,4 +1,4 @@
-// Memory aligned for the widest registers.
+// Arrays that are aligned for the widest registers.
 #pragma once
 
 #include <algorithm>
@@ -11,8 +11,9 @@ namespace longvq {
 
 constexpr int64_t kAlignment = 64;  // bytes: one AVX-512 register, one cache line
 
-// Not aligned new: glibc before 2.38 can't use the place of a freed aligned block for another of the same size, so that
-// a loop which makes and frees arrays takes ever more memory. Where the block begins stands before the array.
+// This does not use aligned new: glibc before 2.38 can't reuse a freed aligned block for another one of the same size,
+// so a loop that allocates and frees arrays would take ever more memory. The address of the allocated block is stored
+// before the array.
 struct AlignedDelete {
   void operator()(void* array) const { ::operator delete(static_cast<void**>(array)[-1]); }
 };

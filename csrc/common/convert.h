@@ -1,8 +1,9 @@
-// Elements in the types that tensors come in, and rows of them as float32 and back.
+// Conversion of rows of float32, bfloat16 and float16 to float32 and back.
 //
-// The conversions are integer arithmetic on whole registers, which every instruction set has, so this serves both the
-// files that are compiled once per instruction set and those compiled once for all, where registers are the baseline's.
-// Round to nearest, ties to even; NaN stays NaN; subnormal numbers are exact even where the caller has them flushed.
+// The conversions are integer operations on whole registers, which every instruction set has. So this header can be
+// used both in files that are compiled once per instruction set and in files that are compiled once, with the registers
+// of the baseline. Rounding is to nearest, ties to even. NaN stays NaN. Subnormal numbers are converted exactly, even
+// if the caller flushes them to zero.
 #pragma once
 
 #include "dtype.h"
@@ -35,7 +36,7 @@ inline Shorts to_bfloat16(Floats x) {
 inline Floats from_half(Shorts x) {
   const Words h = __builtin_convertvector(x, Words);
   const SignedWords magnitude = reinterpret_cast<SignedWords>(h & 0x7fffu);
-  const SignedWords normal = (magnitude << 13) + (112 << 23);  // another 112 in the exponent
+  const SignedWords normal = (magnitude << 13) + (112 << 23);  // adds 112 to the exponent
   const SignedWords subnormal = reinterpret_cast<SignedWords>(__builtin_convertvector(magnitude, Floats) * 0x1p-24f);
   SignedWords bits = magnitude < 0x400 ? subnormal : normal;
   bits |= magnitude >= 0x7c00 ? SignedWords{} + 0x7f800000 : SignedWords{};
@@ -43,13 +44,13 @@ inline Floats from_half(Shorts x) {
 }
 
 inline Shorts to_half(Floats x) {
-  // Sums of unsigned numbers, which may wrap; comparisons of signed ones, which every instruction set has.
+  // Unsigned sums, because they may wrap; signed comparisons, because every instruction set has them.
   const Words bits = reinterpret_cast<Words>(x), sign = (bits >> 16) & 0x8000u, positive = bits & 0x7fffffffu;
   const SignedWords magnitude = reinterpret_cast<SignedWords>(positive);
-  // Normal: subtract 112 from the exponent and round away 13 bits; a carry moves on into the exponent.
+  // Normal: subtract 112 from the exponent and round away 13 bits; a carry goes into the exponent.
   const SignedWords normal =
       reinterpret_cast<SignedWords>((positive - (112u << 23) + 0xfffu + ((positive >> 13) & 1u)) >> 13);
-  // Below 2^-14: adding 0.5 leaves multiples of 2^-24, rounded to even, in the low bits.
+  // Below 2^-14: after adding 0.5 the low bits are the multiple of 2^-24, rounded to even.
   const SignedWords subnormal =
       reinterpret_cast<SignedWords>(reinterpret_cast<Words>(reinterpret_cast<Floats>(positive) + 0.5f) - 0x3f000000u);
   const SignedWords infinite = magnitude > 0x7f800000 ? SignedWords{} + 0x7e00 : SignedWords{} + 0x7c00;
@@ -90,7 +91,7 @@ struct TypeConstant {
   static constexpr ElementType value = TYPE;
 };
 
-// call(TypeConstant) for a type known only now.
+// Runs call(TypeConstant) for a type that is only known at run time.
 template <typename Call>
 inline void for_type(ElementType type, const Call& call) {
   switch (type) {
@@ -103,7 +104,7 @@ inline void for_type(ElementType type, const Call& call) {
   }
 }
 
-// The first `count` lanes, at most all, from elements `stride` apart; zeros in the others.
+// Fills the first `count` lanes, at most all, from elements `stride` apart; the other lanes are 0.
 template <typename Vector, typename Scalar>
 inline Vector gather(const Scalar* in, int64_t stride, int64_t count) {
   Vector values{};

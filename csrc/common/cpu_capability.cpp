@@ -54,7 +54,7 @@ struct Selection {
       }
       return;
     }
-    error = asked + " is not an instruction set: expected one of default, avx2, avx512";
+    error = std::string(kOverride) + " must be one of default, avx2, avx512, got " + word;
   }
 };
 

@@ -1,16 +1,16 @@
-// Which of the instruction sets that this library was compiled for serves in this process.
+// The instruction set whose kernels this process uses, of those that the library was compiled for.
 #pragma once
 
 namespace longvq {
 
 enum class CpuCapability { kDefault = 0, kAvx2 = 1, kAvx512 = 2 };
 
-// The best instruction set of this CPU, or the one named by the environment variable LONGVQ_CPU_CAPABILITY
-// (default | avx2 | avx512). Read once, when the library is loaded. If the override can't be honoured this is
-// kDefault and cpu_capability_error() says why.
+// The best instruction set of this CPU, or the one that the environment variable LONGVQ_CPU_CAPABILITY names (default |
+// avx2 | avx512). The variable is read once, when the library is loaded. If this CPU or this build does not have that
+// instruction set, the result is kDefault, and cpu_capability_error() returns the reason.
 CpuCapability cpu_capability();
 
-// Why the override was refused, or nullptr.
+// The reason why LONGVQ_CPU_CAPABILITY was refused, or nullptr.
 const char* cpu_capability_error();
 
 const char* cpu_capability_name(CpuCapability capability);
@@ -28,7 +28,7 @@ const char* cpu_capability_name(CpuCapability capability);
 #define LONGVQ_IF_AVX2(x)
 #endif
 
-// Defines kernel_of_this_cpu(): the one of NAME_default, NAME_avx2 and NAME_avx512, each a TYPE, that serves.
+// Defines kernel_of_this_cpu(), which returns NAME_default, NAME_avx2 or NAME_avx512, objects of type TYPE.
 #define LONGVQ_DEFINE_KERNEL_OF_THIS_CPU(TYPE, NAME)                        \
   const TYPE& kernel_of_this_cpu() {                                        \
     switch (cpu_capability()) {                                             \

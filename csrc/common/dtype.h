@@ -1,4 +1,4 @@
-// The types of elements that all kernels take.
+// The dtypes of inputs that all kernels take.
 #pragma once
 
 #include <cstdint>

@@ -1,4 +1,4 @@
-// The library is compiled with hidden visibility; only what is marked here can be seen from outside.
+// The library is compiled with hidden visibility; only functions marked with this macro are exported.
 #pragma once
 
 #define LONGVQ_EXPORT extern "C" __attribute__((visibility("default")))

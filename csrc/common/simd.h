@@ -1,13 +1,16 @@
-// Vectors of one register of the instruction set that the file is compiled for: *_kernel.cpp, once per instruction set,
-// and others, which have the baseline's. Everything is in an anonymous namespace: the linker keeps one copy of a shared
-// inline function, and it could be the one with instructions that this CPU lacks.
+// Vectors of one register. Files named *_kernel.cpp are compiled once per instruction set, others once for the
+// baseline.
+//
+// Everything here is in an anonymous namespace, and *_kernel.cpp files may include only such headers: of an inline
+// function that several files share the linker keeps one copy, which could use instructions that this CPU does not
+// have.
 #pragma once
 
 #include <cstdint>
 #include <cstring>
 #include <utility>
 
-// LONGVQ_JOIN(assign_kernel_, LONGVQ_ISA) is the name of a variant, in *_kernel.cpp.
+// LONGVQ_JOIN(assign_kernel_, LONGVQ_ISA) is the name of a kernel for one instruction set.
 #define LONGVQ_JOIN_(a, b) a##b
 #define LONGVQ_JOIN(a, b) LONGVQ_JOIN_(a, b)
 
@@ -21,7 +24,7 @@ constexpr int kLanes = 8;
 #else
 constexpr int kLanes = 4;
 #endif
-constexpr int kHalf = kLanes / 2;  // a register of floats holds the values of two registers of doubles
+constexpr int kHalf = kLanes / 2;  // lanes of a register of doubles
 
 typedef float Floats __attribute__((vector_size(kLanes * sizeof(float)), may_alias));
 typedef uint32_t Words __attribute__((vector_size(kLanes * sizeof(uint32_t)), may_alias));
@@ -32,7 +35,7 @@ typedef double Doubles __attribute__((vector_size(kHalf * sizeof(double)), may_a
 typedef int64_t Longs __attribute__((vector_size(kHalf * sizeof(int64_t)), may_alias));
 
 template <typename Vector>
-inline Vector load(const void* memory) {  // any alignment
+inline Vector load(const void* memory) {  // memory may have any alignment
   Vector value;
   std::memcpy(&value, memory, sizeof value);
   return value;
@@ -43,7 +46,7 @@ inline void store(void* memory, Vector value) {
   std::memcpy(memory, &value, sizeof value);
 }
 
-// Lanes of a, then of b, by their index; GCC before 12 lacks clang's name for it.
+// The lanes of a, then of b, with the given indices. GCC before 12 does not have __builtin_shufflevector.
 template <std::size_t... I>
 inline Floats lanes_of(Floats a, Floats b, std::index_sequence<I...>) {
 #if defined(__clang__) || __GNUC__ >= 12
@@ -53,7 +56,7 @@ inline Floats lanes_of(Floats a, Floats b, std::index_sequence<I...>) {
 #endif
 }
 
-// Keeps a value that several instructions need in a register: compilers would rather load it again for each of them.
+// Keeps a value in a register. Without it, compilers load the value again for each instruction that uses it.
 inline void keep(Floats& value) {
 #if defined(__x86_64__)
   asm("" : "+v"(value));
@@ -62,9 +65,9 @@ inline void keep(Floats& value) {
 #endif
 }
 
-// While it lives, results too small for a normal number become zero: decaying states would otherwise spend long in
-// subnormal numbers, which are slow on many processors. Subnormal inputs keep their value, also where the caller has
-// them taken for zero. Elsewhere than on x86 nothing changes.
+// During its lifetime, subnormal results become zero: decaying states would otherwise be subnormal for many steps,
+// which is slow on many processors. Subnormal inputs keep their value, even if the caller flushes them to zero. Has no
+// effect on processors other than x86.
 class FlushToZero {
 #if defined(__x86_64__)
  public:
@@ -80,7 +83,7 @@ class FlushToZero {
 #endif
 };
 
-// Lanes h * kHalf .. of a register in memory, as doubles.
+// Half h of a register of floats in memory, as doubles.
 inline Doubles widened(const Floats* memory, int h) {
   return __builtin_convertvector(reinterpret_cast<const HalfFloats*>(memory)[h], Doubles);
 }

@@ -1,4 +1,4 @@
-// The type of a tensor's elements, if it is one that element.h converts. For files that are compiled once.
+// The dtype of a tensor, if the kernels take it. For files that are compiled once.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>

@@ -56,6 +56,18 @@ inline AttentionOptions attention_options(
       choice_of<KeyGrad>(kOp, "key_grad", key_grad)};
 }
 
+// The sizes D, F, E and S are at least 1, and key-value heads have equally many query heads.
+inline void check_attention_sizes(
+    const char* op, int64_t heads, int64_t kv_heads, int64_t head_dim, int64_t far_head_dim, int64_t value_dim,
+    int64_t num_codes) {
+  STD_TORCH_CHECK(
+      kv_heads >= 1 && heads % kv_heads == 0, op, ": the heads of q must be a multiple of those of k, got ", heads,
+      " and ", kv_heads);
+  STD_TORCH_CHECK(
+      head_dim >= 1 && far_head_dim >= 1 && value_dim >= 1 && num_codes >= 1, op,
+      ": D, F, E and S must be at least 1, got ", head_dim, ", ", far_head_dim, ", ", value_dim, " and ", num_codes);
+}
+
 // The operator vq_attention around FORWARD(inputs, options).
 template <auto FORWARD>
 AttentionResult vq_attention_operator(

@@ -1,4 +1,4 @@
-// exp for weights, for *_kernel.cpp files; see simd.h.
+// exp for attention weights. For *_kernel.cpp files, see common/simd.h.
 #pragma once
 
 #include "../common/simd.h"
@@ -6,12 +6,13 @@
 namespace longvq {
 namespace {
 
-// exp(x) for x <= 0 (and a little above), to two units in the last place; 0 below -87, where normal floats end.
+// exp(x) for x <= 0 and slightly above, with an error of at most two units in the last place; 0 below -87, where the
+// result would be subnormal.
 inline Floats exp_negative(Floats x) {
-  constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it leaves the nearest integer in the low bits
+  constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: after adding it the low bits are the nearest integer
   constexpr float kLog2e = 1.44269504f, kLn2High = 0.693145752f, kLn2Low = 1.42860677e-6f;
-  const auto gone = x < -87.0f;
-  x = gone ? Floats{} - 87.0f : x;
+  const auto vanishes = x < -87.0f;
+  x = vanishes ? Floats{} - 87.0f : x;
   const Floats shifted = x * kLog2e + kRound;
   const Floats k = shifted - kRound;
   const Floats r = (x - k * kLn2High) - k * kLn2Low;  // |r| <= ln 2 / 2
@@ -24,7 +25,7 @@ inline Floats exp_negative(Floats x) {
   p = p * r + 1.0f;
   p = p * r + 1.0f;
   const Words bits = reinterpret_cast<Words>(p) + (reinterpret_cast<Words>(shifted) << 23);  // p * 2^k
-  return gone ? Floats{} : reinterpret_cast<Floats>(bits);
+  return vanishes ? Floats{} : reinterpret_cast<Floats>(bits);
 }
 
 }  // namespace

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from longvq_layers.ops._attention_inputs import AttentionGradients, AttentionInputs, AttentionStepInputs
 from longvq_layers.ops._attention_options import LOCAL_KEYS, AttentionOptions, LocalKeys, schema_of
+from longvq_layers.ops._scan_inputs import ScanInputs
 from longvq_layers.ops.torch.assign import vq_assign
 from longvq_layers.ops.torch.attention import vq_attention
 from longvq_layers.ops.torch.attention_backward import vq_attention_backward
@@ -107,7 +108,7 @@ def _vq_attention_setup(ctx: Any, inputs: Sequence[Any], output: tuple[Tensor, T
     ctx.save_for_backward(*output, *tensors)
 
 
-def _vq_attention_grad(ops: Any, ctx: Any, grad: Tensor, grad_normalizers: Tensor) -> tuple[Tensor | None, ...]:
+def _vq_attention_grad(ops: Any, ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     out, normalizers, *tensors = ctx.saved_tensors
     gradients = AttentionGradients(*ops.vq_attention_backward(grad, out, normalizers, *tensors, *ctx.options))
     inputs = AttentionInputs(*tensors)
@@ -156,49 +157,38 @@ _define(
 
 # ---- ssm_scan -------------------------------------------------------------------------------------------------------
 
-_SCAN_INPUTS = (
-    "Tensor u, Tensor log_decay, Tensor weight, Tensor? skip, Tensor? initial_state, "
-    "Tensor? key_padding_mask, Tensor? cu_seqlens, bool reverse"
-)
+_NUM_SCAN_INPUTS = len(ScanInputs._fields)
 
 
-def _ssm_scan_fake(
-    u: Tensor,
-    log_decay: Tensor,
-    weight: Tensor,
-    skip: Tensor | None,
-    initial_state: Tensor | None,
-    key_padding_mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    reverse: bool,
-) -> tuple[Tensor, Tensor]:
-    rows = u.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    return u.new_empty(u.shape), log_decay.new_empty(rows, *log_decay.shape)
+def _ssm_scan(*arguments: Any) -> tuple[Tensor, Tensor]:
+    return ssm_scan(ScanInputs(*arguments))
 
 
-def _ssm_scan_backward_fake(
-    grad_y: Tensor,
-    grad_state: Tensor,
-    u: Tensor,
-    log_decay: Tensor,
-    weight: Tensor,
-    skip: Tensor | None,
-    initial_state: Tensor | None,
-    key_padding_mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    reverse: bool,
-    need_inputs: bool,
-    need_parameters: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _ssm_scan_backward(grad_y: Tensor, grad_state: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    inputs = ScanInputs(*arguments[:_NUM_SCAN_INPUTS])
+    return tuple(ssm_scan_backward(grad_y, grad_state, inputs, *arguments[_NUM_SCAN_INPUTS:]))
+
+
+def _ssm_scan_fake(*arguments: Any) -> tuple[Tensor, Tensor]:
+    inputs = ScanInputs(*arguments)
+    rows = inputs.u.shape[0] if inputs.cu_seqlens is None else inputs.cu_seqlens.shape[0] - 1
+    return inputs.u.new_empty(inputs.u.shape), inputs.log_decay.new_empty(rows, *inputs.log_decay.shape)
+
+
+def _ssm_scan_backward_fake(grad_y: Tensor, grad_state: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    inputs = ScanInputs(*arguments[:_NUM_SCAN_INPUTS])
+    need_inputs, need_parameters = arguments[_NUM_SCAN_INPUTS:]
+    family, real = inputs.log_decay.dtype, inputs.log_decay.real.dtype
+
     def like(x: Tensor | None, needed: bool, dtype: torch.dtype) -> Tensor:
-        return u.new_empty(x.shape if x is not None and needed else 0, dtype=dtype)
+        return inputs.u.new_empty(x.shape if x is not None and needed else 0, dtype=dtype)
 
     return (
-        like(u, need_inputs, u.dtype),
-        like(log_decay, need_parameters, log_decay.dtype),
-        like(weight, need_parameters, log_decay.dtype),
-        like(skip, need_parameters, log_decay.real.dtype),
-        like(initial_state, need_inputs, log_decay.dtype),
+        like(inputs.u, need_inputs, inputs.u.dtype),
+        like(inputs.log_decay, need_parameters, family),
+        like(inputs.weight, need_parameters, family),
+        like(inputs.skip, need_parameters, real),
+        like(inputs.initial_state, need_inputs, family),
     )
 
 
@@ -215,11 +205,12 @@ def _ssm_scan_grad(ops: Any, ctx: Any, grad_y: Tensor, grad_state: Tensor) -> tu
     return *(g if need else None for g, need in zip(gradients, ctx.needs_input_grad, strict=False)), None, None, None
 
 
-_define(f"ssm_scan({_SCAN_INPUTS}) -> (Tensor, Tensor)", ssm_scan, _ssm_scan_fake)
+_SCAN = schema_of(ScanInputs)
+_define(f"ssm_scan({_SCAN}) -> (Tensor, Tensor)", _ssm_scan, _ssm_scan_fake)
 _define(
-    f"ssm_scan_backward(Tensor grad_y, Tensor grad_state, {_SCAN_INPUTS}, bool need_inputs, bool need_parameters) "
+    f"ssm_scan_backward(Tensor grad_y, Tensor grad_state, {_SCAN}, bool need_inputs, bool need_parameters) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    ssm_scan_backward,
+    _ssm_scan_backward,
     _ssm_scan_backward_fake,
 )
 _define_autograd("ssm_scan", _ssm_scan_setup, _ssm_scan_grad)

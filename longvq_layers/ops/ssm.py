@@ -8,6 +8,7 @@ from longvq_layers.ops import _cuda_limits as cuda
 from longvq_layers.ops import _schema  # noqa: F401  defines the operators
 from longvq_layers.ops._derivatives import refuse_forward_mode
 from longvq_layers.ops._dispatch import choose
+from longvq_layers.ops._scan_inputs import ScanInputs
 from longvq_layers.ops.reference import ssm as reference
 from longvq_layers.ops.torch.conv import long_conv as _torch_conv
 from longvq_layers.ops.torch.ssm import ssm_kernel as _torch_kernel
@@ -95,8 +96,8 @@ def ssm_scan(
     chosen = choose(op, backend, u.device, (u.dtype,), lambda: cuda.scan(u, log_decay.shape[1], cu_seqlens))
     if chosen != "reference":
         refuse_forward_mode(op, u, log_decay, weight, skip, initial_state)
-    call = reference.ssm_scan if chosen == "reference" else _NAMESPACE[chosen].ssm_scan
-    y, state = call(u, log_decay, weight, skip, initial_state, key_padding_mask, cu_seqlens, reverse)
+    inputs = ScanInputs(u, log_decay, weight, skip, initial_state, key_padding_mask, cu_seqlens, reverse)
+    y, state = reference.ssm_scan(inputs) if chosen == "reference" else _NAMESPACE[chosen].ssm_scan(*inputs)
     return (y, state) if return_state else y
 
 

@@ -14,9 +14,9 @@ from longvq_layers.ops._state import State
 class VQAttentionState(State):
     """The past of a batch of sequences, as :func:`vq_attention_step` needs it; made by :func:`vq_attention_state`.
 
-    The last ``R = max(W − 1, 0)`` keys stand in a ring, the key at ``position`` in slot ``position % R``. A key that
-    leaves the window adds its value to the sum of its code, and 1 to the number of keys of its code. So the size does
-    not grow with the length. The tensors are contiguous, are updated in place and may be read at any time;
+    The last ``R = max(W − 1, 0)`` keys are stored in a ring, the key at ``position`` in slot ``position % R``. A key
+    that leaves the window adds its value to the sum of its code, and 1 to the number of keys of its code. So the size
+    does not grow with the length. The tensors are contiguous, are updated in place and may be read at any time;
     :meth:`clone` makes a branch.
 
     Attributes:

@@ -1,4 +1,4 @@
-"""What the operators' derivatives can and cannot do, and that they say so: never a silent zero."""
+"""The derivatives that the operators have, and errors for those that they do not have, instead of a silent zero."""
 
 import itertools
 
@@ -22,7 +22,7 @@ def attend(q, backend):
     return ops.vq_attention(q, *QKV[1:], CODEBOOK, causal=True, window=3, backend=backend)
 
 
-# PyTorch's own forward mode compiles its formulas with something that it has deprecated.
+# PyTorch's forward mode itself uses deprecated functions.
 own_warning = pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
 
 
@@ -82,7 +82,7 @@ def test_any_subset_of_gradients(backend, wanted):
 @pytest.mark.parametrize("namespace", ["longvq", "longvq_torch"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_fake_results_are_like_real_ones(namespace, dtype):
-    """Shapes, strides and dtypes, with transposed parameters, without optional ones and with each part not needed."""
+    """Shapes, strides and dtypes: transposed parameters, no optional arguments, only some gradients."""
     u, grad = torch.randn(2, 40, 3).to(dtype), torch.randn(2, 40, 3).to(dtype)
     modes, state = -torch.rand(4, 3).t(), torch.randn(4, 2, 3).permute(1, 2, 0)
     backward = getattr(torch.ops, namespace).ssm_scan_backward.default

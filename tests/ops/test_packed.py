@@ -1,4 +1,4 @@
-"""Documents packed into one row: the same as each document alone, in values and gradients, whatever their lengths."""
+"""Documents packed into one row give the values and gradients of each document alone, for any lengths."""
 
 import itertools
 
@@ -18,7 +18,7 @@ def spans(cu_seqlens: Tensor) -> list[slice]:
 
 
 def gradients(outputs: list[Tensor], leaves: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Of a fixed random objective; an empty document leaves some outputs and leaves unused."""
+    """Gradients of a fixed random objective. An empty document does not use all outputs and leaves."""
     torch.manual_seed(1)
     pairs = [(x, torch.randn(x.shape, dtype=torch.cdouble if x.is_complex() else torch.double)) for x in outputs]
     outputs, grads = zip(*[(x, grad.to(x.dtype)) for x, grad in pairs if x.requires_grad], strict=True)
@@ -31,12 +31,12 @@ def attend(case, backend: str, dtype=torch.float64, alone: bool = False) -> dict
     leaves, options = case.tensors(dtype), dict(case.options, backend=backend)
     q, k, v = (leaves[name] for name in "qkv")
     options["bias"] = leaves.get("bias")
-    codes = ops.vq_assign(case.k, case.codebook, backend="reference")  # between ties backends may choose differently
+    codes = ops.vq_assign(case.k, case.codebook, backend="reference")  # backends may choose different codes at ties
     if not alone:
         out = ops.vq_attention(q, k, v, case.codebook, **options, codes=codes)
     else:
         parts, mask = [], options.pop("key_padding_mask")
-        for at in spans(options.pop("cu_seqlens")) or [slice(0, 0)]:  # without documents: without positions
+        for at in spans(options.pop("cu_seqlens")) or [slice(0, 0)]:  # no documents: no positions
             part = {"key_padding_mask": None if mask is None else mask[:, at], "codes": codes[:, :, at]}
             rows = (x[:, :, at] for x in (q, k, v))
             parts.append(ops.vq_attention(*rows, case.codebook, **options, **part))
@@ -283,8 +283,8 @@ def test_the_initial_state_is_one_for_each_document():
 
 @pytest.mark.parametrize("namespace", ["longvq", "longvq_torch"])
 @pytest.mark.parametrize("offsets", [ints(0, 6), ints(1, 5), ints(0, 3, 2, 5), ints(0, -1, 5)])
-def test_offsets_that_nobody_could_check_before_are_checked_by_the_operators(namespace, offsets):
-    """A compiled caller sees no values."""
+def test_operators_check_offsets(namespace, offsets):
+    """A compiled caller can't read the values, so the operators check them."""
     space = getattr(torch.ops, namespace)
     codes = torch.zeros(1, 2, 5, dtype=torch.int64)
     with pytest.raises((ValueError, RuntimeError), match="vq_attention: cu_seqlens must"):

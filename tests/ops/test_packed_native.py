@@ -1,4 +1,4 @@
-"""Packed documents in the compiled kernels: the bits of each document alone, on every instruction set."""
+"""Packed documents in the compiled kernels give the same bits as each document alone, on every instruction set."""
 
 import itertools
 
@@ -12,7 +12,7 @@ from longvq_layers import ops
 from tests.native import assert_as_good_as_plain_float32, drawn, run, threads
 from tests.strategies import NativeScanCase, attention_cases, native_scan_cases
 
-OF_A_DOCUMENT = {"y": 1, "u": 1, "state": 0, "initial_state": 0}  # the others are sums over documents
+OF_A_DOCUMENT = {"y": 1, "u": 1, "state": 0, "initial_state": 0}  # all others are sums over documents
 
 
 def spans(cu_seqlens: Tensor) -> list[slice]:
@@ -33,7 +33,7 @@ def results(case: NativeScanCase) -> dict[str, Tensor]:
 
 
 def alone(case: NativeScanCase, n: int, at: slice) -> NativeScanCase:
-    """Document n as a row of its own, in the same memory."""
+    """Document n as a separate row, a view of the same memory."""
     own = {"u": at, "initial_state": slice(n, n + 1)}
     arguments = {
         name: x[:, at] if name == "u" else x[own[name]] if name in own else x for name, x in case.arguments.items()
@@ -56,7 +56,7 @@ def assert_each_document_is_as_alone(case: NativeScanCase) -> None:
             assert torch.equal(value, whole[name].narrow(axis, place.start, place.stop - place.start)), (name, n)
     for name, total in sums.items():
         if documents and whole[name].numel():
-            # Rounded to float32 once here and once for each document there.
+            # The packed sum is rounded to float32 once, the other once per document.
             error = (whole[name] - total).abs().max()
             assert error <= 1e-6 * len(documents) * (1 + total.abs().max()), (name, float(error))
 
@@ -81,8 +81,8 @@ def test_scan_gives_each_document_the_bits_that_it_gets_alone(dtype, data):
     assert_each_document_is_as_alone(data.draw(native_scan_cases(dtype, packed=True, max_length=150)))
 
 
-# Longer than a segment of chunks, shorter than a chunk, a step, nothing: next to each other and at both ends.
-# More documents than blocks of them, so that unequal ones share tables.
+# Documents longer than a segment, shorter than a chunk, of one step and empty: side by side and at both ends.
+# More documents than blocks of documents, so that documents of different lengths share tables.
 LENGTHS = [[0, 700, 1, 0, 33, 1200, 5, 32], [1, 0], [0, 0], [3] * 100, [10, 1500, 31, 0], [65] * 33]
 LENGTHS.append([0, 33, 1, 64, 5] * 14)
 
@@ -128,7 +128,7 @@ def test_a_scan_of_one_document_changes_nothing_elsewhere(reverse):
 
 
 def test_a_packed_row_is_the_batch_of_its_documents():
-    """The same sums in the same order: the same bits, of the parameters' gradients too."""
+    """The same sums in the same order give the same bits, also in the gradients of parameters."""
     batch = drawn(40, 70, 5, 3)
     row = packed([70] * 40, 5, 3)
     row.arguments = {**batch.arguments, "u": batch.arguments["u"].reshape(1, 2800, 5)}
@@ -140,7 +140,7 @@ def test_a_packed_row_is_the_batch_of_its_documents():
 
 
 def attend(case, cu_seqlens: Tensor | None, at: slice | None = None) -> dict[str, Tensor]:
-    """Float32 output and gradients of the packed row, or of one document alone."""
+    """The output and gradients in float32 of the packed row, or of one document alone."""
     leaves, options = case.tensors(torch.float32), dict(case.options, backend="native", cu_seqlens=cu_seqlens)
     options["bias"] = leaves.get("bias")
     rows, grad = [leaves[name] for name in "qkv"], torch.linspace(-1, 1, case.q.shape[2] * 8).view(1, 1, -1, 8)
@@ -206,7 +206,7 @@ def scan_both(u: Tensor, states: int, offsets: Tensor, start: Tensor | None = No
 @pytest.mark.parametrize("name", BAD)
 def test_the_kernel_itself_refuses_offsets_that_would_read_out_of_bounds(name):
     scan_both(U, 2, RIGHT)
-    scan_both(U, 2, torch.tensor([0, 9, 2, 9, 5, 9], dtype=torch.int32)[::2])  # strides count
+    scan_both(U, 2, torch.tensor([0, 9, 2, 9, 5, 9], dtype=torch.int32)[::2])  # with a stride
     offsets = BAD[name]
     arguments = (U, MODES, MODES, None, None, None, offsets, False)
     with pytest.raises(RuntimeError, match="ssm_scan: cu_seqlens must"):
@@ -217,9 +217,9 @@ def test_the_kernel_itself_refuses_offsets_that_would_read_out_of_bounds(name):
 
 def test_the_kernel_itself_refuses_states_that_are_not_one_for_each_document():
     for wrong in (1, 3):
-        with pytest.raises(RuntimeError, match=r"grad_state must be .* one per document"):
+        with pytest.raises(RuntimeError, match=r"grad_state must be \(rows or documents, H, N\)"):
             scan_both(U, wrong, RIGHT)
-        with pytest.raises(RuntimeError, match=r"initial_state must be .* one per document"):
+        with pytest.raises(RuntimeError, match=r"initial_state must be \(rows or documents, H, N\)"):
             scan_both(U, 2, RIGHT, torch.zeros(wrong, 3, 4))
-    with pytest.raises(RuntimeError, match=r"cu_seqlens must .* batch of one row"):
+    with pytest.raises(RuntimeError, match=r"cu_seqlens must .* batch of 1"):
         scan_both(U.expand(2, 5, 3), 2, RIGHT)

@@ -1,4 +1,4 @@
-"""The reference of the state space operators: the same numbers under autocast, and nothing shared with the caller."""
+"""The reference of the state space operators: equal results under autocast, no memory shared with the inputs."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The states of streaming calls: what their base class does with tensors, nested states, tuples, None and numbers."""
+"""The base class of streaming states, with tensors, nested states, tuples, None and numbers as attributes."""
 
 from dataclasses import dataclass
 

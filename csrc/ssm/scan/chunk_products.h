@@ -1,4 +1,4 @@
-// The matrix products of a chunk, elements of which are registers of channels. For scan_kernel.cpp only.
+// The matrix products of a chunk; each element of a matrix is a register of channels. For scan_kernel.cpp only.
 #pragma once
 
 #include "../../common/simd.h"
@@ -7,9 +7,9 @@
 namespace longvq {
 namespace {
 
-constexpr int kRows = kLanes == 16 ? 4 : 6;  // chunks that share a pass over a panel: kRows * kPanel accumulators
+constexpr int kRows = kLanes == 16 ? 4 : 6;  // chunks that share a pass over a panel; kRows * kPanel accumulators
 
-constexpr int kSegment = 3 * kRows;  // chunks that are computed together, a multiple of kRows
+constexpr int kSegment = 3 * kRows;  // chunks that are processed together, a multiple of kRows
 constexpr int kSegmentSteps = kSegment * kChunk;
 
 template <int VALUE>
@@ -17,8 +17,8 @@ struct Constant {
   static constexpr int value = VALUE;
 };
 
-// call(Constant<rows>, first chunk) for tiles of kRows chunks and the rest one by one. What a tile reads of the chunks
-// stays in the L1 cache while the tables pass by.
+// Runs call(Constant<rows>, first chunk) for tiles of kRows chunks, then for each remaining chunk. The inputs of a tile
+// stay in the L1 cache during the pass over the tables.
 template <typename Call>
 inline void for_tiles(int64_t chunks, const Call& call) {
   int64_t c = 0;
@@ -46,9 +46,9 @@ inline void multiply(
   }
 }
 
-// Not a copy of the whole array: that would put the accumulators into memory.
+// Element by element, because a copy of the array would move the accumulators from registers to memory.
 template <int ROWS>
-inline void put(const Floats (&acc)[ROWS][kPanel], Floats* out, int64_t row_stride) {
+inline void store_rows(const Floats (&acc)[ROWS][kPanel], Floats* out, int64_t row_stride) {
   for (int r = 0; r < ROWS; ++r) {
     for (int j = 0; j < kPanel; ++j) {
       out[r * row_stride + j] = acc[r][j];
@@ -56,23 +56,23 @@ inline void put(const Floats (&acc)[ROWS][kPanel], Floats* out, int64_t row_stri
   }
 }
 
-// What ROWS chunks of inputs add to the state: added[c][column], rows padded_columns apart.
+// What the inputs of ROWS chunks add to the state: added[c][column], rows padded_columns apart.
 template <int ROWS>
 inline void into_state(const ChunkTables& tables, const Floats* inputs, int64_t column, Floats* added) {
   Floats acc[ROWS][kPanel] = {};
   multiply<ROWS>(acc, inputs, kChunk, tables.into + column * kChunk, kPanel, kChunk);
-  put<ROWS>(acc, added + column, tables.padded_columns);
+  store_rows<ROWS>(acc, added + column, tables.padded_columns);
 }
 
-// Outputs t0 .. t0 + kPanel of ROWS chunks from their entry states and their inputs up to there.
+// Outputs t0 .. t0 + kPanel of ROWS chunks, from their entry states and their inputs up to these steps.
 template <int ROWS>
 inline void outputs(const ChunkTables& tables, const Floats* states, const Floats* inputs, int t0, Floats* out) {
   const int64_t padded = tables.padded_columns;
   Floats acc[ROWS][kPanel] = {};
   multiply<ROWS>(acc, states, padded, tables.out + t0 * padded, kPanel, tables.columns);
-  // Step s adds K[t - s]: its panel starts at K[t0 - s].
+  // Input s has the factors K[t - s]: its panel starts at K[t0 - s].
   multiply<ROWS>(acc, inputs, kChunk, tables.kernel + t0, -1, t0);
-  // No input reaches an output before it, not even times zero: it could be infinite.
+  // Later inputs are left out instead of multiplied by zero, because they could be infinite.
   for (int r = 0; r < ROWS; ++r) {
     for (int s = 0; s < kPanel; ++s) {
       const Floats value = inputs[r * kChunk + t0 + s];
@@ -81,10 +81,10 @@ inline void outputs(const ChunkTables& tables, const Floats* states, const Float
       }
     }
   }
-  put<ROWS>(acc, out + t0, kChunk);
+  store_rows<ROWS>(acc, out + t0, kChunk);
 }
 
-// An unfinished chunk of `steps` moves the state as a whole one would with its inputs at the end.
+// An unfinished chunk of `steps` steps changes the state like a full chunk that has the same inputs at its end.
 inline void align_to_end(const Floats* inputs, int64_t steps, Floats* aligned) {
   for (int64_t t = 0; t < kChunk; ++t) {
     aligned[t] = t < kChunk - steps ? Floats{} : inputs[t - (kChunk - steps)];

@@ -1,10 +1,10 @@
-// The matrices that all chunks share. For scan_kernel.cpp only.
+// The matrices of a chunk, which all chunks share. For scan_kernel.cpp only.
 //
 // With lambda = exp(log_decay), a chunk of kChunk = T steps with inputs u and entry state x gives, per channel,
 //     y_t = sum_s K[t - s] u_s + Re sum_n out[t, n] x_n           K[l] = Re sum_n w_n lambda_n^l,  out = w lambda^(t+1)
 //     x' = lambda^T x + sum_t into[t] u_t                         into[t] = lambda^(T-1-t)
 // The adjoint in reversed time has the same form with out = lambda^t and into = w lambda^(T-t).
-// Complex modes are two real columns, re and im. Powers are computed in double and rounded once.
+// A complex mode is two real columns, its real and imaginary part. Powers are computed in double and rounded once.
 #pragma once
 
 #include "../../common/simd.h"
@@ -15,22 +15,22 @@
 namespace longvq {
 namespace {
 
-constexpr int kChunk = 32;                    // T: the work inside a chunk grows with it, that between falls
-constexpr int kPanel = kLanes == 16 ? 4 : 2;  // columns of a panel: one pass over the rows computes these
+constexpr int kChunk = 32;                    // T: work inside chunks grows with T, work between chunks falls
+constexpr int kPanel = kLanes == 16 ? 4 : 2;  // columns of a panel, computed in one pass over the rows
 
 inline int64_t round_up(int64_t value, int64_t multiple) {
   return (value + multiple - 1) / multiple * multiple;
 }
 
-// Hands out pieces of the scratch memory; started at 0 it measures how much is needed.
+// Allocates arrays from the scratch memory. Started at 0, `next` is the size that is needed.
 struct Arena {
   uintptr_t next;
 
   template <typename T>
   T* take(int64_t count) {
-    T* piece = reinterpret_cast<T*>(next);
+    T* array = reinterpret_cast<T*>(next);
     next += static_cast<uintptr_t>(round_up(count * static_cast<int64_t>(sizeof(T)), 64));
-    return piece;
+    return array;
   }
 };
 
@@ -38,8 +38,8 @@ struct Complex {
   Doubles re, im;
 };
 
-// The channels of register `group` of a line.
-inline ModeMatrix part_of(const ModeMatrix& matrix, int group) {
+// The part of a matrix for register `group` of a line.
+inline ModeMatrix group_of(const ModeMatrix& matrix, int group) {
   ModeMatrix part = matrix;
   if (part.data != nullptr) {
     part.data += group * kLanes * matrix.channel_stride;
@@ -47,18 +47,18 @@ inline ModeMatrix part_of(const ModeMatrix& matrix, int group) {
   return part;
 }
 
-inline ScanModel part_of(const ScanModel& model, int group) {
+inline ScanModel group_of(const ScanModel& model, int group) {
   ScanModel part = model;
   part.channels = channels_of(model.channels, group);
-  part.log_decay = part_of(model.log_decay, group);
-  part.weight = part_of(model.weight, group);
+  part.log_decay = group_of(model.log_decay, group);
+  part.weight = group_of(model.weight, group);
   if (part.skip != nullptr) {
     part.skip += group * kLanes * model.skip_stride;
   }
   return part;
 }
 
-// sum + a b, in two fused operations each; of real modes only re is used.
+// sum + a b, with two fused operations per part; real modes only use re.
 template <bool COMPLEX>
 inline Complex plus_product(const Complex& sum, const Complex& a, const Complex& b) {
   if (!COMPLEX) {
@@ -80,7 +80,7 @@ inline Complex plus_scaled(const Complex& sum, const Complex& a, double factor) 
   return {sum.re + a.re * factor, COMPLEX ? sum.im + a.im * factor : Doubles{}};
 }
 
-// Lanes h * kHalf .. of one mode; zero in lanes without a channel, and for a matrix that is not there.
+// Half h of one mode; zero in lanes without a channel, and for an absent matrix.
 inline Complex read_mode(const ModeMatrix& matrix, int64_t channels, int64_t mode, bool complex_modes, int h) {
   Complex value{};
   if (matrix.data != nullptr) {
@@ -117,7 +117,7 @@ inline void write_mode(
   }
 }
 
-// lambda of one mode: exp(log_decay), the real part clamped where exp is 0 anyway.
+// lambda = exp(log_decay) of one mode.
 inline Complex decay_of(const ScanModel& model, int64_t mode, int h) {
   const Complex rate = read_mode(model.log_decay, model.channels, mode, model.complex_modes, h);
   const Doubles size = exp_negative(rate.re);
@@ -129,18 +129,18 @@ inline Complex decay_of(const ScanModel& model, int64_t mode, int h) {
   return {size * cosine, size * sine};
 }
 
-// Of one register of channels.
+// The tables for one register of channels.
 struct ChunkTables {
-  int64_t modes, columns, padded_columns;  // columns = 2 N if complex, else N; padded to whole panels
+  int64_t modes, columns, padded_columns;  // columns: 2 N if complex, else N; padded to whole panels
   bool complex_modes;
   Floats* into;    // (padded_columns / kPanel, kChunk, kPanel): panels of columns
   Floats* out;     // (kChunk / kPanel, padded_columns, kPanel): panels of steps
-  Floats* kernel;  // (kChunk,) K, the skip weight added to K[0]
-  // (N, halves, re and im)
-  Doubles* decay;  // lambda
-  Doubles* whole;  // lambda^kChunk
-  Doubles* rest;   // lambda^rest_steps, of the last, unfinished chunk
-  int64_t rest_steps;
+  Floats* kernel;  // (kChunk,) K, with the skip weight added to K[0]
+  // These are (N, halves, real and imaginary part).
+  Doubles* decay;        // lambda
+  Doubles* chunk_decay;  // lambda^kChunk
+  Doubles* tail_decay;   // lambda^tail_steps, of the last, unfinished chunk
+  int64_t tail_steps;
 
   void allocate(int64_t modes_, bool complex_modes_, Arena& arena) {
     modes = modes_;
@@ -151,11 +151,13 @@ struct ChunkTables {
     out = arena.take<Floats>(kChunk * padded_columns);
     kernel = arena.take<Floats>(kChunk);
     decay = arena.take<Doubles>(4 * modes);
-    whole = arena.take<Doubles>(4 * modes);
-    rest = arena.take<Doubles>(4 * modes);
+    chunk_decay = arena.take<Doubles>(4 * modes);
+    tail_decay = arena.take<Doubles>(4 * modes);
   }
 
-  int64_t entry(int64_t mode, int h) const { return 4 * mode + 2 * h; }  // of re; im follows
+  int64_t entry(int64_t mode, int h) const {
+    return 4 * mode + 2 * h;
+  }  // index of the real part; the imaginary part follows
 
   Complex get(const Doubles* table, int64_t mode, int h) const {
     return {table[entry(mode, h)], table[entry(mode, h) + 1]};
@@ -167,7 +169,7 @@ struct ChunkTables {
   }
 
   void fill(const ScanModel& model, bool adjoint) {
-    // If all sequences are short only the beginning of the tables is used.
+    // If all sequences are shorter than a chunk, only the beginning of the tables is used.
     const int steps = model.longest < kChunk ? static_cast<int>(model.longest) : kChunk;
     if (steps < kChunk || padded_columns > columns) {
       for (int64_t i = 0; i < kChunk * padded_columns; ++i) {
@@ -189,14 +191,14 @@ struct ChunkTables {
         narrow(kernel + t, h, sums[t][h]);
       }
     }
-    rest_steps = -1;
+    tail_steps = -1;
   }
 
-  void set_rest(int64_t steps) {
-    if (steps == rest_steps) {
+  void set_tail(int64_t steps) {
+    if (steps == tail_steps) {
       return;
     }
-    rest_steps = steps;
+    tail_steps = steps;
     for (int64_t n = 0; n < modes; ++n) {
       for (int h = 0; h < 2; ++h) {
         const Complex lambda = get(decay, n, h);
@@ -204,7 +206,7 @@ struct ChunkTables {
         for (int64_t t = 0; t < steps; ++t) {
           power = product<true>(power, lambda);
         }
-        set(rest, n, h, power);
+        set(tail_decay, n, h, power);
       }
     }
   }
@@ -213,7 +215,7 @@ struct ChunkTables {
   template <bool COMPLEX>
   void fill_mode(const ScanModel& model, bool adjoint, int64_t n, int steps, Doubles (&sums)[kChunk][2]) {
     const int64_t column = COMPLEX ? 2 * n : n, out_panel = padded_columns * kPanel;
-    // Both columns of a complex mode lie in one panel.
+    // Both columns of a complex mode are in one panel.
     Floats* in = into + (column / kPanel * kChunk + kChunk - 1) * kPanel + column % kPanel;
     Floats* from = out + column * kPanel;
     Complex lambda[2], power[2], weighted[2];  // lambda, lambda^t, w lambda^t
@@ -230,7 +232,7 @@ struct ChunkTables {
         const Complex& leaving = adjoint ? power[h] : weighted[h];
         narrow(in, h, entering.re);
         narrow(from, h, leaving.re);
-        if (COMPLEX) {  // Re(out x) = re re - im im: the minus stands in the table
+        if (COMPLEX) {  // Re(out x) = re re - im im: the table has -im
           narrow(in + 1, h, entering.im);
           narrow(from + kPanel, h, -leaving.im);
         }
@@ -240,7 +242,7 @@ struct ChunkTables {
     }
     for (int h = 0; h < 2; ++h) {
       set(decay, n, h, lambda[h]);
-      set(whole, n, h, power[h]);
+      set(chunk_decay, n, h, power[h]);
     }
   }
 };

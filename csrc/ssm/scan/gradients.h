@@ -1,13 +1,13 @@
 // Gradients of log_decay, weight and skip. For scan_kernel.cpp only.
 //
-// With x the states and z_t = lambda (z_{t-1} + x_{t-1}) their derivative by log_decay,
-//     dL/dw = sum_t g_t x_t,    dL/dlog_decay = w sum_t g_t z_t,
-// both by chunks again: K's part needs only the products of g and u within a chunk, by lag; the part of the entry
-// states X, Z of a chunk needs Q = sum_t lambda^(t+1) g_t and Q' = sum_t (t+1) lambda^(t+1) g_t:
-//     dL/dw: sum_l lambda^l c_l + sum_c Q X,    dL/dlog_decay: w (sum_l l lambda^l c_l + sum_c (Q Z + Q' X))
-// and Z moves on by lambda^T (Z + T X) + sum_t (T-1-t) lambda^(T-1-t) u_t. All four sums over a chunk go over the table
-// `into`, since lambda^(t+1) is lambda times that table backwards. One pass in the order of the sequence, no states
-// kept.
+// Let x_t be the states and z_t = lambda (z_{t-1} + x_{t-1}) their derivatives by log_decay. Then
+//     dL/dw = sum_t g_t x_t,    dL/dlog_decay = w sum_t g_t z_t.
+// Both are computed by chunks. The contribution through K needs c_l, the sums of products of g and u inside chunks at
+// distance l. The contribution of the entry states X and Z of a chunk needs Q = sum_t lambda^(t+1) g_t and
+// Q' = sum_t (t+1) lambda^(t+1) g_t:
+//     dL/dw: sum_l lambda^l c_l + sum_c Q X,    dL/dlog_decay: w (sum_l l lambda^l c_l + sum_c (Q Z + Q' X)).
+// The next Z is lambda^T (Z + T X) + sum_t (T-1-t) lambda^(T-1-t) u_t. All four sums over a chunk use the table `into`,
+// because lambda^(t+1) is lambda times this table in reverse order. One pass over the sequence; no states are stored.
 #pragma once
 
 #include "../../common/simd.h"
@@ -16,14 +16,20 @@
 namespace longvq {
 namespace {
 
-enum Role { kU, kWeightedU, kG, kWeightedG, kRoles };  // g in reverse order; weighted: times the factors above
+enum Role {
+  kU,
+  kWeightedU,
+  kG,
+  kWeightedG,
+  kRoles
+};  // g is in reverse order; weighted: multiplied by the factors above
 
-// Of one register of channels.
+// Tables and sums for one register of channels.
 struct GradientGroup {
   ChunkTables tables;
   Doubles *x, *z;        // states
   Doubles *by_x, *by_z;  // sum Q X and sum Q Z + Q' X
-  Doubles* by_end;       // through the last state
+  Doubles* by_end;       // sums through the last state
   Doubles* by_lag;       // (kChunk, halves) c_l
 
   void allocate(int64_t modes, bool complex_modes, Arena& arena) {
@@ -50,7 +56,7 @@ struct GradientScratch {
   GradientGroup groups[kGroups];
   Floats *u, *g;   // (kGroups, kSegmentSteps)
   Floats* inputs;  // (kSegment, kRoles, kChunk)
-  Floats* sums;    // (kSegment, kRoles, kPanel), of one panel
+  Floats* sums;    // (kSegment, kRoles, kPanel), for one panel
 
   GradientScratch(int64_t modes, bool complex_modes, Arena& arena) {
     u = arena.take<Floats>(kGroups * kSegmentSteps);
@@ -72,7 +78,7 @@ inline void arrange(const Floats* u, const Floats* g, Floats* inputs) {
   }
 }
 
-// c_l += sum over chunks and t of g_t u_{t-l}
+// c_l += sum over chunks and t of g_t u_{t-l}.
 void add_lags(const Floats* u, const Floats* g, int64_t chunks, Doubles* by_lag) {
   constexpr int kTile = 4;
   for (int t0 = 0; t0 < kChunk; t0 += kTile) {
@@ -99,21 +105,21 @@ void add_lags(const Floats* u, const Floats* g, int64_t chunks, Doubles* by_lag)
   }
 }
 
-// One mode over the chunks of a segment: `sums` starts at its column of the panel.
+// One mode, over the chunks of a segment. `sums` starts at the mode's column of the panel.
 template <bool COMPLEX>
-void carry_and_add(GradientGroup& group, const Floats* sums, int64_t n, int64_t whole, bool unfinished) {
+void carry_and_add(GradientGroup& group, const Floats* sums, int64_t n, int64_t full, bool unfinished) {
   const ChunkTables& tables = group.tables;
   for (int h = 0; h < 2; ++h) {
-    const Complex lambda = tables.get(tables.whole, n, h);
+    const Complex lambda = tables.get(tables.chunk_decay, n, h);
     Complex x = tables.get(group.x, n, h), z = tables.get(group.z, n, h);
     Complex by_x = tables.get(group.by_x, n, h), by_z = tables.get(group.by_z, n, h);
     const Floats* entry = sums;
-    for (int64_t c = 0; c < whole + unfinished; ++c, entry += kRoles * kPanel) {
+    for (int64_t c = 0; c < full + unfinished; ++c, entry += kRoles * kPanel) {
       const Complex q = read_column(entry + kG * kPanel, COMPLEX, h);
       by_x = plus_product<COMPLEX>(by_x, q, x);
       by_z = plus_product<COMPLEX>(by_z, q, z);
       by_z = plus_product<COMPLEX>(by_z, read_column(entry + kWeightedG * kPanel, COMPLEX, h), x);
-      if (c < whole) {
+      if (c < full) {
         const Complex shifted = plus_scaled<COMPLEX>(z, x, kChunk);
         z = plus_product<COMPLEX>(read_column(entry + kWeightedU * kPanel, COMPLEX, h), lambda, shifted);
         x = plus_product<COMPLEX>(read_column(entry + kU * kPanel, COMPLEX, h), lambda, x);
@@ -129,8 +135,8 @@ void carry_and_add(GradientGroup& group, const Floats* sums, int64_t n, int64_t 
 template <bool COMPLEX>
 void add_segment(GradientGroup& group, Floats* u, Floats* g, int64_t steps, Floats* inputs, Floats* sums) {
   const ChunkTables& tables = group.tables;
-  constexpr int kColumns = COMPLEX ? 2 : 1;  // of a mode
-  const int64_t whole = steps / kChunk, unfinished = steps % kChunk, chunks = whole + (unfinished != 0);
+  constexpr int kColumns = COMPLEX ? 2 : 1;  // columns of a mode
+  const int64_t full = steps / kChunk, unfinished = steps % kChunk, chunks = full + (unfinished != 0);
   for (int64_t t = steps; t < chunks * kChunk; ++t) {
     u[t] = g[t] = Floats{};
   }
@@ -142,38 +148,39 @@ void add_segment(GradientGroup& group, Floats* u, Floats* g, int64_t steps, Floa
     for (int64_t c = 0; c < chunks; ++c) {
       Floats acc[kRoles][kPanel] = {};
       multiply<kRoles>(acc, inputs + c * kRoles * kChunk, kChunk, tables.into + column * kChunk, kPanel, kChunk);
-      put<kRoles>(acc, sums + c * kRoles * kPanel, kPanel);
+      store_rows<kRoles>(acc, sums + c * kRoles * kPanel, kPanel);
     }
     for (int j = 0; j < kPanel && column + j < tables.columns; j += kColumns) {
-      carry_and_add<COMPLEX>(group, sums + j, (column + j) / kColumns, whole, unfinished != 0);
+      carry_and_add<COMPLEX>(group, sums + j, (column + j) / kColumns, full, unfinished != 0);
     }
   }
 }
 
-// dL/dlog_decay through the last state. An unfinished chunk of `rest` steps, at `tail`, moves z by its own power of
-// lambda, its inputs aligned to the chunk's end.
+// Adds dL/dlog_decay through the last state. The unfinished chunk of `tail_steps` steps, whose inputs begin at `tail`,
+// changes z by a power of lambda of its own; its inputs are aligned to the chunk's end.
 template <bool COMPLEX>
-void add_end(GradientGroup& group, const ModeMatrix& grad_state, int64_t channels, const Floats* tail, int64_t rest) {
+void add_end(
+    GradientGroup& group, const ModeMatrix& grad_state, int64_t channels, const Floats* tail, int64_t tail_steps) {
   ChunkTables& tables = group.tables;
   constexpr int kColumns = COMPLEX ? 2 : 1;
   Floats weighted[kChunk];
-  align_to_end(tail, rest, weighted);
+  align_to_end(tail, tail_steps, weighted);
   for (int t = 0; t < kChunk; ++t) {
     weighted[t] *= static_cast<float>(kChunk - 1 - t);
   }
-  tables.set_rest(rest);
+  tables.set_tail(tail_steps);
   for (int64_t column = 0; column < tables.columns; column += kPanel) {
     Floats added[1][kPanel] = {};
-    if (rest) {
+    if (tail_steps) {
       multiply<1>(added, weighted, kChunk, tables.into + column * kChunk, kPanel, kChunk);
     }
     for (int j = 0; j < kPanel && column + j < tables.columns; j += kColumns) {
       const int64_t n = (column + j) / kColumns;
       for (int h = 0; h < 2; ++h) {
         const Complex x = tables.get(group.x, n, h), z = tables.get(group.z, n, h);
-        const Complex shifted = plus_scaled<COMPLEX>(z, x, static_cast<double>(rest));
+        const Complex shifted = plus_scaled<COMPLEX>(z, x, static_cast<double>(tail_steps));
         const Complex end =
-            plus_product<COMPLEX>(read_column(&added[0][j], COMPLEX, h), tables.get(tables.rest, n, h), shifted);
+            plus_product<COMPLEX>(read_column(&added[0][j], COMPLEX, h), tables.get(tables.tail_decay, n, h), shifted);
         Complex grad = read_mode(grad_state, channels, n, COMPLEX, h);
         grad.im = -grad.im;
         tables.set(group.by_end, n, h, plus_product<COMPLEX>(tables.get(group.by_end, n, h), grad, end));
@@ -186,7 +193,7 @@ template <bool COMPLEX>
 void add_row(const ScanModel& model, const ScanGradientRow& row, GradientScratch& scratch, int groups) {
   for (int g = 0; g < groups; ++g) {
     GradientGroup& group = scratch.groups[g];
-    const ModeMatrix initial_state = part_of(row.initial_state, g);
+    const ModeMatrix initial_state = group_of(row.initial_state, g);
     for (int64_t n = 0; n < model.modes; ++n) {
       for (int h = 0; h < 2; ++h) {
         group.tables.set(group.x, n, h, read_mode(initial_state, channels_of(model.channels, g), n, COMPLEX, h));
@@ -206,24 +213,24 @@ void add_row(const ScanModel& model, const ScanGradientRow& row, GradientScratch
     }
   }
   if (row.grad_state.data != nullptr) {
-    const int64_t rest = row.length % kChunk;
-    const int64_t tail = (row.length - rest) % kSegmentSteps;  // where the unfinished chunk still lies
+    const int64_t tail_steps = row.length % kChunk;
+    const int64_t tail = (row.length - tail_steps) % kSegmentSteps;  // index of the unfinished chunk's inputs
     for (int g = 0; g < groups; ++g) {
       add_end<COMPLEX>(
-          scratch.groups[g], part_of(row.grad_state, g), channels_of(model.channels, g),
-          scratch.u + g * kSegmentSteps + tail, rest);
+          scratch.groups[g], group_of(row.grad_state, g), channels_of(model.channels, g),
+          scratch.u + g * kSegmentSteps + tail, tail_steps);
     }
   }
 }
 
-// Column sums of one register of channels.
+// Writes the sums of one register of channels.
 void finish(GradientGroup& group, const ScanModel& model, const ScanGradients& sums, int first_channel) {
   const ChunkTables& tables = group.tables;
   const auto write = [&](double* out, int64_t mode, int h, const Complex& value) {
     const int64_t column = tables.complex_modes ? 2 * mode : mode;
     store(out + column * kLine + first_channel + h * kHalf, value.re);
     if (tables.complex_modes) {
-      store(out + (column + 1) * kLine + first_channel + h * kHalf, -value.im);  // PyTorch keeps the conjugate
+      store(out + (column + 1) * kLine + first_channel + h * kHalf, -value.im);  // PyTorch's gradient is the conjugate
     }
   };
   for (int64_t n = 0; n < model.modes; ++n) {
@@ -256,14 +263,14 @@ void gradients(
   GradientScratch scratch(model.modes, model.complex_modes, arena);
   const int groups = static_cast<int>(round_up(model.channels, kLanes) / kLanes);
   for (int g = 0; g < groups; ++g) {
-    scratch.groups[g].tables.fill(part_of(model, g), false);
+    scratch.groups[g].tables.fill(group_of(model, g), false);
     scratch.groups[g].clear();
   }
   for (int64_t i = 0; i < count; ++i) {
     (model.complex_modes ? add_row<true> : add_row<false>)(model, rows[i], scratch, groups);
   }
   for (int g = 0; g < groups; ++g) {
-    finish(scratch.groups[g], part_of(model, g), sums, g * kLanes);
+    finish(scratch.groups[g], group_of(model, g), sums, g * kLanes);
   }
 }
 

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "../../common/aligned_array.h"
+#include "../../common/check_tensor.h"
 #include "../../common/cpu_capability.h"
 #include "../../common/documents.h"
 #include "../../common/parallel_items.h"
@@ -22,9 +23,13 @@ using OptionalTensor = std::optional<Tensor>;
 
 LONGVQ_DEFINE_KERNEL_OF_THIS_CPU(ScanKernel, scan_kernel)
 
+constexpr const char* kOp = "ssm_scan";
+
 ElementType series_type(const Tensor& x) {
   const std::optional<ElementType> type = element_type(x);
-  STD_TORCH_CHECK(type.has_value(), "ssm_scan: the compiled CPU kernel takes u in float32, bfloat16 or float16");
+  STD_TORCH_CHECK(
+      type.has_value(), kOp, ": u must be float32, bfloat16 or float16 for the compiled CPU kernel, got ",
+      dtype_name(x.scalar_type()));
   return *type;
 }
 
@@ -32,7 +37,7 @@ void* data_of(const Tensor& x) {
   return const_cast<void*>(x.const_data_ptr());
 }
 
-// A tensor (..., H, N) of modes from channel `channel` of its row on.
+// A tensor (..., H, N) of modes, of its row `row`, from channel `channel` on.
 ModeMatrix modes_of(const Tensor& x, int64_t row, int64_t channel) {
   const int64_t floats = x.scalar_type() == ScalarType::ComplexFloat ? 2 : 1, dims = x.dim();
   const int64_t offset = (dims == 3 ? row * x.stride(0) : 0) + channel * x.stride(dims - 2);
@@ -43,13 +48,14 @@ ModeMatrix modes_of(const OptionalTensor& x, int64_t row, int64_t channel) {
   return x.has_value() ? modes_of(*x, row, channel) : ModeMatrix{nullptr, 0, 0};
 }
 
+// The checked arguments of a call.
 struct Arguments {
   const Tensor &u, &log_decay, &weight;
   const OptionalTensor &skip, &initial_state, &key_padding_mask;
   bool reverse;
   int64_t batch, length, channels, modes, longest = 0;
   bool complex_modes;
-  std::vector<Document> documents;  // what the kernel knows as rows
+  std::vector<Document> documents;  // the rows of the kernel
 
   Arguments(
       const Tensor& u, const Tensor& log_decay, const Tensor& weight, const OptionalTensor& skip,
@@ -57,60 +63,42 @@ struct Arguments {
       bool reverse)
       : u(u), log_decay(log_decay), weight(weight), skip(skip), initial_state(initial_state),
         key_padding_mask(key_padding_mask), reverse(reverse) {
-    // Python has checked them with better messages: these only keep wrong calls of the bare operator from memory.
-    STD_TORCH_CHECK(u.dim() == 3 && log_decay.dim() == 2, "ssm_scan: u must be (B, L, H) and log_decay (H, N)");
-    batch = u.size(0), length = u.size(1), channels = u.size(2), modes = log_decay.size(1);
+    // Python checks the same before, with better messages. Memory safety depends on these checks.
     const ScalarType family = log_decay.scalar_type();
     complex_modes = family == ScalarType::ComplexFloat;
     STD_TORCH_CHECK(
-        complex_modes || family == ScalarType::Float,
-        "ssm_scan: the compiled CPU kernel takes float32 or complex64 modes");
+        complex_modes || family == ScalarType::Float, kOp,
+        ": log_decay must be float32 or complex64 for the compiled CPU kernel, got ", dtype_name(family));
     series_type(u);
-    STD_TORCH_CHECK(
-        log_decay.size(0) == channels && modes >= 1, "ssm_scan: log_decay must be (H, N) for this u, N >= 1");
-    documents = documents_of("ssm_scan", batch, length, cu_seqlens);
+    check_tensor(kOp, "u", u, u.scalar_type(), "(B, L, H)", {kAnySize, kAnySize, kAnySize});
+    batch = u.size(0), length = u.size(1), channels = u.size(2);
+    check_tensor(kOp, "log_decay", log_decay, family, "(H, N)", {channels, kAnySize});
+    modes = log_decay.size(1);
+    STD_TORCH_CHECK(modes >= 1, kOp, ": log_decay must have at least one mode N, got ", modes);
+    documents = documents_of(kOp, batch, length, cu_seqlens);
     for (const Document& document : documents) {
       longest = std::max(longest, document.length);
     }
-    check_modes(weight, "weight");
-    STD_TORCH_CHECK(weight.dim() == 2, "ssm_scan: weight must be (H, N)");
+    check_tensor(kOp, "weight", weight, family, "(H, N)", {channels, modes});
     if (initial_state.has_value()) {
       check_state(*initial_state, "initial_state");
     }
-    STD_TORCH_CHECK(
-        !skip.has_value() || (skip->is_cpu() && skip->dim() == 1 && skip->size(0) == channels &&
-                              skip->scalar_type() == ScalarType::Float),
-        "ssm_scan: skip must be (H,), float32 on the CPU");
-    STD_TORCH_CHECK(
-        !key_padding_mask.has_value() ||
-            (key_padding_mask->is_cpu() && key_padding_mask->dim() == 2 && key_padding_mask->size(0) == batch &&
-             key_padding_mask->size(1) == length && key_padding_mask->scalar_type() == ScalarType::Bool),
-        "ssm_scan: key_padding_mask must be (B, L), bool on the CPU");
-    STD_TORCH_CHECK(u.is_cpu() && log_decay.is_cpu(), "ssm_scan: u and log_decay must be on the CPU");
+    if (skip.has_value()) {
+      check_tensor(kOp, "skip", *skip, ScalarType::Float, "(H,)", {channels});
+    }
+    if (key_padding_mask.has_value()) {
+      check_tensor(kOp, "key_padding_mask", *key_padding_mask, ScalarType::Bool, "(B, L)", {batch, length});
+    }
   }
 
   int64_t rows() const { return static_cast<int64_t>(documents.size()); }
 
-  void check_modes(const Tensor& x, const char* name) const {
-    const int64_t dims = x.dim();
-    STD_TORCH_CHECK(
-        x.is_cpu() && dims >= 2 && x.size(dims - 2) == channels && x.size(dims - 1) == modes &&
-            x.scalar_type() == log_decay.scalar_type(),
-        "ssm_scan: ", name, " must be (H, N) with the shape and dtype of log_decay, on the CPU");
-  }
-
   void check_state(const Tensor& x, const char* name) const {
-    check_modes(x, name);
-    STD_TORCH_CHECK(
-        x.dim() == 3 && x.size(0) == rows(), "ssm_scan: ", name,
-        " must be (B, H, N), with cu_seqlens one per document");
+    check_tensor(kOp, name, x, log_decay.scalar_type(), "(rows or documents, H, N)", {rows(), channels, modes});
   }
 
   void check_series(const Tensor& x, const char* name) const {
-    STD_TORCH_CHECK(
-        x.is_cpu() && x.dim() == 3 && x.size(0) == batch && x.size(1) == length && x.size(2) == channels &&
-            x.scalar_type() == u.scalar_type(),
-        "ssm_scan: ", name, " must have the shape and dtype of u");
+    check_tensor(kOp, name, x, u.scalar_type(), "(B, L, H)", {batch, length, channels});
   }
 
   ScanModel model(int64_t channel, int64_t line) const {
@@ -128,13 +116,13 @@ struct Arguments {
     return model;
   }
 
-  // Where document `row` starts in the order of the recurrence, or, `backwards`, of its adjoint.
+  // The position of the first step of document `row`, which is its last position if `from_end`.
   int64_t first_step(int64_t row, bool from_end) const {
     const Document& document = documents[row];
     return document.start + (from_end && document.length > 0 ? document.length - 1 : 0);
   }
 
-  // Document `row` of a (B, L, H) tensor in that order.
+  // Document `row` of a tensor (B, L, H), in the order of the recurrence or, if `backwards`, of its adjoint.
   Series series(const Tensor& x, int64_t row, int64_t channel, bool backwards) const {
     const ElementType type = series_type(x);
     const bool from_end = reverse != backwards;
@@ -168,20 +156,20 @@ struct Arguments {
   }
 };
 
-// The work: lines of channels times blocks of rows, the same for any number of threads. A block shares its tables and,
-// backward, its sums.
+// The work items: lines of channels times blocks of rows, the same for any number of threads. The rows of a block share
+// the tables and, in the backward, the sums.
 struct Partition {
   int64_t line, lines, blocks, rows_per_block, rows;
 
   Partition(int64_t rows, int64_t channels, int64_t line) : line(line), rows(rows) {
-    constexpr int64_t kItems = 32;  // enough to share out evenly
+    constexpr int64_t kItems = 32;  // enough work items for an even distribution
     lines = (channels + line - 1) / line;
     const int64_t wanted = std::min(rows, (kItems + lines - 1) / lines);
     rows_per_block = (rows + wanted - 1) / wanted;
     blocks = (rows + rows_per_block - 1) / rows_per_block;
   }
 
-  // call(channel, first_row, rows, block, scratch) for every item.
+  // Runs call(channel, first_row, rows, block, scratch) for every work item.
   template <typename Call>
   void run(int64_t scratch_bytes, const Call& call) const {
     const auto setup = [&] { return aligned_array<char>(scratch_bytes); };
@@ -249,7 +237,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> ssm_scan_backward_cpu(
   const ScanKernel& kernel = kernel_of_this_cpu();
   const int64_t line = kernel.line, columns = (args.complex_modes ? 2 : 1) * args.modes;
   const Partition work(args.rows(), args.channels, line);
-  // Sums of each block of rows: log_decay, weight (columns, line) and skip (line,), added up in order below.
+  // Sums of each block of rows: log_decay and weight (columns, line), skip (line,). They are added in a fixed order
+  // below.
   const int64_t per_item = (2 * columns + 1) * line;
   const AlignedArray<double> sums = aligned_array<double>(need_parameters ? work.lines * work.blocks * per_item : 0);
   work.run(

@@ -1,6 +1,6 @@
 // The diagonal recurrence x_t = exp(log_decay) x_{t-1} + u_t, y_t = Re sum_n weight_n x_{t,n} + skip u_t, and its
-// gradients. Shapes and meaning as in longvq_layers/ops/ssm.py; u float32, bfloat16 or float16, everything else float32
-// or complex64, on the CPU, any strides.
+// gradients. Shapes and meaning as in longvq_layers/ops/ssm.py; u is float32, bfloat16 or float16, everything else
+// float32 or complex64; on the CPU, any strides.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
@@ -16,8 +16,8 @@ std::tuple<torch::stable::Tensor, torch::stable::Tensor> ssm_scan_cpu(
     const std::optional<torch::stable::Tensor>& key_padding_mask,
     const std::optional<torch::stable::Tensor>& cu_seqlens, bool reverse);
 
-// Gradients of u, log_decay, weight, skip and initial_state; empty ones for optional arguments not given, for u and
-// initial_state unless need_inputs, for the others unless need_parameters.
+// Gradients of u, log_decay, weight, skip and initial_state. The gradient of an absent argument is an empty tensor; so
+// are those of u and initial_state without need_inputs, and those of the others without need_parameters.
 std::tuple<
     torch::stable::Tensor, torch::stable::Tensor, torch::stable::Tensor, torch::stable::Tensor, torch::stable::Tensor>
 ssm_scan_backward_cpu(

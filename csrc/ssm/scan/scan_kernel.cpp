@@ -1,9 +1,9 @@
-// Compiled once per instruction set, with LONGVQ_ISA set to its name; see simd.h for what it may include.
+// Compiled once per instruction set, with LONGVQ_ISA set to its name; common/simd.h says what such a file may include.
 //
-// The diagonal recurrence by chunks (chunk_tables.h). Sixteen (AVX-512), eight or four channels lie across the lanes,
-// so each product is a small matrix product whose elements are registers, with a matrix of its own in every lane. What
-// a segment of chunks needs stays in the cache; from chunk to chunk only the state is carried, in double precision, so
-// that neither length nor slow decay costs accuracy. Nothing depends on threads or on what was computed before.
+// The diagonal recurrence by chunks (chunk_tables.h). Lanes hold channels: sixteen with AVX-512, else eight or four. So
+// each product is a small matrix product whose elements are registers, and every lane has its own matrix. The data of a
+// segment of chunks stay in the cache. Only the state goes from chunk to chunk, in double precision, so that neither
+// length nor slow decay costs accuracy. Results depend neither on threads nor on earlier calls.
 #include "scan_kernel.h"
 
 #include "chunk_products.h"
@@ -12,18 +12,18 @@
 namespace longvq {
 namespace {
 
-// Runs the state over `whole` chunks: states[c] holds what chunk c adds and then the state that it meets. One more,
-// unfinished chunk, if any, only meets it.
+// Runs the recurrence of the state over `full` chunks: states[c] is what chunk c adds, and becomes its entry state. An
+// unfinished chunk after them only gets its entry state.
 template <bool COMPLEX>
-void carry(const ChunkTables& tables, Doubles* state, Floats* states, int64_t whole, bool unfinished) {
+void carry(const ChunkTables& tables, Doubles* state, Floats* states, int64_t full, bool unfinished) {
   for (int64_t n = 0; n < tables.modes; ++n) {
     Complex lambda[2], x[2];
     for (int h = 0; h < 2; ++h) {
-      lambda[h] = tables.get(tables.whole, n, h);
+      lambda[h] = tables.get(tables.chunk_decay, n, h);
       x[h] = tables.get(state, n, h);
     }
     Floats* entry = states + (COMPLEX ? 2 * n : n);
-    for (int64_t c = 0; c < whole; ++c, entry += tables.padded_columns) {
+    for (int64_t c = 0; c < full; ++c, entry += tables.padded_columns) {
       for (int h = 0; h < 2; ++h) {
         const Complex added = read_column(entry, COMPLEX, h);
         write_column(entry, COMPLEX, h, x[h]);
@@ -39,11 +39,11 @@ void carry(const ChunkTables& tables, Doubles* state, Floats* states, int64_t wh
   }
 }
 
-// Of one register of channels.
+// Tables and states for one register of channels.
 struct ScanGroup {
   ChunkTables tables;
   Floats* states;  // (kSegment, padded_columns)
-  Floats* added;   // (padded_columns,) by the unfinished chunk
+  Floats* added;   // (padded_columns,) what the unfinished chunk adds
   Doubles* state;
 
   void allocate(int64_t modes, bool complex_modes, Arena& arena) {
@@ -67,27 +67,27 @@ struct ScanScratch {
   }
 };
 
-// Inputs of a segment to its outputs, and the state over its whole chunks.
+// Computes the outputs of a segment, and the state after its full chunks.
 void scan_segment(ScanGroup& group, Floats* inputs, int64_t steps, Floats* results) {
   const ChunkTables& tables = group.tables;
   const int64_t columns = tables.padded_columns;
-  const int64_t whole = steps / kChunk, unfinished = steps % kChunk, chunks = whole + (unfinished != 0);
+  const int64_t full = steps / kChunk, unfinished = steps % kChunk, chunks = full + (unfinished != 0);
   for (int64_t t = steps; t < chunks * kChunk; ++t) {
     inputs[t] = Floats{};
   }
-  for_tiles(whole, [&](auto rows, int64_t c) {
+  for_tiles(full, [&](auto rows, int64_t c) {
     for (int64_t column = 0; column < columns; column += kPanel) {
       into_state<rows.value>(tables, inputs + c * kChunk, column, group.states + c * columns);
     }
   });
   if (unfinished) {
     Floats aligned[kChunk];
-    align_to_end(inputs + whole * kChunk, unfinished, aligned);
+    align_to_end(inputs + full * kChunk, unfinished, aligned);
     for (int64_t column = 0; column < columns; column += kPanel) {
       into_state<1>(tables, aligned, column, group.added);
     }
   }
-  (tables.complex_modes ? carry<true> : carry<false>)(tables, group.state, group.states, whole, unfinished != 0);
+  (tables.complex_modes ? carry<true> : carry<false>)(tables, group.state, group.states, full, unfinished != 0);
   for_tiles(chunks, [&](auto rows, int64_t c) {
     for (int t0 = 0; t0 < kChunk && t0 < steps; t0 += kPanel) {
       outputs<rows.value>(tables, group.states + c * columns, inputs + c * kChunk, t0, results + c * kChunk);
@@ -95,7 +95,7 @@ void scan_segment(ScanGroup& group, Floats* inputs, int64_t steps, Floats* resul
   });
 }
 
-// A gradient is the conjugate of what the adjoint runs on.
+// Sets the state. The adjoint uses derivatives, PyTorch's gradients are their conjugates.
 void start(ScanGroup& group, const ModeMatrix& initial_state, int64_t channels, bool adjoint) {
   const ChunkTables& tables = group.tables;
   for (int64_t n = 0; n < tables.modes; ++n) {
@@ -107,16 +107,17 @@ void start(ScanGroup& group, const ModeMatrix& initial_state, int64_t channels, 
   }
 }
 
-void finish(ScanGroup& group, const ModeMatrix& final_state, int64_t channels, int64_t rest, bool adjoint) {
+// Stores the state after the unfinished chunk.
+void finish(ScanGroup& group, const ModeMatrix& final_state, int64_t channels, int64_t tail_steps, bool adjoint) {
   ChunkTables& tables = group.tables;
-  tables.set_rest(rest);
+  tables.set_tail(tail_steps);
   for (int64_t n = 0; n < tables.modes; ++n) {
     const int64_t column = tables.complex_modes ? 2 * n : n;
     for (int h = 0; h < 2; ++h) {
       Complex x = tables.get(group.state, n, h);
-      if (rest) {
+      if (tail_steps) {
         x = plus_product<true>(
-            read_column(group.added + column, tables.complex_modes, h), tables.get(tables.rest, n, h), x);
+            read_column(group.added + column, tables.complex_modes, h), tables.get(tables.tail_decay, n, h), x);
       }
       x.im *= adjoint ? -1.0 : 1.0;
       write_mode(final_state, channels, n, tables.complex_modes, h, x);
@@ -130,11 +131,11 @@ void scan(const ScanModel& model, bool adjoint, const ScanRow* rows, int64_t cou
   ScanScratch scratch(model.modes, model.complex_modes, arena);
   const int groups = static_cast<int>(round_up(model.channels, kLanes) / kLanes);
   for (int g = 0; g < groups; ++g) {
-    scratch.groups[g].tables.fill(part_of(model, g), adjoint);
+    scratch.groups[g].tables.fill(group_of(model, g), adjoint);
   }
   for (const ScanRow* row = rows; row < rows + count; ++row) {
     for (int g = 0; g < groups; ++g) {
-      start(scratch.groups[g], part_of(row->initial_state, g), channels_of(model.channels, g), adjoint);
+      start(scratch.groups[g], group_of(row->initial_state, g), channels_of(model.channels, g), adjoint);
     }
     const Mask mask{row->mask, row->mask_stride};
     for (int64_t first = 0; first < row->length; first += kSegmentSteps) {
@@ -148,7 +149,7 @@ void scan(const ScanModel& model, bool adjoint, const ScanRow* rows, int64_t cou
     if (row->final_state.data != nullptr) {
       for (int g = 0; g < groups; ++g) {
         finish(
-            scratch.groups[g], part_of(row->final_state, g), channels_of(model.channels, g), row->length % kChunk,
+            scratch.groups[g], group_of(row->final_state, g), channels_of(model.channels, g), row->length % kChunk,
             adjoint);
       }
     }

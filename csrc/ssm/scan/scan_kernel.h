@@ -1,5 +1,5 @@
-// What the host code in scan_cpu.cpp and the kernels in scan_kernel.cpp, compiled once per instruction set, agree on.
-// The unit of work is a line: ScanKernel::line neighbouring channels (the last line may have fewer) of some rows.
+// The interface between scan.cpp and the kernels in scan_kernel.cpp, which are compiled once per instruction set.
+// A unit of work is a line of some rows: ScanKernel::line neighbouring channels, of which the last line may have fewer.
 #pragma once
 
 #include <cstdint>
@@ -8,16 +8,16 @@
 
 namespace longvq {
 
-// One sequence of the channels of a line, in the order of the recurrence. Strides count elements and may be negative.
+// One sequence of the channels of a line, in the order of the recurrence. Strides are in elements and may be negative.
 struct Series {
   void* data;  // first step, first channel
   int64_t step_stride, channel_stride;
   ElementType type;
 };
 
-// A (channel, mode) matrix of a line: float32, or pairs re, im if the modes are complex. Strides count floats.
+// A matrix (channels, modes) of a line: float32, or pairs of real and imaginary part. Strides are in floats.
 struct ModeMatrix {
-  float* data;  // nullptr: zero as an input, not wanted as an output
+  float* data;  // nullptr: zero as an input, not computed as an output
   int64_t channel_stride, mode_stride;
 };
 
@@ -27,14 +27,14 @@ struct ScanModel {
   int64_t modes;     // N
   bool complex_modes;
   ModeMatrix log_decay, weight;
-  const float* skip;  // nullptr: none
+  const float* skip;  // nullptr: no skip
   int64_t skip_stride;
 };
 
 struct ScanRow {
   int64_t length;  // steps
   Series in, out;
-  const bool* mask;  // true: the input counts as 0 and the output is 0; nullptr: none
+  const bool* mask;  // true: the input counts as 0 and the output is 0; nullptr: no mask
   int64_t mask_stride;
   ModeMatrix initial_state, final_state;
 };
@@ -47,7 +47,7 @@ struct ScanGradientRow {
   ModeMatrix initial_state, grad_state;
 };
 
-// Sums over rows; the re, im of complex modes are two columns.
+// Sums over rows. A complex mode has two columns, its real and its imaginary part.
 struct ScanGradients {
   double* log_decay;  // (columns, line)
   double* weight;     // (columns, line)
@@ -56,9 +56,9 @@ struct ScanGradients {
 
 struct ScanKernel {
   int64_t line;                                                 // channels
-  int64_t (*scratch_bytes)(int64_t modes, bool complex_modes);  // aligned to 64 bytes, one per thread
-  // The recurrence; or its adjoint, which maps dL/dy to dL/du and dL/d(last state) to dL/d(initial state) when its rows
-  // run the other way.
+  int64_t (*scratch_bytes)(int64_t modes, bool complex_modes);  // scratch memory of a thread, aligned to 64 bytes
+  // The recurrence or, with rows in the opposite order, its adjoint, which maps dL/dy to dL/du and dL/d(last state) to
+  // dL/d(initial state).
   void (*scan)(const ScanModel&, bool adjoint, const ScanRow* rows, int64_t count, void* scratch);
   void (*gradients)(
       const ScanModel&, const ScanGradientRow* rows, int64_t count, const ScanGradients& sums, void* scratch);

@@ -1,4 +1,5 @@
-// Steps of a sequence as registers of floats and back, whatever their type and strides. For scan_kernel.cpp only.
+// Loads steps of a sequence with any dtype and strides into registers of floats, and stores them. For scan_kernel.cpp
+// only.
 #pragma once
 
 #include "../../common/convert.h"
@@ -7,17 +8,17 @@
 namespace longvq {
 namespace {
 
-constexpr int kLine = 16;                // channels that are read and written together: floats of a cache line
+constexpr int kLine = 16;                // channels of a line: the floats of a cache line
 constexpr int kGroups = kLine / kLanes;  // registers of a line
-constexpr int64_t kPrefetch = 16;        // steps; neighbours in time are too far apart for the hardware to guess
+constexpr int64_t kPrefetch = 16;        // steps; the distance between steps is too large for hardware prefetching
 
-// Channels that are there among those of register `group` of a line with `channels`.
+// The number of channels in register `group` of a line with `channels` channels.
 inline int64_t channels_of(int64_t channels, int group) {
   const int64_t left = channels - group * kLanes;
   return left < 0 ? 0 : left < kLanes ? left : kLanes;
 }
 
-// Which steps of a row count: true in `data` masks one out. nullptr: all count.
+// The mask of a row; true in `data` masks a step. nullptr: no step is masked.
 struct Mask {
   const bool* data;
   int64_t stride;
@@ -59,8 +60,8 @@ struct Steps {
   }
 };
 
-// Steps first .. first + count of a line: registers out[group * out_stride + step - first], zeros where masked and in
-// lanes without a channel.
+// Loads steps first .. first + count of a line into registers out[group * out_stride + step - first]. Masked steps and
+// lanes without a channel become zero.
 template <ElementType TYPE>
 void read_as(
     const Series& series, int64_t channels, const Mask& mask, int64_t first, int64_t count, Floats* out,
@@ -77,7 +78,7 @@ void read_as(
   }
 }
 
-// Masked steps become zero in `in` as well.
+// Stores steps; masked steps are stored as zero, and become zero in `in` too.
 template <ElementType TYPE>
 void write_as(
     const Series& series, int64_t channels, const Mask& mask, int64_t first, int64_t count, Floats* in,

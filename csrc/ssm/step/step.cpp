@@ -7,6 +7,7 @@
 
 #include <algorithm>
 
+#include "../../common/check_tensor.h"
 #include "../../common/cpu_capability.h"
 #include "step_kernel.h"
 
@@ -16,7 +17,8 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-constexpr int64_t kMinModesPerThread = 1 << 15;  // below this starting a thread costs more than it saves
+constexpr const char* kOp = "ssm_step";
+constexpr int64_t kMinModesPerThread = 1 << 15;  // below this, starting a thread costs more than it saves
 
 LONGVQ_DEFINE_KERNEL_OF_THIS_CPU(StepKernel, step_kernel)
 
@@ -57,27 +59,21 @@ void step(
 std::tuple<Tensor, Tensor> ssm_step_cpu(
     const Tensor& u, const Tensor& decay, const Tensor& weight, const std::optional<Tensor>& skip,
     const Tensor& state) {
-  // Python has checked them with better messages: these only keep wrong calls of the bare operator from memory.
-  STD_TORCH_CHECK(u.dim() == 2 && decay.dim() == 2, "ssm_step: u must be (B, H) and decay (H, N)");
-  const int64_t batch = u.size(0), channels = u.size(1), modes = decay.size(1);
+  // Python checks the same before, with better messages. Memory safety depends on these checks.
   const ScalarType family = decay.scalar_type();
   STD_TORCH_CHECK(
-      family == ScalarType::Float || family == ScalarType::ComplexFloat,
-      "ssm_step: the compiled CPU kernel takes float32 or complex64 modes");
-  STD_TORCH_CHECK(decay.size(0) == channels && modes >= 1, "ssm_step: decay must be (H, N) for this u, N >= 1");
-  STD_TORCH_CHECK(
-      weight.dim() == 2 && weight.size(0) == channels && weight.size(1) == modes && weight.scalar_type() == family,
-      "ssm_step: weight must have the shape and dtype of decay");
-  STD_TORCH_CHECK(
-      state.dim() == 3 && state.size(0) == batch && state.size(1) == channels && state.size(2) == modes &&
-          state.scalar_type() == family,
-      "ssm_step: state must be (B, H, N) in the dtype of decay");
-  STD_TORCH_CHECK(
-      !skip.has_value() ||
-          (skip->is_cpu() && skip->dim() == 1 && skip->size(0) == channels && skip->scalar_type() == ScalarType::Float),
-      "ssm_step: skip must be (H,), float32 on the CPU");
-  STD_TORCH_CHECK(
-      u.is_cpu() && decay.is_cpu() && weight.is_cpu() && state.is_cpu(), "ssm_step: all tensors must be on the CPU");
+      family == ScalarType::Float || family == ScalarType::ComplexFloat, kOp,
+      ": decay must be float32 or complex64 for the compiled CPU kernel, got ", dtype_name(family));
+  check_tensor(kOp, "u", u, u.scalar_type(), "(B, H)", {kAnySize, kAnySize});
+  const int64_t batch = u.size(0), channels = u.size(1);
+  check_tensor(kOp, "decay", decay, family, "(H, N)", {channels, kAnySize});
+  const int64_t modes = decay.size(1);
+  STD_TORCH_CHECK(modes >= 1, kOp, ": decay must have at least one mode N, got ", modes);
+  check_tensor(kOp, "weight", weight, family, "(H, N)", {channels, modes});
+  check_tensor(kOp, "state", state, family, "(B, H, N)", {batch, channels, modes});
+  if (skip.has_value()) {
+    check_tensor(kOp, "skip", *skip, ScalarType::Float, "(H,)", {channels});
+  }
 
   const Tensor y = torch::stable::new_empty(u, {batch, channels}, u.scalar_type());
   const Tensor new_state = torch::stable::new_empty(state, {batch, channels, modes}, family);
@@ -100,7 +96,9 @@ std::tuple<Tensor, Tensor> ssm_step_cpu(
       run(c10::Half{});
       break;
     default:
-      STD_TORCH_CHECK(false, "ssm_step: the compiled CPU kernel takes u in float32, bfloat16 or float16");
+      STD_TORCH_CHECK(
+          false, kOp, ": u must be float32, bfloat16 or float16 for the compiled CPU kernel, got ",
+          dtype_name(u.scalar_type()));
   }
   return {y, new_state};
 }

@@ -1,6 +1,7 @@
-// Compiled once per instruction set, with LONGVQ_ISA set to its name; see simd.h for what it may include.
+// Compiled once per instruction set, with LONGVQ_ISA set to its name; common/simd.h says what such a file may include.
 //
-// A step reads each parameter and state once and is bound by that, so modes lie across the lanes as they lie in memory.
+// A step reads each parameter and each state once, and memory limits its speed. So lanes hold modes, in the order of
+// memory.
 #include "step_kernel.h"
 
 #include <utility>
@@ -10,7 +11,7 @@
 namespace longvq {
 namespace {
 
-// In (re, im) pairs: both lanes of a pair from its first, from its second, or exchanged.
+// Of pairs (re, im): the first lane in both, the second lane in both, or the lanes exchanged.
 #if defined(__clang__) || __GNUC__ >= 12
 template <std::size_t... I>
 inline Floats first_of_pairs(Floats x, std::index_sequence<I...>) {
@@ -59,12 +60,12 @@ float complex_step(
     const float* decay, const float* weight, const float* state, float u, int64_t modes, float* new_state) {
   const Floats inputs = alternating(u, 0.0f, kOrder), minus_plus = alternating(-1.0f, 1.0f, kOrder);
   const int64_t floats = 2 * modes;
-  Floats total{};  // lane products of weight and state: the imaginary ones count negatively
+  Floats total{};  // products of weight and state by lane; those of imaginary parts are subtracted at the end
   int64_t i = 0;
   for (; i + kLanes <= floats; i += kLanes) {
     const Floats lambda = load<Floats>(decay + i), x = load<Floats>(state + i);
-    const Floats turned = exchanged_pairs(x, kOrder) * minus_plus;
-    const Floats next = inputs + first_of_pairs(lambda, kOrder) * x + second_of_pairs(lambda, kOrder) * turned;
+    const Floats rotated = exchanged_pairs(x, kOrder) * minus_plus;
+    const Floats next = inputs + first_of_pairs(lambda, kOrder) * x + second_of_pairs(lambda, kOrder) * rotated;
     store(new_state + i, next);
     total += load<Floats>(weight + i) * next;
   }

@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <limits>
 
+#include "../../common/check_tensor.h"
 #include "../../common/cpu_capability.h"
 #include "../../common/tensor_dtype.h"
 #include "assign_kernel.h"
@@ -17,7 +18,7 @@ namespace {
 
 using torch::stable::Tensor;
 
-constexpr int64_t kBlockRows = 96;  // keys that go over the codebook together, see assign_block
+constexpr int64_t kBlockRows = 96;  // keys that share one pass over the codebook, see assign_block
 
 int64_t round_up(int64_t value, int64_t multiple) {
   return (value + multiple - 1) / multiple * multiple;
@@ -25,24 +26,24 @@ int64_t round_up(int64_t value, int64_t multiple) {
 
 LONGVQ_DEFINE_KERNEL_OF_THIS_CPU(AssignKernel, assign_kernel)
 
-// The codebook as AssignBlock wants it, for every head.
+// The codebooks of all heads in the layout of AssignBlock.
 struct PackedCodebook {
-  int64_t codes;  // rounded up to whole SIMD registers
+  int64_t codes;  // S, rounded up to whole registers
   AlignedArray<float> panels;
   AlignedArray<float> bias;
 };
 
-// -||C_s||^2 / 2, summed in double: eight independent chains, always in this order.
-float half_square(const float* code, int64_t stride, int64_t depth) {
+// -||C_s||^2 / 2, summed in double, as eight sums in a fixed order.
+float half_square(const float* code, int64_t stride, int64_t head_dim) {
   double sums[8] = {};
   int64_t d = 0;
-  for (; d + 8 <= depth; d += 8) {
+  for (; d + 8 <= head_dim; d += 8) {
     for (int64_t i = 0; i < 8; ++i) {
       const double value = code[(d + i) * stride];
       sums[i] += value * value;
     }
   }
-  for (int64_t i = 0; d < depth; ++d, ++i) {
+  for (int64_t i = 0; d < head_dim; ++d, ++i) {
     const double value = code[d * stride];
     sums[i] += value * value;
   }
@@ -59,21 +60,21 @@ void pack_panel(
   const int64_t width = std::min(kernel.panel, packed.codes - first_code);
   const int64_t present = std::min(width, shape.codes - first_code);
   const float* codes = codebook.data + head * codebook.head_stride + first_code * codebook.code_stride;
-  float* panel = packed.panels.get() + (head * packed.codes + first_code) * shape.depth;
+  float* panel = packed.panels.get() + (head * packed.codes + first_code) * shape.head_dim;
   float* bias = packed.bias.get() + head * packed.codes + first_code;
   for (int64_t j = 0; j < present; ++j) {
-    bias[j] = half_square(codes + j * codebook.code_stride, codebook.depth_stride, shape.depth);
+    bias[j] = half_square(codes + j * codebook.code_stride, codebook.dim_stride, shape.head_dim);
   }
   std::fill(bias + present, bias + width, -std::numeric_limits<float>::infinity());
 
-  // Few codes at a time: their rows may all fall into the same set of an eight-way cache.
+  // Eight codes at a time: all rows may map to the same set of an eight-way cache.
   constexpr int64_t kStreams = 8;
   for (int64_t j = 0; j < present; j += kStreams) {
     const int64_t streams = std::min(kStreams, present - j);
-    for (int64_t d = 0; d < shape.depth; ++d) {
-      const float* in = codes + j * codebook.code_stride + d * codebook.depth_stride;
+    for (int64_t d = 0; d < shape.head_dim; ++d) {
+      const float* in = codes + j * codebook.code_stride + d * codebook.dim_stride;
       float* out = panel + d * width + j;
-      if (streams == kStreams) {  // a constant count, which the compiler unrolls
+      if (streams == kStreams) {  // a constant number, which the compiler unrolls
         for (int64_t i = 0; i < kStreams; ++i) {
           out[i] = in[i * codebook.code_stride];
         }
@@ -84,7 +85,7 @@ void pack_panel(
       }
     }
   }
-  for (int64_t d = 0; d < shape.depth; ++d) {
+  for (int64_t d = 0; d < shape.head_dim; ++d) {
     std::fill(panel + d * width + present, panel + (d + 1) * width, 0.0f);
   }
 }
@@ -92,10 +93,11 @@ void pack_panel(
 PackedCodebook pack_codebook(const AssignCodebook& codebook, const AssignShape& shape, const AssignKernel& kernel) {
   PackedCodebook packed;
   packed.codes = round_up(shape.codes, kernel.lanes);
-  packed.panels = aligned_array<float>(shape.heads * packed.codes * shape.depth);
+  packed.panels = aligned_array<float>(shape.heads * packed.codes * shape.head_dim);
   packed.bias = aligned_array<float>(shape.heads * packed.codes);
   const int64_t panels_per_head = (packed.codes + kernel.panel - 1) / kernel.panel;
-  const int64_t grain = std::max<int64_t>(1, kMinFlopsPerThread / 8 / std::max<int64_t>(1, kernel.panel * shape.depth));
+  const int64_t grain =
+      std::max<int64_t>(1, kMinFlopsPerThread / 8 / std::max<int64_t>(1, kernel.panel * shape.head_dim));
   torch::stable::parallel_for(0, shape.heads * panels_per_head, grain, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       pack_panel(codebook, shape, kernel, i / panels_per_head, i % panels_per_head * kernel.panel, packed);
@@ -104,36 +106,36 @@ PackedCodebook pack_codebook(const AssignCodebook& codebook, const AssignShape& 
   return packed;
 }
 
-// Per thread: a block's keys, packed, and what the kernel needs for them.
+// Buffers of a thread for one block of keys.
 struct Scratch {
   AlignedArray<float> keys, best;
   AlignedArray<int32_t> best_code, out;
   bool finite[kBlockRows];
 
   Scratch(const AssignShape& shape, const AssignKernel& kernel)
-      : keys(aligned_array<float>(round_up(kBlockRows, kernel.row_step) * shape.depth)),
+      : keys(aligned_array<float>(round_up(kBlockRows, kernel.row_step) * shape.head_dim)),
         best(aligned_array<float>(round_up(kBlockRows, kernel.row_step) * kernel.lanes)),
         best_code(aligned_array<int32_t>(round_up(kBlockRows, kernel.row_step) * kernel.lanes)),
         out(aligned_array<int32_t>(kBlockRows)) {
-    std::fill_n(keys.get(), round_up(kBlockRows, kernel.row_step) * shape.depth, 0.0f);
+    std::fill_n(keys.get(), round_up(kBlockRows, kernel.row_step) * shape.head_dim, 0.0f);
   }
 };
 
-// Keys first_row .. first_row + rows of one head. Together they stay in the L2 cache while each panel of the codebook
-// is read from memory once and from the L1 cache rows / row_step times.
+// Keys first_row .. first_row + rows of one head. The block stays in the L2 cache. Each panel of the codebook is read
+// once from memory and rows / row_step times from the L1 cache.
 void assign_block(
     const AssignKeys& keys, const PackedCodebook& packed, const AssignShape& shape, const AssignKernel& kernel,
     int64_t head, int64_t first_row, int64_t rows, Scratch& scratch, int64_t* codes) {
   for (int64_t row = 0; row < rows; ++row) {
-    scratch.finite[row] = keys.load(shape, head, first_row + row, scratch.keys.get() + row * shape.depth);
+    scratch.finite[row] = keys.load(shape, head, first_row + row, scratch.keys.get() + row * shape.head_dim);
   }
 
   AssignBlock block;
   block.rows = rows;
-  block.depth = shape.depth;
+  block.head_dim = shape.head_dim;
   block.codes = packed.codes;
   block.keys = scratch.keys.get();
-  block.panels = packed.panels.get() + head * packed.codes * shape.depth;
+  block.panels = packed.panels.get() + head * packed.codes * shape.head_dim;
   block.bias = packed.bias.get() + head * packed.codes;
   block.best = scratch.best.get();
   block.best_code = scratch.best_code.get();
@@ -145,7 +147,7 @@ void assign_block(
   }
 }
 
-// Threads share out the steps of all heads; each joins its own neighbouring steps into blocks.
+// The steps of all heads are distributed over the threads. A thread joins neighbouring steps into blocks.
 void assign_many_keys(
     const AssignKeys& keys, const AssignCodebook& codebook, const AssignShape& shape, int64_t* codes) {
   const AssignKernel& kernel = kernel_of_this_cpu();
@@ -154,7 +156,7 @@ void assign_many_keys(
   const int64_t steps_per_head = (rows + kernel.row_step - 1) / kernel.row_step;
   const int64_t steps_per_block = kBlockRows / kernel.row_step;
   const double flops_per_step = 2.0 * static_cast<double>(kernel.row_step) * static_cast<double>(packed.codes) *
-                                static_cast<double>(std::max<int64_t>(shape.depth, 1));
+                                static_cast<double>(std::max<int64_t>(shape.head_dim, 1));
   const int64_t grain = 1 + static_cast<int64_t>(kMinFlopsPerThread / flops_per_step);
   torch::stable::parallel_for(0, shape.heads * steps_per_head, grain, [&](int64_t begin, int64_t end) {
     Scratch scratch(shape, kernel);
@@ -169,18 +171,18 @@ void assign_many_keys(
   });
 }
 
-// A codebook of any type in float32; `copy` keeps it if it had to be converted.
+// The codebook in float32. A converted codebook is stored in `copy`.
 AssignCodebook as_float(const Tensor& codebook, ElementType type, const AssignShape& shape, AlignedArray<float>& copy) {
   const void* data = codebook.const_data_ptr();
   if (type == ElementType::kFloat) {
     return {static_cast<const float*>(data), codebook.stride(0), codebook.stride(1), codebook.stride(2)};
   }
-  copy = aligned_array<float>(shape.heads * shape.codes * shape.depth);
+  copy = aligned_array<float>(shape.heads * shape.codes * shape.head_dim);
   for (int64_t i = 0; i < shape.heads * shape.codes; ++i) {
     const int64_t offset = i / shape.codes * codebook.stride(0) + i % shape.codes * codebook.stride(1);
-    load_row(element_at(data, type, offset), type, codebook.stride(2), shape.depth, copy.get() + i * shape.depth);
+    load_row(element_at(data, type, offset), type, codebook.stride(2), shape.head_dim, copy.get() + i * shape.head_dim);
   }
-  return {copy.get(), shape.codes * shape.depth, shape.depth, 1};
+  return {copy.get(), shape.codes * shape.head_dim, shape.head_dim, 1};
 }
 
 }  // namespace
@@ -189,20 +191,24 @@ Tensor vq_assign_cpu(const Tensor& k, const Tensor& codebook) {
   using torch::headeronly::ScalarType;
   STD_TORCH_CHECK(k.dim() == 4, "vq_assign: k must be (B, H, L, D), got ", k.dim(), " dimensions");
   STD_TORCH_CHECK(codebook.dim() == 3, "vq_assign: codebook must be (H, S, D), got ", codebook.dim(), " dimensions");
-  STD_TORCH_CHECK(k.is_cpu() && codebook.is_cpu(), "vq_assign: k and codebook must both be on the CPU");
+  STD_TORCH_CHECK(
+      k.is_cpu() && codebook.is_cpu(), "vq_assign: k and codebook must be on the CPU, got ", tensor_text(k), " and ",
+      tensor_text(codebook));
   const std::optional<ElementType> key_type = element_type(k), code_type = element_type(codebook);
   STD_TORCH_CHECK(
       key_type.has_value() && code_type.has_value(),
-      "vq_assign: the compiled CPU kernel takes float32, bfloat16 or float16 for k and codebook");
+      "vq_assign: k and codebook must be float32, bfloat16 or float16 for the compiled CPU kernel, got ",
+      dtype_name(k.scalar_type()), " and ", dtype_name(codebook.scalar_type()));
   const AssignShape shape{k.size(0), k.size(1), k.size(2), k.size(3), codebook.size(1)};
   STD_TORCH_CHECK(
-      codebook.size(0) == shape.heads && codebook.size(2) == shape.depth, "vq_assign: codebook must be (H, S, D) = (",
-      shape.heads, ", S, ", shape.depth, ") for this k, got (", codebook.size(0), ", ", shape.codes, ", ",
-      codebook.size(2), ")");
-  STD_TORCH_CHECK(shape.codes >= 1, "vq_assign: codebook must hold at least one code, got S = 0");
-  // Code indices travel through the kernel as 32-bit SIMD lanes.
+      codebook.size(0) == shape.heads && codebook.size(2) == shape.head_dim,
+      "vq_assign: codebook must be (H, S, D) = (", shape.heads, ", S, ", shape.head_dim, ") for this k, got (",
+      codebook.size(0), ", ", shape.codes, ", ", codebook.size(2), ")");
+  STD_TORCH_CHECK(shape.codes >= 1, "vq_assign: codebook must have at least one code, got S = 0");
+  // The kernel keeps codes in 32-bit lanes.
   STD_TORCH_CHECK(
-      shape.codes <= std::numeric_limits<int32_t>::max() - 1024, "vq_assign: too many codes, S = ", shape.codes);
+      shape.codes <= std::numeric_limits<int32_t>::max() - 1024,
+      "vq_assign: codebook must have fewer than 2^31 - 1024 codes, got S = ", shape.codes);
 
   Tensor out = torch::stable::new_empty(k, {shape.batch, shape.heads, shape.length}, ScalarType::Long);
   if (shape.rows() == 0 || shape.heads == 0) {

@@ -1,10 +1,9 @@
-// Compiled once per instruction set, with LONGVQ_ISA set to its name. Include no header with inline functions that
-// another file also uses: the linker keeps one copy of them, and it could be the one with instructions this CPU lacks.
+// Compiled once per instruction set, with LONGVQ_ISA set to its name; common/simd.h says what such a file may include.
 //
-// argmin_s ||k - C_s||^2 = argmax_s (k.C_s - ||C_s||^2 / 2). Codes lie across the SIMD lanes, a few keys are broadcast
-// against them, and the accumulators of kRows x kVectors registers are compared with the running best and forgotten.
-// A score is one chain of multiply-adds over d, the same wherever the key and the code stand in their block: equal
-// codewords get equal scores, and neither threads nor the block size change a result.
+// argmin_s ||k - C_s||^2 = argmax_s (k.C_s - ||C_s||^2 / 2). Lanes hold codes, and a few keys are broadcast. The kRows
+// x kVectors registers of scores are only compared with the best scores so far, never stored. A score is one sequence
+// of multiply-adds over d, the same at every index of key and code: equal codewords get equal scores, and results
+// depend neither on threads nor on the block size.
 #include "assign_kernel.h"
 
 #include "../../common/simd.h"
@@ -12,7 +11,7 @@
 namespace longvq {
 namespace {
 
-// kRows * kVectors accumulators + kVectors codes + one broadcast key must fit the register file.
+// kRows * kVectors accumulators, kVectors registers of codes and one broadcast key must fit into the registers.
 #if defined(__AVX512F__)
 constexpr int kRows = 6, kVectors = 4;  // 24 + 4 + 1 of 32
 #elif defined(__AVX2__)
@@ -24,11 +23,11 @@ constexpr int kPanel = kLanes * kVectors;
 
 typedef int32_t Ints __attribute__((vector_size(kLanes * sizeof(int32_t)), may_alias));
 
-// ROWS keys against a panel of VECTORS * kLanes codes, the first of which is `first_code`.
+// ROWS keys with a panel of VECTORS * kLanes codes, the first of which is `first_code`.
 template <int ROWS, int VECTORS>
 inline void tile(const AssignBlock& block, int64_t row, int64_t first_code) {
-  const float* keys = block.keys + row * block.depth;
-  const float* panel = block.panels + first_code * block.depth;
+  const float* keys = block.keys + row * block.head_dim;
+  const float* panel = block.panels + first_code * block.head_dim;
   const Floats* bias = reinterpret_cast<const Floats*>(block.bias + first_code);
 
   Floats score[ROWS][VECTORS];
@@ -37,10 +36,10 @@ inline void tile(const AssignBlock& block, int64_t row, int64_t first_code) {
       score[r][v] = bias[v];
     }
   }
-  for (int64_t d = 0; d < block.depth; ++d) {
+  for (int64_t d = 0; d < block.head_dim; ++d) {
     const Floats* codes = reinterpret_cast<const Floats*>(panel + d * VECTORS * kLanes);
     for (int r = 0; r < ROWS; ++r) {
-      const float key = keys[r * block.depth + d];
+      const float key = keys[r * block.head_dim + d];
       for (int v = 0; v < VECTORS; ++v) {
         score[r][v] += codes[v] * key;
       }
@@ -54,10 +53,11 @@ inline void tile(const AssignBlock& block, int64_t row, int64_t first_code) {
   Floats* best = reinterpret_cast<Floats*>(block.best + row * kLanes);
   Ints* best_code = reinterpret_cast<Ints*>(block.best_code + row * kLanes);
 #pragma GCC unroll 8
-  for (int r = 0; r < ROWS; ++r) {  // unrolled: an index known only at run time would send the scores through memory
+  for (int r = 0; r < ROWS;
+       ++r) {  // unrolled: with an index that is only known at run time, the scores would go through memory
 #pragma GCC unroll 8
     for (int v = 0; v < VECTORS; ++v) {
-      // Strictly greater: the lower code keeps a tie, and a NaN score never wins.
+      // Strictly greater: of equal scores the lower code wins, and a NaN score never wins.
       const auto better = score[r][v] > best[r];
       best[r] = better ? score[r][v] : best[r];
       best_code[r] = better ? code + v * kLanes : best_code[r];
@@ -68,8 +68,8 @@ inline void tile(const AssignBlock& block, int64_t row, int64_t first_code) {
 template <int VECTORS>
 inline void panel_against_rows(const AssignBlock& block, int64_t first_code) {
   int64_t row = 0;
-  // The block's keys are padded to whole steps, so one step may run over the end; for one or two keys it is not worth
-  // it.
+  // The keys of the block are padded to whole steps, so the last step may process padding; for one or two keys this is
+  // not worthwhile.
   for (; block.rows - row > 2; row += kRows) {
     tile<kRows, VECTORS>(block, row, first_code);
   }
@@ -78,7 +78,7 @@ inline void panel_against_rows(const AssignBlock& block, int64_t first_code) {
   }
 }
 
-// The best lane of each key; among equal scores the lowest code.
+// The best lane of each key; of equal scores the lowest code.
 inline void reduce_lanes(const AssignBlock& block) {
   for (int64_t row = 0; row < block.rows; ++row) {
     const float* best = block.best + row * kLanes;

@@ -1,5 +1,4 @@
-// What the host code in assign_cpu.cpp and the kernel in assign_kernel.cpp, compiled once per instruction set, agree
-// on.
+// The interface between assign.cpp and the kernel in assign_kernel.cpp, which is compiled once per instruction set.
 #pragma once
 
 #include <cstdint>
@@ -9,10 +8,10 @@ namespace longvq {
 // A block of keys against all codes of one head. Pointers are aligned to 64 bytes, sizes count elements.
 struct AssignBlock {
   int64_t rows;         // keys in this block
-  int64_t depth;        // D
+  int64_t head_dim;     // D
   int64_t codes;        // S rounded up to a multiple of AssignKernel::lanes
   const float* keys;    // (rows rounded up to AssignKernel::row_step, D)
-  const float* panels;  // (codes / panel, D, panel), the last panel narrower if codes is no multiple of panel
+  const float* panels;  // (codes / panel, D, panel); the last panel is narrower if codes is not a multiple of panel
   const float* bias;    // (codes,)  -||C_s||^2 / 2, -infinity in the padding
   float* best;          // scratch (rows rounded up, lanes): best score so far of each SIMD lane
   int32_t* best_code;   // scratch, same shape: the code that had it

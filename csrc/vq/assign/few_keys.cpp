@@ -9,12 +9,13 @@ namespace {
 
 LONGVQ_DEFINE_KERNEL_OF_THIS_CPU(AssignFewKernel, assign_few_kernel)
 
-// Rows `width` floats apart, zeros after the first `depth`.
-void copy_codes(const AssignCodebook& codebook, int64_t head, int64_t codes, int64_t depth, int64_t width, float* out) {
+// Copies the codewords of a head to rows of `width` floats, padded with zeros.
+void copy_codes(
+    const AssignCodebook& codebook, int64_t head, int64_t codes, int64_t head_dim, int64_t width, float* out) {
   const float* in = codebook.data + head * codebook.head_stride;
   for (int64_t s = 0; s < codes; ++s) {
-    load_row(in + s * codebook.code_stride, ElementType::kFloat, codebook.depth_stride, depth, out + s * width);
-    std::fill(out + s * width + depth, out + (s + 1) * width, 0.0f);
+    load_row(in + s * codebook.code_stride, ElementType::kFloat, codebook.dim_stride, head_dim, out + s * width);
+    std::fill(out + s * width + head_dim, out + (s + 1) * width, 0.0f);
   }
 }
 
@@ -22,8 +23,8 @@ void copy_codes(const AssignCodebook& codebook, int64_t head, int64_t codes, int
 
 void assign_few_keys(const AssignKeys& keys, const AssignCodebook& codebook, const AssignShape& shape, int64_t* codes) {
   const AssignFewKernel& kernel = kernel_of_this_cpu();
-  const int64_t rows = shape.rows(), width = (shape.depth + kernel.lanes - 1) / kernel.lanes * kernel.lanes;
-  const bool in_place = codebook.depth_stride == 1 && width == shape.depth;
+  const int64_t rows = shape.rows(), width = (shape.head_dim + kernel.lanes - 1) / kernel.lanes * kernel.lanes;
+  const bool in_place = codebook.dim_stride == 1 && width == shape.head_dim;
   const double flops_per_head =
       2.0 * static_cast<double>(rows + 1) * static_cast<double>(shape.codes) * static_cast<double>(width);
   const int64_t grain = 1 + static_cast<int64_t>(kMinFlopsPerThread / (flops_per_head + 1.0));
@@ -38,7 +39,7 @@ void assign_few_keys(const AssignKeys& keys, const AssignCodebook& codebook, con
         finite[row] = keys.load(shape, head, row, head_keys.get() + row * width);
       }
       if (!in_place) {
-        copy_codes(codebook, head, shape.codes, shape.depth, width, copy.get());
+        copy_codes(codebook, head, shape.codes, shape.head_dim, width, copy.get());
       }
       const float* codewords = in_place ? codebook.data + head * codebook.head_stride : copy.get();
       const int64_t code_stride = in_place ? codebook.code_stride : width;

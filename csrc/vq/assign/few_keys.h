@@ -1,4 +1,4 @@
-// Codes for a few keys a head, as in generation, where packing the codebook would take longer than reading it.
+// Codes for a few keys per head, as in generation. Packing the codebook would take longer than reading it.
 #pragma once
 
 #include "few_keys_kernel.h"

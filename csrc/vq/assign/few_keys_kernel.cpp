@@ -1,9 +1,9 @@
-// Compiled once per instruction set, with LONGVQ_ISA set to its name; see simd.h for what it may include.
+// Compiled once per instruction set, with LONGVQ_ISA set to its name; common/simd.h says what such a file may include.
 //
-// argmax_s (k.C_s - ||C_s||^2 / 2) as in assign_kernel.cpp, but the codebook is read as it lies in memory, once: the
-// dimension lies across the lanes, and norms come from the same registers as products. Four codes at a time, so that
-// their sums over lanes are additions of whole registers. Every score is the same chain of operations wherever its code
-// stands and however many keys there are: equal codewords get equal scores.
+// argmax_s (k.C_s - ||C_s||^2 / 2) as in assign_kernel.cpp, but the codebook is read once, without packing: lanes hold
+// columns of D, and norms are computed from the same registers as products. Four codes are processed together, so that
+// their sums over lanes are additions of whole registers. Every score is computed by the same operations, at every
+// index and for every number of keys: equal codewords get equal scores.
 #include "few_keys_kernel.h"
 
 #include "../../common/simd.h"
@@ -31,24 +31,24 @@ inline Scores folded(Floats x) {
   return sum;
 }
 
-// The sum of each.
+// The sums of the lanes of four registers.
 inline Scores lane_sums(Scores a, Scores b, Scores c, Scores d) {
   const Scores ab = Scores{a[0], b[0], a[1], b[1]} + Scores{a[2], b[2], a[3], b[3]};
   const Scores cd = Scores{c[0], d[0], c[1], d[1]} + Scores{c[2], d[2], c[3], d[3]};
   return Scores{ab[0], ab[1], cd[0], cd[1]} + Scores{ab[2], ab[3], cd[2], cd[3]};
 }
 
-// Scores, not yet summed over lanes, of codes FIRST .. FIRST + COUNT of four against ROWS keys.
+// Scores of codes FIRST .. FIRST + COUNT of four for ROWS keys, not yet summed over lanes.
 template <int ROWS, int FIRST, int COUNT>
 inline void products(const AssignFew& few, int64_t row, const float* const* codes, Scores (*out)[kCodes]) {
-  const float* keys = few.keys + row * few.depth;
+  const float* keys = few.keys + row * few.head_dim;
   Floats square[COUNT] = {}, product[ROWS][COUNT] = {};
-  for (int64_t d = 0; d < few.depth; d += kLanes) {
+  for (int64_t d = 0; d < few.head_dim; d += kLanes) {
     for (int c = 0; c < COUNT; ++c) {
       const Floats code = load<Floats>(codes[FIRST + c] + d);
       square[c] += code * code;
       for (int r = 0; r < ROWS; ++r) {
-        product[r][c] += code * load<Floats>(keys + r * few.depth + d);
+        product[r][c] += code * load<Floats>(keys + r * few.head_dim + d);
       }
     }
   }
@@ -62,14 +62,14 @@ inline void products(const AssignFew& few, int64_t row, const float* const* code
 // Keys row .. row + ROWS against codes first_code .. first_code + 4.
 template <int ROWS>
 inline void tile(const AssignFew& few, int64_t row, int64_t first_code, Best& best) {
-  // Past the end the last code stands in. It ties with itself, and the lower number wins.
+  // After the last code the last code is used again. It has an equal score and a higher index, so it never wins.
   const float* codes[kCodes];
   for (int c = 0; c < kCodes; ++c) {
     const int64_t code = first_code + c < few.codes ? first_code + c : few.codes - 1;
     codes[c] = few.codebook + code * few.code_stride;
   }
   Scores parts[ROWS][kCodes];
-  if (ROWS <= 2) {  // as many codes at once as there are registers for sums
+  if (ROWS <= 2) {  // as many codes as there are registers for sums
     products<ROWS, 0, 4>(few, row, codes, parts);
   } else {
     products<ROWS, 0, 2>(few, row, codes, parts);
@@ -79,7 +79,7 @@ inline void tile(const AssignFew& few, int64_t row, int64_t first_code, Best& be
   const Codes numbers = {code, code + 1, code + 2, code + 3};
   for (int r = 0; r < ROWS; ++r) {
     const Scores score = lane_sums(parts[r][0], parts[r][1], parts[r][2], parts[r][3]);
-    // Strictly greater: the lower code keeps a tie, and a NaN score never wins.
+    // Strictly greater: of equal scores the lower code wins, and a NaN score never wins.
     const auto better = score > best.score[row + r];
     best.score[row + r] = better ? score : best.score[row + r];
     best.code[row + r] = better ? numbers : best.code[row + r];

@@ -1,21 +1,20 @@
-// What the host code in assign_few_cpu.cpp and the kernel in assign_few_kernel.cpp, compiled once per instruction set,
-// agree on.
+// The interface between few_keys.cpp and the kernel in few_keys_kernel.cpp, which is compiled once per instruction set.
 #pragma once
 
 #include <cstdint>
 
 namespace longvq {
 
-// Rows of a head up to which this is the faster way; measured, see docs/kernels.md.
+// The number of keys per head up to which this kernel is faster; measured, see docs/kernels.md.
 constexpr int64_t kFewKeys = 16;
 
 // A few keys of one head against all its codes.
 struct AssignFew {
   int64_t rows;           // keys, at most kFewKeys
   int64_t codes;          // S
-  int64_t depth;          // D, a multiple of AssignFewKernel::lanes: the rest is zeros
-  const float* keys;      // (rows, depth)
-  const float* codebook;  // (codes, depth), rows code_stride apart
+  int64_t head_dim;       // D, padded with zeros to a multiple of AssignFewKernel::lanes
+  const float* keys;      // (rows, head_dim)
+  const float* codebook;  // (codes, head_dim), rows code_stride apart
   int64_t code_stride;
   int32_t* out;  // (rows,)
 };

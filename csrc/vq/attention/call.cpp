@@ -47,12 +47,7 @@ AttentionCall::AttentionCall(const AttentionInputs& in, const AttentionOptions& 
   check_tensor(kOp, "far_k", far_k, dtype, "(B, Hkv, L, F)", {batch, kv_heads, length, far_head_dim});
   check_tensor(kOp, "codebook", codebook, ScalarType::Float, "(Hkv, S, F)", {kv_heads, kAnySize, far_head_dim});
   num_codes = codebook.size(1);
-  STD_TORCH_CHECK(
-      kv_heads >= 1 && heads % kv_heads == 0, kOp, ": the heads of q must be a multiple of those of k, got ", heads,
-      " and ", kv_heads);
-  STD_TORCH_CHECK(
-      head_dim >= 1 && far_head_dim >= 1 && value_dim >= 1 && num_codes >= 1, kOp,
-      ": D, F, E and S must be at least 1, got ", head_dim, ", ", far_head_dim, ", ", value_dim, " and ", num_codes);
+  check_attention_sizes(kOp, heads, kv_heads, head_dim, far_head_dim, value_dim, num_codes);
   check_tensor(kOp, "codes", codes, ScalarType::Long, "(B, Hkv, L)", {batch, kv_heads, length});
   if (bias.has_value()) {
     const int64_t columns = window == 0 ? kAnySize : causal ? window : 2 * window - 1;

@@ -6,42 +6,32 @@ Differentiable by autograd. O(L) steps, each with a state (B, H, N): slow, and e
 import torch
 from torch import Tensor
 
-from longvq_layers.ops._packed import documents, part
+from longvq_layers.ops._scan_inputs import ScanInputs
 
 
-def ssm_scan(
-    u: Tensor,
-    log_decay: Tensor,
-    weight: Tensor,
-    skip: Tensor | None,
-    initial_state: Tensor | None,
-    key_padding_mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    reverse: bool,
-) -> tuple[Tensor, Tensor]:
+def ssm_scan(inputs: ScanInputs) -> tuple[Tensor, Tensor]:
     """``x_t = exp(log_decay) ∘ x_{t−1} + u_t`` and ``y_t = Re Σ_n weight_n x_{t,n} + skip · u_t``: returns y and the
     last x.
 
     ``reverse`` runs from the last position to the first. Masked positions have input 0 and output 0.
     """
+    u, log_decay, weight, skip, initial_state, key_padding_mask, cu_seqlens, reverse = inputs
     if cu_seqlens is not None:
-        parts = [(u[:, :0], log_decay.new_empty(0, *log_decay.shape))]  # the whole result if there are no documents
-        for n, at in enumerate(documents("ssm_scan", cu_seqlens, u.shape[1])):
-            start, mask = part(initial_state, slice(n, n + 1), 0), part(key_padding_mask, at, 1)
-            parts.append(ssm_scan(u[:, at], log_decay, weight, skip, start, mask, None, reverse))
-        return torch.cat([y for y, _ in parts], dim=1), torch.cat([state for _, state in parts])
-    inputs = u.to(log_decay.real.dtype)
+        results = [(u[:, :0], log_decay.new_empty(0, *log_decay.shape))]  # the whole result if there are no documents
+        results += [ssm_scan(document) for _, _, document in inputs.documents()]
+        return torch.cat([y for y, _ in results], dim=1), torch.cat([state for _, state in results])
+    x = u.to(log_decay.real.dtype)
     if key_padding_mask is not None:
-        inputs = inputs.masked_fill(key_padding_mask.unsqueeze(-1), 0)
+        x = x.masked_fill(key_padding_mask.unsqueeze(-1), 0)
     batch, length, channels = u.shape
     state = log_decay.new_zeros(batch, channels, log_decay.shape[1]) if initial_state is None else initial_state
     decay = log_decay.exp()
     outputs = []
     for t in reversed(range(length)) if reverse else range(length):
-        state = decay * state + inputs[:, t, :, None]
+        state = decay * state + x[:, t, :, None]
         y = (weight * state).sum(-1).real
-        outputs.append(y if skip is None else y + skip * inputs[:, t])
-    y = torch.stack(outputs[::-1] if reverse else outputs, dim=1) if outputs else inputs
+        outputs.append(y if skip is None else y + skip * x[:, t])
+    y = torch.stack(outputs[::-1] if reverse else outputs, dim=1) if outputs else x
     if not outputs:
         state = state.clone()  # the caller may overwrite the result, but not the initial state
     if key_padding_mask is not None:

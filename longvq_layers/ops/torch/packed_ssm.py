@@ -3,49 +3,29 @@
 import torch
 from torch import Tensor
 
-from longvq_layers.ops._packed import documents, part
+from longvq_layers.ops._scan_inputs import ScanGradients, ScanInputs
 from longvq_layers.ops.torch import ssm
 
 
-def ssm_scan(
-    u: Tensor,
-    log_decay: Tensor,
-    weight: Tensor,
-    skip: Tensor | None,
-    initial_state: Tensor | None,
-    key_padding_mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    reverse: bool,
-) -> tuple[Tensor, Tensor]:
-    """y (B, L, H) and the last states (B, H, N), or (documents, H, N) with ``cu_seqlens``."""
-    if cu_seqlens is None:
-        return ssm.ssm_scan(u, log_decay, weight, skip, initial_state, key_padding_mask, reverse)
-    y = u.new_empty(u.shape)
-    states = log_decay.new_empty(cu_seqlens.shape[0] - 1, *log_decay.shape)
-    for n, at in enumerate(documents("ssm_scan", cu_seqlens, u.shape[1])):
-        start, mask = part(initial_state, slice(n, n + 1), 0), part(key_padding_mask, at, 1)
-        y[:, at], states[n : n + 1] = ssm.ssm_scan(u[:, at], log_decay, weight, skip, start, mask, reverse)
+def ssm_scan(inputs: ScanInputs) -> tuple[Tensor, Tensor]:
+    """Returns y (B, L, H) and the last states (B, H, N), or (documents, H, N) with ``cu_seqlens``."""
+    if inputs.cu_seqlens is None:
+        return ssm.ssm_scan(inputs)
+    y = inputs.u.new_empty(inputs.u.shape)
+    states = inputs.log_decay.new_empty(inputs.cu_seqlens.shape[0] - 1, *inputs.log_decay.shape)
+    for n, at, document in inputs.documents():
+        y[:, at], states[n : n + 1] = ssm.ssm_scan(document)
     return y, states
 
 
 def ssm_scan_backward(
-    grad_y: Tensor,
-    grad_state: Tensor,
-    u: Tensor,
-    log_decay: Tensor,
-    weight: Tensor,
-    skip: Tensor | None,
-    initial_state: Tensor | None,
-    key_padding_mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    reverse: bool,
-    need_inputs: bool,
-    need_parameters: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    grad_y: Tensor, grad_state: Tensor, inputs: ScanInputs, need_inputs: bool, need_parameters: bool
+) -> ScanGradients:
     """As :func:`longvq_layers.ops.torch.ssm.ssm_scan_backward`. Gradients of parameters are summed over documents."""
-    model, needed = (log_decay, weight, skip), (reverse, need_inputs, need_parameters)
-    if cu_seqlens is None:
-        return ssm.ssm_scan_backward(grad_y, grad_state, u, *model, initial_state, key_padding_mask, *needed)
+    if inputs.cu_seqlens is None:
+        return ssm.ssm_scan_backward(grad_y, grad_state, inputs, need_inputs, need_parameters)
+    u, log_decay, weight, skip, initial_state = inputs[:5]
+    family, real = log_decay.dtype, log_decay.real.dtype
     du = u.new_empty(u.shape if need_inputs else 0)
     dinitial = log_decay.new_empty(0)
     if need_inputs and initial_state is not None:
@@ -53,23 +33,18 @@ def ssm_scan_backward(
 
     def zeros(x: Tensor | None, dtype: torch.dtype) -> Tensor:
         # In double precision, because there may be many documents.
-        return log_decay.new_zeros(
-            x.shape if need_parameters and x is not None else 0, dtype=ssm.double_precision(dtype, u.device)
-        )
+        sizes = x.shape if need_parameters and x is not None else (0,)
+        return log_decay.new_zeros(sizes, dtype=ssm.double_precision(dtype, u.device))
 
-    real = log_decay.real.dtype
-    dlog, dweight, dskip = zeros(log_decay, log_decay.dtype), zeros(weight, log_decay.dtype), zeros(skip, real)
-    for n, at in enumerate(documents("ssm_scan", cu_seqlens, u.shape[1])):
+    dlog, dweight, dskip = zeros(log_decay, family), zeros(weight, family), zeros(skip, real)
+    for n, at, document in inputs.documents():
         own = slice(n, n + 1)
-        start, mask = part(initial_state, own, 0), part(key_padding_mask, at, 1)
-        du_part, dlog_part, dweight_part, dskip_part, dinitial_part = ssm.ssm_scan_backward(
-            grad_y[:, at], grad_state[own], u[:, at], *model, start, mask, *needed
-        )
+        of_document = ssm.ssm_scan_backward(grad_y[:, at], grad_state[own], document, need_inputs, need_parameters)
         if need_inputs:
-            du[:, at] = du_part
+            du[:, at] = of_document.u
         if dinitial.numel():
-            dinitial[own] = dinitial_part
-        dlog += dlog_part
-        dweight += dweight_part
-        dskip += dskip_part
-    return du, dlog.to(log_decay.dtype), dweight.to(log_decay.dtype), dskip.to(real), dinitial
+            dinitial[own] = of_document.initial_state
+        dlog += of_document.log_decay
+        dweight += of_document.weight
+        dskip += of_document.skip
+    return ScanGradients(du, dlog.to(family), dweight.to(family), dskip.to(real), dinitial)

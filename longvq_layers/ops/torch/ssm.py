@@ -17,6 +17,8 @@ overflows nor drifts.
 import torch
 from torch import Tensor
 
+from longvq_layers.ops._scan_inputs import ScanGradients, ScanInputs
+
 _CHUNK = 64  # T in steps: work inside chunks grows with T, work on states with N / T
 
 
@@ -115,16 +117,9 @@ def from_scan_order(y: Tensor, key_padding_mask: Tensor | None, reverse: bool) -
     return y if key_padding_mask is None else y.masked_fill(key_padding_mask.unsqueeze(-1), 0)
 
 
-def ssm_scan(
-    u: Tensor,
-    log_decay: Tensor,
-    weight: Tensor,
-    skip: Tensor | None,
-    initial_state: Tensor | None,
-    key_padding_mask: Tensor | None,
-    reverse: bool,
-) -> tuple[Tensor, Tensor]:
+def ssm_scan(inputs: ScanInputs) -> tuple[Tensor, Tensor]:
     """Returns y (B, L, H) in the dtype of ``u`` and the last state (B, H, N) in the dtype of ``log_decay``."""
+    u, log_decay, weight, skip, initial_state, key_padding_mask, _, reverse = inputs
     with torch.autocast(u.device.type, enabled=False):
         dtype, batch = log_decay.real.dtype, u.shape[0]
         u = to_scan_order(u, key_padding_mask, reverse)
@@ -151,18 +146,8 @@ def _start(u: Tensor, log_decay: Tensor, initial_state: Tensor | None) -> Tensor
 
 
 def ssm_scan_backward(
-    grad_y: Tensor,
-    grad_state: Tensor,
-    u: Tensor,
-    log_decay: Tensor,
-    weight: Tensor,
-    skip: Tensor | None,
-    initial_state: Tensor | None,
-    key_padding_mask: Tensor | None,
-    reverse: bool,
-    need_inputs: bool,
-    need_parameters: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    grad_y: Tensor, grad_state: Tensor, inputs: ScanInputs, need_inputs: bool, need_parameters: bool
+) -> ScanGradients:
     """Gradients of u, log_decay, weight, skip and initial_state.
 
     The gradient of an absent argument is an empty tensor. So are those of u and initial_state without ``need_inputs``,
@@ -171,6 +156,7 @@ def ssm_scan_backward(
     ``beta`` is the holomorphic derivative dL/dX; PyTorch's gradient of a complex tensor is its conjugate. The states
     are recomputed chunk by chunk. The adjoint is the same recurrence, run backwards over the chunks.
     """
+    u, log_decay, weight, skip, initial_state, key_padding_mask, _, reverse = inputs
     with torch.autocast(u.device.type, enabled=False):
         dtype, batch = log_decay.real.dtype, u.shape[0]
         u, grad_y = (to_scan_order(x, key_padding_mask, reverse) for x in (u, grad_y))
@@ -186,8 +172,8 @@ def ssm_scan_backward(
                 entry, state = entry_states(added, tables.chunk_decay, state)
                 starts.append(by_channel(entry, dtype))
             for (part, tables), entry in zip(reversed(parts), reversed(starts), strict=True):
-                inputs, dy = u[:, part].to(dtype), grad_y[:, part].to(dtype)
-                chunks, dy_chunks = to_chunks(inputs, tables.steps), to_chunks(dy, tables.steps)
+                u_part, dy = u[:, part].to(dtype), grad_y[:, part].to(dtype)
+                chunks, dy_chunks = to_chunks(u_part, tables.steps), to_chunks(dy, tables.steps)
                 # dL/dX of each chunk's entry state: through the outputs of the chunk and through its end state.
                 through_out = as_modes(dy_chunks @ _conj(tables.from_state, log_decay), log_decay)
                 through_out = through_out.unflatten(1, (batch, -1)).permute(2, 1, 0, 3)
@@ -198,7 +184,7 @@ def ssm_scan_backward(
                 d_part = from_chunks(d_chunks, batch)
                 du[:, part] = d_part if skip is None else d_part + skip * dy
                 if skip is not None:
-                    dskip += (dy * inputs).sum((0, 1))
+                    dskip += (dy * u_part).sum((0, 1))
                 if need_parameters:
                     _parameter_grads(dlog, dweight, tables, chunks, dy_chunks, entry, d_end)
         dlog, dweight = (x.conj().resolve_conj().to(log_decay.dtype) for x in (dlog, dweight))
@@ -208,7 +194,7 @@ def ssm_scan_backward(
         du = from_scan_order(du, key_padding_mask, reverse) if need_inputs else u.new_empty(0)
         if not need_parameters:
             dlog, dweight, dskip = (x.new_empty(0) for x in (dlog, dweight, dskip))
-        return du, dlog, dweight, dskip, dinitial
+        return ScanGradients(du, dlog, dweight, dskip, dinitial)
 
 
 def _conj(x: Tensor, like: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ DTYPES = (*HALF, torch.float32, torch.float64)
 
 @st.composite
 def conv_cases(draw):
-    """u (B, L, H) and kernel (H, K) in float64: empty ones, single elements, K below, at and beyond L; any strides."""
+    """u (B, L, H) and kernel (H, K) in float64: empty, single elements, K below, equal to and above L; any strides."""
     torch.manual_seed(draw(st.integers(0, 2**16)))
     batch, channels = draw(st.integers(0, 3)), draw(st.sampled_from([0, 1, 2, 3, 17]))
     length, taps = (draw(st.one_of(st.sampled_from([0, 1, 2, 64]), st.integers(0, 150))) for _ in range(2))
@@ -38,7 +38,7 @@ def conv_cases(draw):
 
 
 def run(u, kernel, backend):
-    """y and both gradients, for a gradient of y that is the same in all precisions."""
+    """y and both gradients; the gradient of y is the same in all precisions."""
     u, kernel = u.detach().requires_grad_(), kernel.detach().requires_grad_()
     y = ops.long_conv(u, kernel, backend=backend)
     torch.manual_seed(1)
@@ -61,10 +61,12 @@ def test_equals_the_dense_form_with_gradients(case):
 def test_any_pair_of_dtypes(dtype, kernel_dtype, case):
     u, kernel = case[0].to(dtype), case[1].to(kernel_dtype)
     actual = run(u, kernel, "auto")
-    # The oracle sees the rounded arguments, and the same gradient of y, in double.
+    # The oracle gets the rounded arguments and the same gradient of y, in double.
     expected = run(u.double(), kernel.double(), "reference")
     assert actual["y"].dtype == actual["u"].dtype == dtype and actual["kernel"].dtype == kernel_dtype
-    arithmetic = torch.promote_types(dtype, torch.float32)  # a double kernel doesn't widen a float32 u
+    arithmetic = torch.promote_types(
+        dtype, torch.float32
+    )  # a float64 kernel does not change the precision for a float32 u
     for name, value in actual.items():
         precisions = [dtype, kernel_dtype, arithmetic]
         worst = max(precisions if name == "kernel" else precisions[::2], key=lambda d: torch.finfo(d).eps)
@@ -73,18 +75,18 @@ def test_any_pair_of_dtypes(dtype, kernel_dtype, case):
 
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 def test_half_types_accumulate_in_float32(dtype):
-    """The result is the float32 one rounded once, however long the sum; half accumulation would stop at 2^11 or 2^8."""
+    """The float32 result, rounded once, for sums of any length; sums in half precision would stop growing."""
     u, kernel = torch.ones(1, 5000, 2, dtype=dtype), torch.ones(2, 5000, dtype=dtype)
     y = ops.long_conv(u, kernel)
     exact = torch.arange(1.0, 5001.0)[None, :, None].expand(1, -1, 2)
-    # The transform's own error is relative to the largest of its results, and depends on the processor.
+    # The error of the transform is relative to its largest result, and depends on the processor.
     allowed = 0.5001 * torch.finfo(dtype).eps * exact + 2 * torch.finfo(torch.float32).eps * exact.max()
     assert ((y.double() - exact).abs() <= allowed).all()
     assert torch.equal(ops.long_conv(u, kernel), ops.long_conv(u.float(), kernel.float()).to(dtype))
 
 
 def plain(u, kernel):
-    """FFT convolution as anybody would write it, in the precision of the arguments."""
+    """A plain FFT convolution in the precision of the arguments."""
     n = 2 * u.shape[1]
     spectrum = torch.fft.rfft(u, n=n, dim=1) * torch.fft.rfft(kernel[:, : u.shape[1]], n=n).t()
     return torch.fft.irfft(spectrum, n=n, dim=1)[:, : u.shape[1]]
@@ -140,7 +142,7 @@ def test_one_argument_may_need_no_gradient():
 
 def test_compiles_without_graph_breaks_for_changing_lengths():
     call = torch.compile(lambda u, kernel: ops.long_conv(u, kernel), fullgraph=True, backend="aot_eager")
-    # One program for the first length, one for any: a program per length would run into the limit.
+    # One program for the first length and one for all others; a program per length would exceed the limit.
     with torch._dynamo.config.patch(recompile_limit=2):
         for length in (50, 60, 70, 301):
             leaves = torch.randn(2, length, 3).bfloat16().requires_grad_(), torch.randn(3, length).requires_grad_()
@@ -159,7 +161,7 @@ def test_the_result_is_contiguous_and_the_arguments_stay():
 
 
 def test_memory_is_linear():
-    """The largest tensor is a padded one: the spectrum or the padded result, at most about twice the input."""
+    """The largest tensor is the spectrum or the padded result, at most about twice as large as the input."""
     for length, taps in ((8192, 8192), (8191, 20_000), (10_007, 3)):
         u = torch.randn(1, length, 4, requires_grad=True)
         kernel = torch.randn(4, taps, requires_grad=True)

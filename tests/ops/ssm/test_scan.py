@@ -1,4 +1,4 @@
-"""ssm_scan, ssm_kernel and long_conv: against the recurrence, against each other, split anywhere."""
+"""ssm_scan, ssm_kernel and long_conv: against the recurrence, against each other, and split at any position."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ from tests.tolerances import assert_close
 def run(leaves, backend, options):
     y, state = ops.ssm_scan(**leaves, **options, return_state=True, backend=backend)
     torch.manual_seed(1)
-    # Drawn in double and rounded, so that all precisions get the same; an empty sequence leaves some leaves unused.
+    # Drawn in double and rounded, so that all precisions get equal values. An empty sequence does not use all leaves.
     wide = torch.complex128 if state.is_complex() else torch.float64
     pairs = [(y, torch.randn(y.shape, dtype=torch.float64)), (state, torch.randn(state.shape, dtype=wide))]
     outputs, grads = zip(*[(x, grad.to(x.dtype)) for x, grad in pairs if x.requires_grad], strict=True)
@@ -35,7 +35,7 @@ def test_torch_equals_recurrence_with_gradients(case):
 @settings(max_examples=25)
 def test_lower_precisions(dtype, case):
     leaves = case.tensors(dtype)
-    # The oracle sees the rounded parameters and inputs, in double.
+    # The oracle gets the rounded parameters and inputs, in double.
     exact = {n: x.detach().to(torch.complex128 if x.is_complex() else torch.float64) for n, x in leaves.items()}
     exact = {n: x.requires_grad_() for n, x in exact.items()}
     actual, expected = run(leaves, "auto", case.options), run(exact, "reference", case.options)
@@ -117,7 +117,7 @@ def test_gradcheck(family):
         def call(u, log_decay, weight, skip, state, reverse=reverse):
             return ops.ssm_scan(u, log_decay, weight, skip=skip, initial_state=state, reverse=reverse, **options)
 
-        # gradcheck steps log_decay across the stability bound only if it starts within 1e-6 of it: it doesn't.
+        # gradcheck changes log_decay by 1e-6; no value is that close to the stability bound.
         assert torch.autograd.gradcheck(call, leaves)
 
     def step(u, decay, weight, skip, state):
@@ -158,7 +158,7 @@ def test_compiles_without_graph_breaks_and_gives_the_same_values():
 
 @pytest.mark.parametrize("rate", [-1e-8, -1e-3, -50.0])
 def test_long_sequences_keep_their_tail(rate):
-    """At every decay, 100,000 steps in float32 stay as close to the double recurrence as 64 do."""
+    """For every decay, 100,000 steps in float32 are as close to the recurrence in double as 64 steps."""
     length = 100_000
     u = torch.randn(1, length, 1)
     log_decay, weight = torch.tensor([[complex(rate, 0.3)]]), torch.ones(1, 1, dtype=torch.complex64)
@@ -174,8 +174,9 @@ def test_no_buffer_of_modes_times_length():
     u = torch.randn(1, length, channels)
     log_decay = torch.complex(-torch.rand(channels, modes), torch.randn(channels, modes))
     with LargestTensor() as mode:
-        y, state = ops.torch.ssm.ssm_scan(u, log_decay, log_decay, None, None, None, False)
-        ops.torch.ssm.ssm_scan_backward(y, state, u, log_decay, log_decay, None, None, None, False, True, True)
+        arguments = (u, log_decay, log_decay, None, None, None, None, False)
+        y, state = torch.ops.longvq_torch.ssm_scan(*arguments)
+        torch.ops.longvq_torch.ssm_scan_backward(y, state, *arguments, True, True)
     assert mode.bytes <= 4 * u.numel() * 4  # bytes: four times the input, not `modes` times
 
 

@@ -1,4 +1,4 @@
-"""How the compiled scan behaves whatever the values: threads, rows, bad numbers, autograd, memory, bad calls."""
+"""The compiled scan apart from its values: threads, rows, NaN and infinity, autograd, memory, wrong calls."""
 
 import subprocess
 import sys
@@ -39,7 +39,7 @@ def test_threads_and_repetition_change_nothing(batch, channels, complex_modes):
 
 @pytest.mark.parametrize("inner", [1, 2])
 def test_several_python_threads_at_once(inner):
-    """Each on its own inputs and then all on the same; autograd's backward runs in the calling thread on the CPU."""
+    """Each thread with its own inputs, then all with the same. On the CPU, autograd runs in the calling thread."""
     cases = [drawn(3, 300, 20, 1 + i, bool(i % 2)) for i in range(4)]
     wrong = []
     with threads(inner):
@@ -88,7 +88,7 @@ def test_a_channel_gets_the_same_alone_as_among_others():
             assert torch.equal(value, whole[name].narrow(axes[name], channel, 1)), name
 
 
-# In the first chunk, at the ends of chunks, in a later tile and segment, in the unfinished chunk at the end.
+# Positions in the first chunk, at ends of chunks, in a later tile and segment, in the unfinished last chunk.
 BAD_TIMES = [0, 5, 31, 32, 62, 390, 640, 644]
 
 
@@ -97,7 +97,7 @@ BAD_TIMES = [0, 5, 31, 32, 62, 390, 640, 644]
 @pytest.mark.parametrize("complex_modes", [False, True])
 @pytest.mark.parametrize("reverse", [False, True])
 def test_a_number_that_is_not_finite_stays_in_its_channel_and_in_its_future(bad, modes, complex_modes, reverse):
-    """Outputs before it, and all of the other channels and rows, don't change by a bit."""
+    """Earlier outputs, and all other channels and rows, do not change by a single bit."""
     case = drawn(2, 645, 5, modes, complex_modes, reverse=reverse)
     case.options["key_padding_mask"] = None
     clean = results(case)
@@ -108,7 +108,7 @@ def test_a_number_that_is_not_finite_stays_in_its_channel_and_in_its_future(bad,
         case.grad_y[1, t, 2] = bad
         actual = results(case)
         assert not actual["y"][1, t, 2].isfinite() and not actual["u"][1, t, 2].isfinite()
-        # Forward may change from t on, the adjoint up to t.
+        # The forward may change from t on, the adjoint up to t.
         after, before = (slice(t, None), slice(None, t + 1)) if not reverse else (slice(None, t + 1), slice(t, None))
         actual["y"][1, after, 2], actual["u"][1, before, 2] = clean["y"][1, after, 2], clean["u"][1, before, 2]
         for name in ("state", "initial_state"):
@@ -131,7 +131,7 @@ def test_masked_numbers_vanish_whatever_they_are(dtype):
 @pytest.mark.parametrize("complex_modes", [False, True])
 @pytest.mark.parametrize("size", [1e30, 1e-30])
 def test_large_and_small_numbers(complex_modes, size):
-    """Where the result fits float32, nothing on the way overflows, and what is small is not lost."""
+    """If the result fits into float32, no intermediate number overflows, and small terms are not lost."""
     case = drawn(2, 400, 18, 3, complex_modes)
     case.arguments["u"] *= size
     case.arguments["initial_state"] *= size
@@ -154,7 +154,7 @@ def test_each_output_alone_gives_its_gradient(complex_modes, reverse):
     parts.append(torch.autograd.grad(state, inputs, case.grad_state, **options))
     for name, total, first, second in zip(leaves, both, *parts, strict=True):
         assert (total - first - second).abs().max() <= 1e-5 * (1 + total.abs().max()), name
-    # A state that nothing asked for, and the expanded gradient of a sum.
+    # The unused state, and the expanded gradient of a sum.
     alone = ops.ssm_scan(**leaves, **case.options, backend="native")
     for a, b in zip(
         torch.autograd.grad(alone.sum(), inputs), torch.autograd.grad(y, inputs, torch.ones_like(y)), strict=True
@@ -173,7 +173,7 @@ def test_used_twice_gradients_add_up():
 
 
 def test_parameters_without_gradients():
-    """As in fine-tuning: what needs no gradient gets none, the rest stays the same."""
+    """As in fine-tuning: arguments without requires_grad get no gradient, the other gradients do not change."""
     case = drawn(2, 70, 5, 3)
     expected = results(case)["u"]
     leaves = {n: x.requires_grad_(n == "u") for n, x in case.leaves().items()}
@@ -201,7 +201,7 @@ def test_compiles_without_graph_breaks(complex_modes):
 
 
 def test_the_operators_that_opcheck_sees_are_the_compiled_ones():
-    """test_scan.py checks torch.ops.longvq.*: these must not be the PyTorch defaults."""
+    """test_scan.py checks torch.ops.longvq.*, so these must be the compiled kernels, not the PyTorch defaults."""
     for name in ("ssm_scan", "ssm_scan_backward", "ssm_step"):
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"longvq::{name}", "CPU")
         assert not torch._C._dispatch_has_kernel_for_dispatch_key(f"longvq_torch::{name}", "CPU")
@@ -215,7 +215,7 @@ def test_no_tensor_but_the_results_is_made():
         gradients = torch.autograd.grad(outputs, list(leaves.values()), (case.grad_y, case.grad_state))
     allocated = sum(max(0, event.self_cpu_memory_usage) for event in profile.events())
     results = sum(x.numel() * x.element_size() for x in (*outputs, *gradients))
-    # Checking that log_decay ≤ 0 makes one of its size, and a bool.
+    # The check that log_decay ≤ 0 makes a tensor of its size.
     assert results <= allocated <= results + 2 * leaves["log_decay"].numel() * 8, (allocated, results)
 
 
@@ -239,7 +239,7 @@ print(peak() - before - results)
 
 @pytest.mark.slow
 def test_scratch_memory_does_not_grow_with_the_length():
-    """Nothing of modes times length, nor of the length: a segment of chunks for each thread."""
+    """No buffer of modes times length, nor of the length: one segment of chunks for each thread."""
     done = subprocess.run([sys.executable, "-c", _PEAK], capture_output=True, text=True, check=True)
     assert int(done.stdout) < 16 * 2**20  # bytes; y alone has 64 MB
 

@@ -26,14 +26,15 @@ def test_half_types_are_computed_in_float32_and_rounded_once(dtype, data):
     assert_as_good_as_plain_float32(data.draw(native_scan_cases(dtype)))
 
 
-# Segments are 12 chunks with AVX-512, else 18, in tiles of 4 or 6 chunks: at their ends for chunks of 32 and 64 steps.
+# A segment has 12 chunks with AVX-512, else 18, in tiles of 4 or 6: lengths around their ends, for chunks of 32 and 64
+# steps.
 ENDS = [128, 192, 256, 384, 576, 768, 1152]
 
 
 @pytest.mark.parametrize("length", [end + more for end in ENDS for more in (-1, 0, 1)] + [1100])
 @pytest.mark.parametrize("complex_modes", [False, True])
 def test_at_the_ends_of_segments(length, complex_modes):
-    """With the double precision PyTorch backend for an oracle, which test_scan.py holds against the recurrence."""
+    """The oracle is the PyTorch backend in double precision, which test_scan.py compares with the recurrence."""
     dtype = (torch.float32, torch.bfloat16, torch.float16)[length % 3]
     case = drawn(2, length, 3, 3, complex_modes, dtype, reverse=length % 2 == 0)
     assert_as_good_as_plain_float32(case, oracle="torch")
@@ -48,7 +49,7 @@ def test_many_modes(channels, modes, complex_modes):
 
 @pytest.mark.parametrize("complex_modes", [False, True])
 def test_many_rows(complex_modes):
-    """More rows than blocks of rows, so that a block has several and the last one fewer."""
+    """More rows than blocks of rows, so that a block has several rows and the last block fewer."""
     assert_as_good_as_plain_float32(drawn(71, 40, 17, 2, complex_modes), oracle="torch")
 
 
@@ -82,7 +83,7 @@ def test_decays_that_leave_nothing(gone, complex_modes):
 
 
 def test_without_decay_the_state_is_a_sum():
-    """Small integers: every result is exact, over more steps than a segment has."""
+    """Small integers, with exact results, over more steps than a segment has."""
     u = torch.randint(-3, 4, (2, 1500, 17)).float()
     y, state = ops.ssm_scan(u, torch.zeros(17, 3), torch.ones(17, 3), return_state=True, backend="native")
     assert torch.equal(y, 3 * u.cumsum(1)) and torch.equal(state, u.sum(1)[..., None].expand(2, 17, 3))
@@ -100,7 +101,7 @@ def test_is_a_convolution_with_its_kernel(length, complex_modes):
 
 
 def one_mode(u: Tensor, log_decay: complex) -> tuple[list[complex], complex]:
-    """States of one mode over (L,) inputs in Python's double precision, one step after the other."""
+    """The states of one mode for inputs (L,), step by step in Python floats."""
     decay, x, states = complex(torch.tensor(log_decay, dtype=torch.complex128).exp()), 0j, []
     for value in u.tolist():
         x = decay * x + value
@@ -117,14 +118,15 @@ def slow_and_fast(complex_modes: bool) -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize("complex_modes", [False, True])
 def test_a_million_steps(complex_modes):
-    """Without drift: inputs with a mean add up to states that a float32 carry would lose the ends of."""
+    """No drift: inputs with a mean give large states, whose last digits float32 would lose."""
     u = torch.rand(1, 1_000_000, 2)
     log_decay, weight = slow_and_fast(complex_modes)
     y, state = ops.ssm_scan(u, log_decay, weight, return_state=True, backend="native")
     wide = [x.to(torch.complex128 if complex_modes else torch.float64) for x in (log_decay, weight)]
     exact_y, exact_state = ops.ssm_scan(u.double(), *wide, return_state=True, backend="torch")
     assert ((state - exact_state).abs() <= 5e-7 * exact_state.abs()).all()
-    # Sums over modes can cancel: errors are relative to the terms. The slow modes count late: the end by itself.
+    # Sums over modes can cancel, so errors are relative to the terms. Slow modes matter late, so the end is checked
+    # separately.
     terms = ops.ssm_scan(u.double(), wide[0].real, wide[1].abs(), backend="torch")
     for part in (slice(None), slice(-1000, None)):
         error, size = (y - exact_y)[:, part].abs().amax(1), terms[:, part].amax(1)
@@ -148,8 +150,8 @@ def test_gradients_over_a_hundred_thousand_steps(complex_modes):
     actual, exact = run(case.leaves(), "native", case), run(case.plain_leaves(torch.float64), "torch", case)
     sizes = in_absolute_values(case)
     for name, value in actual.items():
-        # Each mode by itself: the gradient of a slow one is 1e10 times that of a fast one. Sums and states over chunks
-        # are kept in double: hardly more than the rounding of the result remains.
+        # Each mode separately: the gradient of a slow mode is 1e10 times that of a fast one. Sums and states over
+        # chunks are in double, so the error is little more than the rounding of the result.
         series = name in ("y", "u")
         error = (value - exact[name]).abs() / (sizes[name].amax() if series else sizes[name])
         assert (error <= (1e-6 if series else 1.5e-7)).all(), f"{name}: {error.max():.2g}"
@@ -157,7 +159,7 @@ def test_gradients_over_a_hundred_thousand_steps(complex_modes):
 
 @pytest.mark.parametrize("length", [1, 32, 33, 64, 100])
 def test_powers_of_the_decay_are_exact_to_rounding(length):
-    """A state alone, without inputs, is decay^length; also of decays that nothing else shows and of huge angles."""
+    """Without inputs a state becomes decay^length; also for very small decays and huge angles."""
     real = torch.tensor([-1e-8, -1e-4, -0.1, -0.8, -5.0, -30.0, -60.0, -65.0])
     angle = torch.tensor([0.0, 1e-6, 0.5, 1.5707964, 3.1415927, -4.0, 7e3, -9.9e4, 1.1e5, 1e6, -1e10, 3e38])
     log_decay = torch.complex(*torch.meshgrid(real, angle, indexing="ij")).reshape(1, -1)
@@ -165,15 +167,15 @@ def test_powers_of_the_decay_are_exact_to_rounding(length):
         start = torch.ones(1, *rate.shape, dtype=rate.dtype)
         options = {"initial_state": start, "return_state": True, "backend": "native"}
         y, state = ops.ssm_scan(torch.zeros(1, length, 1), rate, torch.ones_like(rate), **options)
-        # Python's own sine and cosine: those of torch need not be exact for huge angles.
+        # Python's sine and cosine, because those of torch may be inexact for huge angles.
         exact = torch.tensor([cmath.exp(complex(r)) ** length for r in rate[0].tolist()], dtype=torch.complex128)
-        normal = exact.abs() > 1e-30  # of smaller ones a part may count as 0
+        normal = exact.abs() > 1e-30  # smaller numbers may have a part that became 0
         assert ((state[0, 0] - exact).abs() <= 1.2e-7 * exact.abs())[normal].all()
         assert (y[0, -1, 0].double() - exact.real.sum()).abs() <= 1e-6 * exact.abs().sum()
 
 
 def test_subnormal_numbers_are_as_before_after_a_call():
-    """The kernel lets them become 0 for its own time only, in the calling thread and in the others."""
+    """The kernel flushes them to 0 only while it runs, in the calling thread and in the other threads."""
     case = drawn(4, 100, 64, 2)
     with threads(2):
         run(case.leaves(), "native", case)
@@ -187,16 +189,16 @@ PATTERNS = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(4096, 1, 16)
 @pytest.mark.parametrize("step", [False, True])
 @pytest.mark.parametrize("weight", [1.0, 1 + 2**-8, 1 - 2**-9, 1 + 2**-11, 1 + 2**-12 + 2**-20, 3.0, 2.0**-12, 40000.0])
 def test_every_half_number_is_read_and_rounded_as_torch_does(dtype, step, weight):
-    """One step, y = weight u: exact in float32 but for the last weights, then rounded once."""
+    """One step, y = weight u: exact in float32 except for the last weights, then rounded once."""
     u, weights = PATTERNS.view(dtype), torch.full((16, 1), weight)
     if step:
         y, state = ops.ssm_step(u[:, 0], 0 * weights, weights, torch.zeros(4096, 16, 1), backend="native")
         y = y[:, None]
     else:
-        # -inf: a decay of 0
+        # log_decay -inf is a decay of 0
         y, state = ops.ssm_scan(u, -torch.inf * weights, weights, return_state=True, backend="native")
     expected = u.float() * weights[:, 0]
-    # float32 results that are too small for a normal number may become 0; float16 has none of these.
+    # Subnormal float32 results may become 0; float16 results are never subnormal in float32.
     tiny = torch.finfo(torch.float32).tiny
     kept = (expected == 0) | (expected.abs() >= tiny)
     assert kept.logical_or(expected.isnan()).all() or dtype == torch.bfloat16
@@ -209,7 +211,7 @@ def test_every_half_number_is_read_and_rounded_as_torch_does(dtype, step, weight
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_no_nan_is_rounded_to_a_number(dtype):
-    """All bits of its fraction set, so that rounding by addition would carry into the sign."""
+    """All bits of the fraction are set, so that rounding by addition would carry into the sign."""
     weight = torch.full((16, 1), 2**31 - 1, dtype=torch.int32).view(torch.float32)
     for sign in (1, -1):
         y = ops.ssm_scan(torch.ones(2, 40, 16, dtype=dtype), -torch.ones(16, 1), sign * weight, backend="native")

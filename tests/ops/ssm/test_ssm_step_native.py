@@ -1,4 +1,4 @@
-"""The compiled step: against the float64 definition, against the compiled scan, and what it refuses."""
+"""The compiled step: against the definition in float64, against the compiled scan, and wrong calls."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ from tests.strategies import any_layout, in_precision
 
 @st.composite
 def step_calls(draw):
-    """Modes around the numbers that fill the lanes of each instruction set, in every layout."""
+    """Numbers of modes around the lanes of each instruction set, in every layout."""
     torch.manual_seed(draw(st.integers(0, 2**16)))
     dtype = draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float16]))
     family = draw(st.sampled_from([torch.complex64, torch.float32]))
@@ -41,7 +41,7 @@ def test_equals_the_definition(call):
     assert actual[0].dtype == call["u"].dtype and actual[1].dtype == call["state"].dtype
     assert actual[0].shape == y.shape and actual[1].shape == state.shape
     assert ((actual[1] - state).abs() <= 4e-7 * (1 + state.abs())).all()
-    # One rounding of the result, half a unit in the last place, and those of a sum in float32.
+    # One rounding of the result, half a unit in the last place, and the roundings of a sum in float32.
     error = (actual[0].double() - y).abs() - y.abs() * torch.finfo(actual[0].dtype).eps / 2
     assert (error <= 5e-7 * sizes + (6e-8 if actual[0].dtype == torch.float16 else 0)).all()
 
@@ -56,7 +56,7 @@ def test_steps_equal_the_scan(dtype, modes, complex_modes):
     )
     decay, buffer = log_decay.exp(), state.new_zeros(3, 18, modes + 1)
     buffer[:, 1:, 1:] = state
-    state = buffer[:, 1:, 1:]  # a part of the memory of a model
+    state = buffer[:, 1:, 1:]  # a view into a larger buffer, as in a model
     outputs = []
     for t in range(80):
         before = state.clone()

@@ -1,4 +1,4 @@
-"""The arguments of the bare operators of `torch.ops`, which tests call past the checks of the public functions."""
+"""Arguments of the operators in `torch.ops`, which tests call without the checks of the public functions."""
 
 from typing import Any
 

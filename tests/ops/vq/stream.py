@@ -1,4 +1,4 @@
-"""What the tests of streaming attention share: calls cut into pieces, and the one call that they must equal."""
+"""Cases for the tests of streaming attention: sequences cut into pieces, and the one call that they must equal."""
 
 from dataclasses import dataclass
 from itertools import pairwise
@@ -13,7 +13,7 @@ from tests.strategies import LAYOUTS, layout
 
 @dataclass
 class StreamCase:
-    """Batched sequences in float64, padding anywhere, and where they are cut."""
+    """Batched sequences in float64 with padding at any positions, and the cuts between pieces."""
 
     q: Tensor
     k: Tensor
@@ -58,12 +58,12 @@ class StreamCase:
         return [slice(a, b) for a, b in pairwise(ends)]
 
     def pieces(self, backend: str, dtype: torch.dtype = torch.float64, **options) -> tuple[Tensor, object]:
-        """All pieces after each other, and the state at the end."""
+        """The outputs of all pieces, concatenated, and the final state."""
         state = self.state(torch.promote_types(dtype, torch.float32))
         return torch.cat([self.step(state, part, backend, dtype, **options) for part in self.parts()], 2), state
 
     def at_once(self, dtype: torch.dtype = torch.float64, backend: str = "reference") -> Tensor:
-        """`vq_attention` of each row's unmasked tokens alone, zeros at the others."""
+        """`vq_attention` of the unmasked tokens of each row; zeros for masked tokens."""
         out = self.v.new_zeros(*self.q.shape[:3], self.v.shape[3], dtype=dtype)
         for row in range(self.q.shape[0]):
             mine = slice(None) if self.mask is None else (~self.mask[row]).nonzero().squeeze(1)
@@ -88,17 +88,17 @@ class StreamCase:
 
 
 def in_dtype(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """``x`` in another dtype with the strides that it has."""
+    """``x`` in another dtype with the same strides."""
     return torch.empty_strided(x.shape, x.stride(), dtype=dtype).copy_(x)
 
 
 @st.composite
 def stream_cases(draw, max_length: int = 90, dtype: torch.dtype = torch.float64) -> StreamCase:
-    """Any valid sequence of calls; numbers that ``dtype`` holds exactly."""
+    """Any valid sequence of calls, with numbers that ``dtype`` represents exactly."""
     torch.manual_seed(draw(st.integers(0, 2**16)))
     batch, kv_heads, group = draw(st.integers(0, 3)), draw(st.integers(1, 2)), draw(st.sampled_from([1, 2, 3, 9]))
     length = draw(st.one_of(st.sampled_from([0, 1, 2, 17]), st.integers(0, max_length)))
-    width, value_width = draw(st.sampled_from([1, 3, 8, 16, 20])), draw(st.sampled_from([1, 5, 8, 33]))
+    head_dim, value_dim = draw(st.sampled_from([1, 3, 8, 16, 20])), draw(st.sampled_from([1, 5, 8, 33]))
     num_codes = draw(st.sampled_from([1, 2, 7, 32, 65]))
     window = draw(st.one_of(st.sampled_from([0, 1, 2, 3, 16]), st.integers(0, max_length + 10)))
     real = {"dtype": torch.float64}
@@ -107,9 +107,9 @@ def stream_cases(draw, max_length: int = 90, dtype: torch.dtype = torch.float64)
         x = (torch.randn(*shape, **real) * factor).to(dtype).double()
         return layout(x, draw(st.sampled_from(LAYOUTS if x.dim() > 2 else ("contiguous", "sliced"))))
 
-    q = drawn(batch, kv_heads * group, length, width, factor=draw(st.sampled_from([1.0, 1.0, 1e-3, 30.0])))
-    k, v = drawn(batch, kv_heads, length, width), drawn(batch, kv_heads, length, value_width)
-    codebook = drawn(kv_heads, num_codes, width)
+    q = drawn(batch, kv_heads * group, length, head_dim, factor=draw(st.sampled_from([1.0, 1.0, 1e-3, 30.0])))
+    k, v = drawn(batch, kv_heads, length, head_dim), drawn(batch, kv_heads, length, value_dim)
+    codebook = drawn(kv_heads, num_codes, head_dim)
     special = draw(st.sampled_from(["none", "none", "equal codes", "unused codes"]))
     if special == "equal codes":
         codebook[:] = codebook[:, :1].clone()

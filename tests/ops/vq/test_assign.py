@@ -1,4 +1,4 @@
-"""vq_assign: backends against brute force, ties, hostile values."""
+"""vq_assign: backends against brute force, ties, extreme values."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ BACKENDS = ["reference", "torch", "auto"]
 
 
 def assert_nearest(codes, k, codebook):
-    """Each code's distance is the least one, to rounding of the precision used."""
+    """The distance to each chosen codeword is the smallest one, up to rounding."""
     distance = (k.double().unsqueeze(3) - codebook.double()[:, None]).square().sum(-1)
     chosen = distance.gather(-1, codes.unsqueeze(-1)).squeeze(-1)
     size = k.double().square().sum(-1) + codebook.double().square().sum(-1).amax()
@@ -25,10 +25,10 @@ def assert_nearest(codes, k, codebook):
 def test_finds_a_nearest_codeword(backend, data):
     torch.manual_seed(data.draw(st.integers(0, 999)))
     batch, heads, length = data.draw(st.integers(0, 2)), data.draw(st.integers(1, 3)), data.draw(st.integers(0, 70))
-    codes, width = data.draw(st.sampled_from([1, 2, 31, 100])), data.draw(st.sampled_from([1, 3, 16, 33]))
+    codes, head_dim = data.draw(st.sampled_from([1, 2, 31, 100])), data.draw(st.sampled_from([1, 3, 16, 33]))
     dtype = data.draw(st.sampled_from([torch.float32, torch.float64, torch.bfloat16, torch.float16]))
-    k = layout(torch.randn(batch, heads, length, width).to(dtype), data.draw(st.sampled_from(LAYOUTS)))
-    codebook = torch.randn(heads, codes, width)
+    k = layout(torch.randn(batch, heads, length, head_dim).to(dtype), data.draw(st.sampled_from(LAYOUTS)))
+    codebook = torch.randn(heads, codes, head_dim)
     result = ops.vq_assign(k, codebook, backend=backend)
     assert result.dtype == torch.int64 and result.shape == k.shape[:3]
     assert_nearest(result, k, codebook)
@@ -39,7 +39,7 @@ def test_ties_go_to_the_lowest_code(backend):
     codebook = torch.randn(2, 8, 5).repeat(1, 3, 1)  # every codeword three times
     k = torch.randn(2, 2, 40, 5)
     assert (ops.vq_assign(k, codebook, backend=backend) < 8).all()
-    for copies in (2, 3, 5, 7, 9, 17, 33, 100):  # a matrix product may round the same column differently elsewhere
+    for copies in (2, 3, 5, 7, 9, 17, 33, 100):  # a matrix product may round equal columns differently
         for dtype in (torch.float32, torch.float64) if backend != "native" else (torch.float32,):
             codebook = torch.randn(2, 1, 5, dtype=dtype).expand(2, copies, 5)
             assert (ops.vq_assign(k.to(dtype), codebook, backend=backend) == 0).all(), copies
@@ -80,9 +80,9 @@ def test_no_gradient_and_not_affected_by_autocast():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 def test_opcheck(namespace, dtype):
     if namespace == "longvq" and dtype == torch.float64:
-        return  # Python never routes float64 there
+        return  # Python never calls the kernel with float64
     op = getattr(torch.ops, namespace).vq_assign.default
-    for length in (7, 20):  # few keys and more
+    for length in (7, 20):  # the kernels for few and for many keys
         k, codebook = torch.randn(2, 3, length, 5, dtype=dtype), torch.randn(3, 4, 5, dtype=dtype)
         torch.library.opcheck(op, (k, codebook))
 

@@ -14,7 +14,7 @@ from longvq_layers import _extension, ops
 
 CAPABILITIES = ("default", "avx2", "avx512")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# Rows a head on both sides of where another kernel takes over (16), and every way to make up so few keys from groups.
+# Numbers of keys per head around 16, the limit between the two kernels, and all group sizes below it.
 FEW_AND_MORE = (1, 2, 3, 4, 5, 6, 7, 8, 15, 16, 17, 18, 40)
 
 
@@ -23,12 +23,12 @@ def native(k: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
 
 
 def squared_distances(k: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
-    """(B, H, L, S) in float64, straight from the definition."""
+    """Squared distances (B, H, L, S) in float64, by the definition."""
     return (k.double().unsqueeze(-2) - codebook.double()[None, :, None]).square().sum(-1)
 
 
 def assert_nearest(codes: torch.Tensor, k: torch.Tensor, codebook: torch.Tensor) -> None:
-    """The chosen code is as near as the nearest one, up to the rounding of two float32 scores.
+    """The chosen codeword is as near as the nearest codeword, up to the rounding of two float32 scores.
 
     A score k.C - |C|^2/2 is a chain of D multiply-adds on a start value: its error is at most about
     (D + 2) eps (|k||C| + |C|^2/2). Distances differ by twice the scores, and two scores were compared.
@@ -47,13 +47,13 @@ def assert_nearest(codes: torch.Tensor, k: torch.Tensor, codebook: torch.Tensor)
 
 @st.composite
 def problems(draw: st.DrawFn) -> tuple[torch.Tensor, torch.Tensor]:
-    """Keys and codebooks of any small shape and type, in every memory layout that a view can give them."""
+    """Keys and codebooks of any small shape and dtype, in every memory layout that views can have."""
     b, h, length = draw(st.integers(0, 3)), draw(st.integers(1, 3)), draw(st.integers(0, 130) | st.integers(0, 9))
-    codes, width = draw(st.integers(1, 150)), draw(st.integers(1, 70))
+    codes, head_dim = draw(st.integers(1, 150)), draw(st.integers(1, 70))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
     scale = draw(st.sampled_from([1.0, 1e-3, 1e3]))
-    k = _laid_out(draw, (b, h, length, width), 1.0, generator)
-    return k, _laid_out(draw, (h, codes, width), scale, generator)
+    k = _laid_out(draw, (b, h, length, head_dim), 1.0, generator)
+    return k, _laid_out(draw, (h, codes, head_dim), scale, generator)
 
 
 def _laid_out(draw: st.DrawFn, shape: tuple[int, ...], scale: float, generator: torch.Generator) -> torch.Tensor:
@@ -82,7 +82,7 @@ def test_finds_a_nearest_code_in_any_layout_and_type(problem):
     k, codebook = problem
     codes = native(k, codebook)
     assert_nearest(codes, k, codebook)
-    # Half types are exact in float32, and nothing else is computed with them.
+    # Half precision is converted to float32 without error, and all arithmetic is in float32.
     assert torch.equal(codes, native(k.float(), codebook.float()))
 
 
@@ -105,12 +105,12 @@ def test_exact_ties_go_to_the_lowest_code(problem, data):
 
 
 @pytest.mark.parametrize("codes", [1, 2, 3, 4, 5, 15, 16, 17, 63, 64, 65, 130])
-@pytest.mark.parametrize("width", [33, 64])
-def test_identical_codewords_give_the_first(codes, width):
+@pytest.mark.parametrize("head_dim", [33, 64])
+def test_identical_codewords_give_the_first(codes, head_dim):
     torch.manual_seed(codes)
-    codebook = torch.randn(3, 1, width).expand(3, codes, width)
+    codebook = torch.randn(3, 1, head_dim).expand(3, codes, head_dim)
     for rows in FEW_AND_MORE:
-        k = torch.randn(1, 3, rows, width)
+        k = torch.randn(1, 3, rows, head_dim)
         assert native(k, codebook).eq(0).all()
         assert native(k, codebook.contiguous()).eq(0).all()
 
@@ -118,8 +118,8 @@ def test_identical_codewords_give_the_first(codes, width):
 @pytest.mark.parametrize("rows", FEW_AND_MORE)
 def test_a_few_keys_get_a_nearest_code(rows):
     torch.manual_seed(rows)
-    for codes, width in [(1, 8), (6, 64), (97, 40), (512, 64), (30, 1)]:
-        k, codebook = torch.randn(1, 2, rows, width), torch.randn(2, codes, width)
+    for codes, head_dim in [(1, 8), (6, 64), (97, 40), (512, 64), (30, 1)]:
+        k, codebook = torch.randn(1, 2, rows, head_dim), torch.randn(2, codes, head_dim)
         codes = native(k, codebook)
         assert_nearest(codes, k, codebook)
         assert torch.equal(native(k.permute(2, 1, 0, 3), codebook), codes.permute(2, 1, 0))  # rows along the batch
@@ -160,22 +160,22 @@ def test_overflowing_scores_stay_in_range():
 
 
 @pytest.mark.parametrize(
-    ("length", "codes", "width"), [(1, 1, 1), (129, 151, 64), (150, 512, 128), (37, 48, 257), (11, 2, 1000)]
+    ("length", "codes", "head_dim"), [(1, 1, 1), (129, 151, 64), (150, 512, 128), (37, 48, 257), (11, 2, 1000)]
 )
-def test_odd_sizes(length, codes, width):
+def test_odd_sizes(length, codes, head_dim):
     torch.manual_seed(0)
-    k, codebook = torch.randn(1, 2, length, width), torch.randn(2, codes, width)
+    k, codebook = torch.randn(1, 2, length, head_dim), torch.randn(2, codes, head_dim)
     assert_nearest(native(k, codebook), k, codebook)
 
 
 @pytest.mark.parametrize("sizes", [(1, 2, 3, 4, 7, 8, 16), (17, 18, 40, 101)])
 def test_company_does_not_change_a_code(sizes):
-    """Of few keys or of many, blocks, remainders and batch size don't change a single result, not even of near ties."""
+    """The number of keys, blocks, remainders and the batch size don't change any code, not even of near ties."""
     torch.manual_seed(0)
     k, codebook = torch.randn(2, 101, 24).bfloat16().float(), torch.randn(2, 90, 24)
     codebook[:, 45:] = codebook[:, :45] * (1 + 1e-7)
     results = []
-    for size in sizes:  # every key among `size`, the last ones together with their predecessors
+    for size in sizes:  # every key in a call with `size` keys, the last keys together with the keys before them
         codes = torch.empty(2, 101, dtype=torch.int64)
         for start in range(0, 101, size):
             part = slice(min(start, 101 - size), min(start, 101 - size) + size)
@@ -227,9 +227,9 @@ def test_several_python_threads_at_once():
         (torch.zeros(1, 1, 2, 3), torch.zeros(2, 2, 3), "codebook must be .*, got \\(2, 2, 3\\)"),
         (torch.zeros(1, 1, 2, 3), torch.zeros(1, 2, 4), "codebook must be .*, got \\(1, 2, 4\\)"),
         (torch.zeros(1, 1, 2, 3), torch.zeros(1, 0, 3), "at least one code"),
-        (torch.zeros(1, 1, 2, 3).double(), torch.zeros(1, 2, 3), "takes float32, bfloat16 or float16"),
-        (torch.zeros(1, 1, 2, 3), torch.zeros(1, 2, 3).double(), "takes float32, bfloat16 or float16"),
-        (torch.zeros(1, 1, 2, 3), torch.zeros(1, 2, 3).long(), "takes float32, bfloat16 or float16"),
+        (torch.zeros(1, 1, 2, 3).double(), torch.zeros(1, 2, 3), "must be float32, bfloat16 or float16"),
+        (torch.zeros(1, 1, 2, 3), torch.zeros(1, 2, 3).double(), "must be float32, bfloat16 or float16"),
+        (torch.zeros(1, 1, 2, 3), torch.zeros(1, 2, 3).long(), "must be float32, bfloat16 or float16"),
     ],
 )
 def test_the_kernel_itself_refuses_what_would_read_out_of_bounds(k, codebook, message):
@@ -249,7 +249,7 @@ torch.save((_extension.cpu_capability(), [ops.vq_assign(k, c, backend="native") 
 
 @pytest.mark.slow
 def test_every_instruction_set_finds_a_nearest_code(tmp_path):
-    """Variants may differ from each other only where both answers are nearest up to rounding."""
+    """Instruction sets may give different codes only where both codewords are nearest up to rounding."""
     torch.manual_seed(0)
     shapes = [(1, 1, 1, 1, 1), (2, 3, 77, 130, 33), (1, 2, 300, 512, 64), (1, 1, 9, 31, 300), (1, 2, 7, 130, 64)]
     problems = [(torch.randn(b, h, n, d), torch.randn(h, s, d)) for b, h, n, s, d in shapes]

@@ -13,7 +13,7 @@ from tests.tolerances import assert_close
 
 
 def run(case, backend, dtype=torch.float64, codes=None):
-    """Output and gradients of a fixed random objective."""
+    """The output, and the gradients of a fixed random objective."""
     leaves = case.tensors(dtype)
     options = dict(case.options)
     if "bias" in leaves:
@@ -37,7 +37,7 @@ def test_torch_equals_reference_with_gradients(case):
 @given(attention_cases(max_length=90))
 @settings(max_examples=30)
 def test_auto_equals_reference_in_float32(case):
-    # Assignments are fixed: near a tie the two precisions may choose differently, and both are right.
+    # Codes are given: near a tie the two precisions may choose different codes, and both are right.
     codes = ops.vq_assign(case.k, case.codebook, backend="reference")
     case.codebook = case.codebook.float()
     expected, actual = run(case, "reference", codes=codes), run(case, "auto", torch.float32, codes=codes)
@@ -59,7 +59,7 @@ def test_half_precision_error_is_at_most_twice_the_plain_computation(dtype, caus
     codes = ops.vq_assign(k, codebook)
     options = dict(causal=causal, window=16, codes=codes)
     exact = ops.vq_attention(*(x.double() for x in (q, k, v)), codebook.double(), backend="reference", **options)
-    # The plain computation of this dtype: the same dense attention, by PyTorch's own kernel.
+    # The same dense attention in this dtype by PyTorch's own kernel.
     i = torch.arange(300)[:, None] - torch.arange(300)[None, :]
     near = ((i >= 0) if causal else (i.abs() >= 0)) if causal else torch.ones_like(i, dtype=torch.bool)
     k_hat = torch.stack([codebook.to(dtype)[h][codes[:, h]] for h in range(4)], 1)
@@ -198,7 +198,7 @@ def test_compiles_without_graph_breaks_and_gives_the_same_values():
 
 
 def test_memory_is_linear_in_the_length():
-    """No tensor of either pass has more elements than a fixed multiple of L."""
+    """In forward and backward, no tensor has more elements than a fixed multiple of L."""
 
     def largest(length, causal):
         q, k, v = (torch.randn(1, 1, length, 8) for _ in range(3))
@@ -221,7 +221,7 @@ BAD = {
     "integer q": (dict(q=torch.zeros(1, 2, 5, 8, dtype=torch.int64)), TypeError, "q must be a real floating-point"),
     "dtype of v": (dict(v=torch.zeros(1, 2, 5, 8).half()), TypeError, "v must have the dtype of q"),
     "heads": (dict(q=torch.zeros(1, 3, 5, 8)), ValueError, "must be a multiple"),
-    "width of k": (dict(k=torch.zeros(1, 2, 5, 7)), ValueError, "k must have shape"),
+    "head_dim of k": (dict(k=torch.zeros(1, 2, 5, 7)), ValueError, "k must have shape"),
     "length of v": (dict(v=torch.zeros(1, 2, 6, 8)), ValueError, "v must have shape"),
     "codebook shape": (dict(codebook=torch.zeros(2, 4, 7)), ValueError, "codebook must have shape"),
     "no codes": (dict(codebook=torch.zeros(2, 0, 8)), ValueError, "at least one code"),

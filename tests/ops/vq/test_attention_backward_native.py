@@ -1,4 +1,4 @@
-"""The compiled backward of the attention, half types, and what must not depend on how the work is cut."""
+"""The compiled backward of attention, half precision, and independence of how the work is split."""
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ def gradients(out, leaves, seed=1):
 
 
 def attend(leaves, codebook, options, codes, backend):
-    """Output and gradients of a random objective; the bias, if any, is a leaf."""
+    """The output, and the gradients of a random objective; the bias, if present, is a leaf."""
     options = {**options, "bias": leaves.get("bias")}
     out = ops.vq_attention(*(leaves[n] for n in "qkv"), codebook, **options, codes=codes, backend=backend)
     return {"out": out.detach(), **gradients(out, leaves)}
@@ -40,26 +40,26 @@ def test_half_types_with_gradients(case, dtype):
         assert value.dtype == dtype and value.isfinite().all(), name
         if value.numel():
             error, other = ((x.double() - exact[name]).abs().max() for x in (value, plain[name]))
-            # The gradients of the scores take the rounded output, so where they cancel the rounding of values remains.
+            # Gradients of scores use the rounded output, so rounding errors remain where these gradients cancel.
             size = exact[name].abs().max() + (leaves["q"].abs().max().double() if name == "k" else 1)
             assert error <= 2 * other + EPSILON[dtype] * size, (name, float(error), float(other))
 
 
-def drawn(causal, window, length=400, heads=4, kv_heads=2, width=16, exact=True):
-    q = torch.randn(1, heads, length, width)
-    k, v = torch.randn(1, kv_heads, length, width), torch.randn(1, kv_heads, length, width)
+def drawn(causal, window, length=400, heads=4, kv_heads=2, head_dim=16, exact=True):
+    q = torch.randn(1, heads, length, head_dim)
+    k, v = torch.randn(1, kv_heads, length, head_dim), torch.randn(1, kv_heads, length, head_dim)
     leaves = {"q": q, "k": k, "v": v}
     if window:
         leaves["bias"] = torch.randn(heads, window if causal else 2 * window - 1)
     options = {"causal": causal, "window": window, "local_keys": "exact" if exact else "quantized"}
-    return {name: x.requires_grad_() for name, x in leaves.items()}, torch.randn(kv_heads, 24, width), options
+    return {name: x.requires_grad_() for name, x in leaves.items()}, torch.randn(kv_heads, 24, head_dim), options
 
 
 @pytest.mark.parametrize("window", [0, 30])
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("shift", [1, 50, 72])
 def test_where_blocks_begin_changes_nothing(causal, window, shift):
-    """Ignored positions in front, which move every block, and behind."""
+    """Masked positions before the sequence, which shift every block, and after it."""
     leaves, codebook, options = drawn(causal, window)
     codes = ops.vq_assign(leaves["k"].detach(), codebook)
     alone = attend(leaves, codebook, options, codes, "native")
@@ -95,8 +95,8 @@ def test_where_blocks_begin_changes_nothing(causal, window, shift):
 @pytest.mark.parametrize("heads", [1, 2])
 @pytest.mark.parametrize("length", [800, 2000])
 def test_heads_in_several_parts(causal, window, heads, length):
-    """Long sequences of few heads, whose blocks are shared out; some keys and one whole block are masked."""
-    leaves, codebook, options = drawn(causal, window, length, heads=heads, kv_heads=1, width=8)
+    """Long sequences with few heads, whose blocks go to different threads; some keys and one whole block are masked."""
+    leaves, codebook, options = drawn(causal, window, length, heads=heads, kv_heads=1, head_dim=8)
     options["key_padding_mask"] = torch.rand(1, length) < 0.1
     options["key_padding_mask"][:, 288:360] = True
     codes = ops.vq_assign(leaves["k"].detach(), codebook)
@@ -152,7 +152,7 @@ def test_gradients_at_extremes(causal, window, special):
 
 def test_causal_jacobians_are_triangular_and_reach_the_past():
     length = 160  # three blocks
-    leaves, codebook, _ = drawn(True, 5, length, heads=1, kv_heads=1, width=4)
+    leaves, codebook, _ = drawn(True, 5, length, heads=1, kv_heads=1, head_dim=4)
     codes = ops.vq_assign(leaves["k"].detach(), codebook)
     q, k, v = (leaves[n] for n in "qkv")
     out = ops.vq_attention(q, k, v, codebook, causal=True, window=5, codes=codes, backend="native")

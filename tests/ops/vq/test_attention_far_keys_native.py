@@ -1,4 +1,4 @@
-"""vq_attention(far_q=, far_k=): other queries and keys outside the window, as rotary positions need them."""
+"""vq_attention(far_q=, far_k=): separate queries and keys for pairs outside the window, as rotary positions need."""
 
 import pytest
 import torch
@@ -15,18 +15,18 @@ LEAVES = ("q", "k", "v", "far_q", "far_k")
 
 @st.composite
 def far_cases(draw, **options) -> tuple[AttentionCase, torch.Tensor, torch.Tensor]:
-    """A case with exact keys and a codebook of another width, far_q and far_k."""
+    """A case with exact keys, far_q and far_k, and a codebook of their width."""
     case = draw(attention_cases(**options))
-    width = draw(st.sampled_from([1, 3, 8]))
+    head_dim = draw(st.sampled_from([1, 3, 8]))
     case.options["local_keys"] = "exact"
-    case.codebook = torch.randn(*case.codebook.shape[:2], width, dtype=torch.float64)
-    far_q = torch.randn(*case.q.shape[:3], width, dtype=torch.float64)
-    far_k = torch.randn(*case.k.shape[:3], width, dtype=torch.float64)
+    case.codebook = torch.randn(*case.codebook.shape[:2], head_dim, dtype=torch.float64)
+    far_q = torch.randn(*case.q.shape[:3], head_dim, dtype=torch.float64)
+    far_k = torch.randn(*case.k.shape[:3], head_dim, dtype=torch.float64)
     return case, far_q.transpose(1, 2).contiguous().transpose(1, 2), far_k
 
 
 def attend(drawn, backend, dtype=torch.float64, codes=None):
-    """Output and gradients of a fixed random objective."""
+    """The output, and the gradients of a fixed random objective."""
     case, far_q, far_k = drawn
     leaves = {
         **case.tensors(dtype),
@@ -44,7 +44,7 @@ def attend(drawn, backend, dtype=torch.float64, codes=None):
 
 
 def definition(q, k, v, far_q, far_k, codebook, *, causal, window, mask, scale):
-    """Softmax attention whose scores outside the window are those of far_q and the codewords; no key gradients."""
+    """Softmax attention with scores of far_q and codewords outside the window; without gradients of keys."""
     codes = ops.vq_assign(far_k, codebook)
     heads = q.shape[1] // k.shape[1]
     coded = torch.stack([codebook[h][codes[:, h]] for h in range(k.shape[1])], dim=1)
@@ -60,9 +60,9 @@ def definition(q, k, v, far_q, far_k, codebook, *, causal, window, mask, scale):
 @pytest.mark.parametrize("backend", ["reference", "torch", "native"])
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("window", [0, 1, 20, 500])
-def test_is_what_it_says(backend, causal, window):
+def test_equals_the_definition(backend, causal, window):
     torch.manual_seed(0)
-    q, far_q, k, far_k = (torch.randn(2, heads, 150, width) for heads in (4, 2) for width in (8, 5))
+    q, far_q, k, far_k = (torch.randn(2, heads, 150, head_dim) for heads in (4, 2) for head_dim in (8, 5))
     v, codebook, mask = torch.randn(2, 2, 150, 6), torch.randn(2, 12, 5), torch.rand(2, 150) < 0.2
     options = {"causal": causal, "window": window, "scale": 0.4}
     expected = definition(q, k, v, far_q, far_k, codebook, mask=mask, **options)
@@ -91,7 +91,7 @@ def test_native_equals_reference_with_gradients(drawn):
     for name, value in actual.items():
         if value.numel():
             error, *others = ((x.double() - expected[name]).abs().max() for x in (value, *(p[name] for p in plain)))
-            # Where gradients of scores cancel, what is left of their rounding reaches the keys times the queries.
+            # Where gradients of scores cancel, their rounding errors remain, and are multiplied by queries in dk.
             size = 1 + expected[name].abs().max() + (case.q.abs().max() if name in ("k", "far_k") else 0)
             assert error <= 2 * max(others) + 2e-6 * size, (name, float(error), others)
 
@@ -110,7 +110,7 @@ def test_packed_documents(drawn):
 
 @pytest.mark.parametrize("causal", [False, True])
 def test_gradients_by_differences(causal):
-    """Those of q, far_q and v are exact; of k exact where every pair lies in the window."""
+    """Gradients of q, far_q and v are exact; those of k are exact where every pair is inside the window."""
     torch.manual_seed(0)
     q, far_q, v = (torch.randn(1, 2, 9, d, dtype=torch.float64, requires_grad=True) for d in (3, 2, 4))
     k, far_k = (torch.randn(1, 2, 9, d, dtype=torch.float64, requires_grad=True) for d in (3, 2))
@@ -130,8 +130,8 @@ def test_gradients_by_differences(causal):
     assert torch.autograd.gradcheck(call(20), (q, k, v, far_q))
 
 
-def test_each_key_learns_from_its_own_pairs():
-    """The window gives k its gradient and nothing to far_k; the other pairs the reverse."""
+def test_each_key_gets_the_gradients_of_its_own_pairs():
+    """Pairs inside the window give gradients to q and k only, other pairs to far_q and far_k only."""
     torch.manual_seed(0)
     for window, learns in ((0, "far_k"), (40, "k")):
         q, k, v, far_q, far_k = (torch.randn(1, 1, 40, 4, requires_grad=True) for _ in LEAVES)

@@ -1,4 +1,4 @@
-"""The compiled attention kernel, float32, against the dense definition in float64, on every instruction set."""
+"""The compiled attention kernel in float32 against the dense definition in float64, on every instruction set."""
 
 import threading
 
@@ -16,7 +16,7 @@ FLOOR = 2e-6  # relative: rounding of inputs and of the result itself
 
 
 def attend(case, codes, backend, dtype):
-    """Output and gradients of a fixed random objective, the assignment given."""
+    """The output, and the gradients of a fixed random objective, with given codes."""
     leaves = case.tensors(dtype)
     options = {**case.options, **({"bias": leaves["bias"]} if "bias" in leaves else {})}
     out = ops.vq_attention(
@@ -38,13 +38,13 @@ def assert_as_good_as_plain_float32(case, codes):
         assert value.shape == exact[name].shape and value.isfinite().all(), name
         if value.numel():
             error, *others = ((x.double() - exact[name]).abs().max() for x in (value, *(p[name] for p in plain)))
-            # Where gradients of scores cancel, what is left of their rounding reaches the keys times the queries.
+            # Where gradients of scores cancel, their rounding errors remain, and are multiplied by queries in dk.
             size = 1 + exact[name].abs().max() + (case.q.abs().max() if name == "k" else 0)
             assert error <= 2 * max(others) + FLOOR * size, (name, float(error), others)
 
 
 def rounded(case):
-    """The case with inputs that float32 holds exactly, and their assignment."""
+    """The case with inputs that float32 represents exactly, and the codes of its keys."""
     for name in ("q", "k", "v"):
         x = getattr(case, name)
         x.copy_(x.float())
@@ -65,10 +65,18 @@ def test_equals_the_definition_with_gradients(case):
 def test_widths_around_the_registers(data):
     torch.manual_seed(data.draw(st.integers(0, 2**16)))
     draw = lambda *values: data.draw(st.sampled_from(values))  # noqa: E731
-    depth, values, codes = draw(8, 16, 64, 65, 128, 256), draw(1, 15, 16, 17, 64, 100, 256), draw(1, 8, 31, 64, 65, 300)
+    head_dim, value_dim, codes = (
+        draw(8, 16, 64, 65, 128, 256),
+        draw(1, 15, 16, 17, 64, 100, 256),
+        draw(1, 8, 31, 64, 65, 300),
+    )
     length, causal, window = draw(1, 71, 72, 73, 144, 150), draw(False, True), draw(0, 3, 64)
-    q, k, v = torch.randn(1, 2, length, depth), torch.randn(1, 1, length, depth), torch.randn(1, 1, length, values)
-    codebook = torch.randn(1, codes, depth)
+    q, k, v = (
+        torch.randn(1, 2, length, head_dim),
+        torch.randn(1, 1, length, head_dim),
+        torch.randn(1, 1, length, value_dim),
+    )
+    codebook = torch.randn(1, codes, head_dim)
     options = {"causal": causal, "window": window, "codes": ops.vq_assign(k, codebook)}
     out = ops.vq_attention(q, k, v, codebook, backend="native", **options)
     exact = ops.vq_attention(q.double(), k.double(), v.double(), codebook.double(), backend="reference", **options)
@@ -93,10 +101,10 @@ def test_extremes(causal, window, special):
         k[:] = 0.25
     elif special == "no key":
         mask[:] = True
-    elif special == "far below 0":  # every score: a side of the window without a far key must not outweigh them
+    elif special == "far below 0":  # all scores: codes without far keys must not have a larger score
         q.abs_()
         k, codebook = -300 * k.abs(), -300 * codebook.abs()
-    else:  # the largest scores belong to masked keys only: they must not decide what underflows
+    else:  # only masked keys have the largest scores: these must not make the other weights underflow
         codebook[:, 0] = 100.0
         k[:, :, ::2] = 100.0
         q.abs_()
@@ -153,12 +161,12 @@ def test_rows_are_independent_of_the_batch_and_the_future(causal):
         assert (whole[:, :, :100] - cut).abs().max() < 1e-6
 
 
-def test_keys_that_no_head_looks_at_have_no_gradients():
+def test_keys_without_query_heads_have_zero_gradients():
     q, k, v = torch.randn(1, 0, 5, 4), torch.randn(1, 1, 5, 4), torch.randn(1, 1, 5, 3)
     codes = torch.zeros(1, 1, 5, dtype=torch.int64)
     args = attention_arguments(q, k, v, torch.randn(1, 6, 4), codes)
     out, normalizers = torch.ops.longvq.vq_attention(*args)
-    torch.empty(1000).fill_(3.0)  # what uninitialised memory may find
+    torch.empty(1000).fill_(3.0)  # so that uninitialised memory is not zero
     _, dk, dv, *_ = torch.ops.longvq.vq_attention_backward(out, out, normalizers, *args)
     assert not dk.any() and not dv.any()
 

@@ -15,7 +15,7 @@ def test_choices_have_the_values_that_they_have_in_cpp(choices):
     (body,) = re.findall(rf"enum class {choices.__name__} : int64_t {{(.*?)}};", HEADER.read_text())
     found = {name.upper(): int(value) for name, value in re.findall(r"k(\w+) = (\d+)", body)}
     assert found == {choice.name: choice.value for choice in choices}
-    assert [choice.value for choice in choices] == list(range(len(choices)))  # as public names are looked up
+    assert [choice.value for choice in choices] == list(range(len(choices)))  # the index of a public name is its value
 
 
 def test_fields_are_those_of_the_struct():

@@ -1,4 +1,4 @@
-"""vq_attention_step: pieces equal the one-shot definition on every backend, whatever the cuts, padding and lengths."""
+"""vq_attention_step: on every backend, pieces of any lengths and with any padding equal one call of vq_attention."""
 
 import pytest
 import torch
@@ -12,11 +12,11 @@ from tests.tolerances import assert_close
 BACKENDS = ("reference", "torch")
 
 
-def sequence(batch=1, heads=2, length=60, width=8, codes=12, dtype=torch.float64, kv_heads=None):
+def sequence(batch=1, heads=2, length=60, head_dim=8, codes=12, dtype=torch.float64, kv_heads=None):
     kv_heads = heads if kv_heads is None else kv_heads
-    q = torch.randn(batch, heads, length, width, dtype=dtype)
-    k, v = torch.randn(2, batch, kv_heads, length, width, dtype=dtype).unbind(0)
-    return q, k, v, torch.randn(kv_heads, codes, width, dtype=dtype)
+    q = torch.randn(batch, heads, length, head_dim, dtype=dtype)
+    k, v = torch.randn(2, batch, kv_heads, length, head_dim, dtype=dtype).unbind(0)
+    return q, k, v, torch.randn(kv_heads, codes, head_dim, dtype=dtype)
 
 
 @given(stream_cases(), st.sampled_from(BACKENDS))
@@ -49,7 +49,7 @@ def test_codes_are_those_of_the_nearest_codewords(case, backend):
 def test_other_queries_and_keys_outside_the_window(backend, window, given_codes):
     dtype = torch.float32 if backend == "native" else torch.float64
     q, k, v, _ = sequence(2, 4, 70, kv_heads=2, dtype=dtype)
-    _, far_k, _, codebook = sequence(2, 2, 70, width=5, dtype=dtype)
+    _, far_k, _, codebook = sequence(2, 2, 70, head_dim=5, dtype=dtype)
     far_q = torch.randn(2, 4, 70, 5, dtype=dtype)
     codes = ops.vq_assign(far_k, codebook)
     state = ops.vq_attention_state(2, codebook, window=window, value_dim=8, key_dim=8, local_keys="exact")
@@ -83,7 +83,7 @@ def test_blocks_of_a_long_piece(backend):
 def test_padded_prompts_go_on_at_their_own_lengths(backend, side):
     dtype = torch.float32 if backend == "auto" else torch.float64
     q, k, v, codebook = sequence(3, 4, 50, kv_heads=2, dtype=dtype)
-    lengths, prompt = [50, 7, 0], torch.full((3, 4, 50, 8), torch.nan, dtype=dtype)  # nobody has to fill padding
+    lengths, prompt = [50, 7, 0], torch.full((3, 4, 50, 8), torch.nan, dtype=dtype)  # padding may hold anything
     mask, inputs = torch.ones(3, 50, dtype=torch.bool), [prompt.clone(), prompt[:, :2].clone(), prompt[:, :2].clone()]
     for row, n in enumerate(lengths):
         at = slice(50 - n, 50) if side == "left" else slice(0, n)
@@ -143,7 +143,7 @@ def test_extremes_stay_finite_and_right(backend, activation, piece):
         codes, (q2, k2, table) = 12, (q, k, codebook)
         if special == "huge scores":
             q2 = q * 1e4
-        elif special == "negative scores":  # codes without a key must not set the largest score
+        elif special == "negative scores":  # codes without keys must not have the largest score
             q2, k2, table = q.abs(), -300 * k.abs(), -300 * codebook.abs()
             table[:, 0] = 300
         elif special == "one code":
@@ -243,7 +243,7 @@ def test_gradients_are_refused():
         state.lengths.zero_()
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")  # PyTorch's own, on first use
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")  # raised by PyTorch itself on first use
 def test_forward_mode_is_refused():
     q, k, v, codebook = sequence(length=2)
     state = ops.vq_attention_state(1, codebook)
@@ -267,13 +267,13 @@ BAD = {
     "dtype of v": (dict(v=Z(1, 2, 1, 8).half()), TypeError, "v must have the dtype of q"),
     "heads": (dict(q=Z(1, 3, 1, 8)), ValueError, "must be a multiple"),
     "length of k": (dict(k=Z(1, 2, 2, 8)), ValueError, "k must have shape"),
-    "width": (dict(q=Z(1, 2, 1, 7), k=Z(1, 2, 1, 7)), ValueError, "codebook must have shape"),
-    "width of values": (dict(v=Z(1, 2, 1, 7)), ValueError, "k and v must have"),
+    "head_dim": (dict(q=Z(1, 2, 1, 7), k=Z(1, 2, 1, 7)), ValueError, "codebook must have shape"),
+    "head_dim of values": (dict(v=Z(1, 2, 1, 7)), ValueError, "k and v must have"),
     "batch": ({x: Z(2, 2, 1, 8) for x in "qkv"}, ValueError, "k and v must have"),
     "key-value heads": ({x: Z(1, 1, 1, 8) for x in "qkv"}, ValueError, "k and v must have"),
     "codes of the codebook": (dict(codebook=Z(2, 5, 8)), ValueError, "codebook must have shape"),
     "far_q alone": (dict(far_q=Z(1, 2, 1, 8)), ValueError, "far_k must be given with far_q"),
-    "width of far_k": (
+    "head_dim of far_k": (
         dict(far_q=Z(1, 2, 1, 7), far_k=Z(1, 2, 1, 7)),
         ValueError,
         "with H and S of the state and D of far_k",

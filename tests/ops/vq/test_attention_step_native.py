@@ -42,10 +42,13 @@ def test_half_types_are_read_as_float32(case):
 @given(st.data())
 @settings(max_examples=60)
 def test_codes_found_on_the_way(data):
-    """Token by token: the nearest codeword up to rounding, the lowest of equal ones."""
+    """Codes of single tokens: those of the nearest codewords up to rounding, of equal codewords the lowest."""
     torch.manual_seed(data.draw(st.integers(0, 2**16)))
-    width, codes = data.draw(st.sampled_from([1, 5, 8, 16, 64, 70])), data.draw(st.sampled_from([1, 7, 8, 9, 33, 300]))
-    k, codebook = torch.randn(2, 2, 5, width), torch.randn(2, codes, width)
+    head_dim, codes = (
+        data.draw(st.sampled_from([1, 5, 8, 16, 64, 70])),
+        data.draw(st.sampled_from([1, 7, 8, 9, 33, 300])),
+    )
+    k, codebook = torch.randn(2, 2, 5, head_dim), torch.randn(2, codes, head_dim)
     codebook[:, codes // 2 :] = codebook[:, : codes - codes // 2].clone()  # the second half repeats the first
     state = ops.vq_attention_state(2, codebook, window=6)
     ops.vq_attention_step(k, k, k, codebook, state, backend="native")
