@@ -9,6 +9,8 @@ import warnings
 from collections.abc import Callable
 
 import torch
+from torch import Tensor
+from torch.autograd import forward_ad
 
 from longvq_layers import _checks as check
 from longvq_layers import _extension
@@ -93,6 +95,17 @@ def choose(
             'Use backend="auto" or "torch"; `python -m longvq_layers.info` shows what is available.'
         )
     return "torch"
+
+
+def refuse_forward_mode(op: str, *tensors: Tensor | None) -> None:
+    """Raises NotImplementedError if one of the tensors carries a forward-mode tangent; only the reference serves these.
+
+    An operator defined through ``torch.library`` drops tangents silently when no argument requires a gradient.
+    """
+    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
+        return
+    if any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in tensors):
+        raise NotImplementedError(f'{op}: forward-mode derivatives are not supported; use backend="reference"')
 
 
 def availability() -> list[tuple[str, str, str, dict[str, str | None]]]:

@@ -6,8 +6,7 @@ from torch import Tensor
 from longvq_layers import _checks as check
 from longvq_layers.ops import _cuda_limits as cuda
 from longvq_layers.ops import _schema  # noqa: F401  defines the operators
-from longvq_layers.ops._derivatives import refuse_forward_mode
-from longvq_layers.ops._dispatch import choose
+from longvq_layers.ops._dispatch import choose, refuse_forward_mode
 from longvq_layers.ops._scan_inputs import ScanInputs
 from longvq_layers.ops.reference import ssm as reference
 from longvq_layers.ops.torch.conv import long_conv as _torch_conv

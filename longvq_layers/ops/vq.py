@@ -10,8 +10,7 @@ from longvq_layers.ops import _cuda_limits as cuda
 from longvq_layers.ops import _schema  # noqa: F401  defines the operators
 from longvq_layers.ops._attention_inputs import AttentionInputs
 from longvq_layers.ops._attention_options import attention_options
-from longvq_layers.ops._derivatives import refuse_forward_mode
-from longvq_layers.ops._dispatch import choose
+from longvq_layers.ops._dispatch import choose, refuse_forward_mode
 from longvq_layers.ops.reference import vq as reference
 
 _NAMESPACE = {"native": torch.ops.longvq, "torch": torch.ops.longvq_torch}

@@ -7,8 +7,7 @@ from longvq_layers import _checks as check
 from longvq_layers.ops import vq  # defines the operators
 from longvq_layers.ops._attention_inputs import AttentionStepInputs
 from longvq_layers.ops._attention_options import ACTIVATIONS, check_scale
-from longvq_layers.ops._derivatives import refuse_forward_mode
-from longvq_layers.ops._dispatch import choose
+from longvq_layers.ops._dispatch import choose, refuse_forward_mode
 from longvq_layers.ops.reference import vq_step as reference
 from longvq_layers.ops.vq_state import VQAttentionState
 
