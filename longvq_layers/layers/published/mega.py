@@ -10,7 +10,8 @@ from longvq_layers.layers.published import reader
 
 _NAME = "MegaBlock.from_published"
 
-# key there -> key in `MegaBlock`, shape there; W = kernels: D if causal, 2D if bidirectional
+# key in the public code -> (key in `MegaBlock`, shape in the public code)
+# W is the number of kernels: D if causal, 2D if bidirectional.
 _MEGA = {
     "mega_layer.move.delta": ("ema.delta", "W N 1"),
     "mega_layer.move.alpha": ("ema.alpha", "W N 1"),
