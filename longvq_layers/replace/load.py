@@ -29,7 +29,7 @@ _NOT_REPLACED = "it had its original attention when it was saved"
 def load_replaced(
     model: nn.Module, path: str | Path | Mapping[str, Tensor], *, backend: str = "auto"
 ) -> ReplacementReport:
-    """Replace the attention of a fresh model as it was in a saved one, and load all of its parameters and codes.
+    """Replace the attention of a fresh model as in a saved model, and load the saved parameters and codes.
 
     The state dict holds the settings of every replaced attention, so they need not be given again. If anything raises,
     the model is as it was before.

@@ -16,7 +16,7 @@ from longvq_layers.replace.model_inputs import ModelInputs
 from longvq_layers.replace.select import shorten
 
 _MODEL_OUTPUT = "(model output)"  # its name in the report
-_PROJECTION_RATE = 0.1  # of the learning rate; projections were right for pairs inside the window already
+_PROJECTION_RATE = 0.1  # of the learning rate; projections already fit pairs inside the window
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class DistillSettings:
     Attributes:
         phases: name -> steps.
         batches: number of all batches.
-        held_out: number of those that aren't trained with.
+        held_out: number of the batches that only measure errors.
         data, model: hash of the batches and fingerprint of the original model, with a checkpoint.
         Others as in `distill_attention`.
     """

@@ -1,4 +1,4 @@
-"""What an attention slot is told about one call of its module: positions, cache, and how to read a missing mask."""
+"""The context that a slot gets with each call of its module: positions, cache, and what a missing mask means."""
 
 import threading
 from collections.abc import Callable

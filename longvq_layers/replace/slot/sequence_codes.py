@@ -1,4 +1,4 @@
-"""Codewords of each sequence by itself: the mean of its keys assigned to a code, and attention with these means."""
+"""Codewords of one sequence: the means of its own keys of each code. Attention with these codewords."""
 
 import torch
 from torch import Tensor

@@ -17,7 +17,7 @@ class HuggingFaceAdapter:
     model_makes_masks = True
 
     def find(self, model: nn.Module) -> list[Site]:
-        """Every module whose forward looks its attention up in transformers' attention interface."""
+        """Every module whose forward finds its attention function in transformers' attention interface."""
         return [self._site(name, module) for name, module in model.named_modules() if support.takes_part(module)]
 
     def is_replaced(self, module: nn.Module) -> bool:
