@@ -175,7 +175,7 @@ class MegaBlock(ResidualBlock, StreamingLayer[MegaState]):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Draw the projections, gamma and beta anew. The other parts have a `reset_parameters` of their own."""
+        """Draw new projections, gamma and beta. The other parts have a `reset_parameters` of their own."""
         linear = [self.v_proj, self.mx_proj, self.h_proj]
         if self.ffn is not None:
             linear += [self.ffn.up, self.ffn.down]
@@ -266,7 +266,7 @@ class MegaBlock(ResidualBlock, StreamingLayer[MegaState]):
             ValueError: missing or unknown keys under `prefix`, or wrong shapes; names them.
             TypeError: a value that isn't a real floating-point tensor.
 
-        Source: fairseq/modules/moving_average_gated_attention.py and normalized_feedforward_network.py there.
+        Source: fairseq/modules/moving_average_gated_attention.py and normalized_feedforward_network.py of that code.
         """
         sizes, values = read_published(state_dict, prefix, chunk)
         weight = values["v_proj.weight"]

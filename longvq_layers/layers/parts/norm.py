@@ -164,7 +164,7 @@ NORMS: dict[str, type[Norm]] = {
 def make_norm(
     name: str, kind: str, dim: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None
 ) -> Norm:
-    """The norm of that kind for (..., dim), called with x and a mask (B, L), True = ignore, or None.
+    """The norm named `kind` for (..., dim). Call it with x and a mask: (B, L), True = ignore, or None.
 
     `name` is the layer in errors.
     """

@@ -46,7 +46,7 @@ _NORMS = {
     "scale": {"scalar": "1"},
     "batch": {"weight": "D", "bias": "D", "running_mean": "D", "running_var": "D"},
 }
-_IGNORED = (  # bookkeeping of that code
+_IGNORED = (  # bookkeeping of the public code
     "mega_layer.rel_pos_bias._float_tensor",
     "mega_layer.norm.norm.num_batches_tracked",
     "nffn.norm.norm.num_batches_tracked",

@@ -148,7 +148,7 @@ class DiagonalSSM(ScanLayer):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Draw Δ, C and D anew and set A and B to their initialisation."""
+        """Draw new Δ, C and D, and set A and B to their initial values."""
         self.log_dt.uniform_(math.log(self.dt_min), math.log(self.dt_max))
         n = torch.arange(self.d_state // 2, device=self.A_imag.device, dtype=self.A_imag.dtype)
         if self.init == "real":

@@ -84,7 +84,7 @@ class DampedEMA(ScanLayer):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Draw all parameters anew."""
+        """Draw new values of all parameters."""
         self.delta.normal_(std=0.2)
         self.alpha.normal_(std=0.2)
         self.beta.normal_(std=0.02)

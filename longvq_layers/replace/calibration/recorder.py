@@ -16,7 +16,7 @@ from longvq_layers.replace.slot.swapped import SwappedAttention
 
 KEYS_PER_HEAD = 20_480  # kept per layer and head for k-means; more keys only cost time and memory
 GAINS = (1.0, 0.5, 0.25, 0.0)  # tried on the spread of the codes, per head
-SEED = 0x10C6  # calibration draws from generators of its own and leaves the global ones alone
+SEED = 0x10C6  # of the generators of calibration, which leaves the global generators as they are
 
 
 class ForwardRefused(NotImplementedError):

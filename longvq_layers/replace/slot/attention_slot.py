@@ -83,7 +83,7 @@ def find_slot(module: nn.Module) -> AttentionSlot | None:
 
 
 def fill_slot(module: nn.Module, slot: AttentionSlot) -> None:
-    """Put `slot` into the module's slot; replaces what stands there."""
+    """Put `slot` into the module's slot, in place of the one that is there."""
     setattr(module, SLOT, slot)
 
 

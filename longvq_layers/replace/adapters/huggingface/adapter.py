@@ -25,7 +25,7 @@ class HuggingFaceAdapter:
         return record.is_replaced(module)
 
     def original_attention(self, module: nn.Module) -> OriginalAttention:
-        """The attention function that this module calls by itself."""
+        """The attention function that this module calls without a replacement."""
         scope = support.forward_of(module).__globals__
         name = support.config_of(module)._attn_implementation
         name = "sdpa" if name == support.IMPLEMENTATION else name

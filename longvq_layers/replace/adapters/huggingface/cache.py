@@ -206,7 +206,7 @@ def take_over(cache: object, index: object, attention: StepAttention) -> VQCache
     """The layer of `cache` that `attention` must use for its call; replaces an empty layer of the cache.
 
     Returns:
-        None if the cache must stay as it is: filled before the replacement, or of another kind.
+        None if the cache must stay as it is, because it was filled before the replacement or is of another kind.
     """
     cache = getattr(cache, "self_attention_cache", cache)  # of an EncoderDecoderCache
     if not isinstance(cache, Cache) or not isinstance(index, int):

@@ -25,8 +25,8 @@ class ConfigCopy:
     """Our copy of a model's config.
 
     Attributes:
-        ours: the copy, whose attention implementation is ours.
-        theirs: the original.
+        ours: the copy, which names our attention implementation.
+        theirs: the original config.
         at_first: the attributes of `ours` when it was made.
     """
 
@@ -46,7 +46,7 @@ class Guard:
         self.configs = configs
 
     def __call__(self, module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
-        """Raise NotImplementedError for attention weights, RuntimeError if another attention was set meanwhile."""
+        """Raise NotImplementedError if attention weights are asked for, RuntimeError if another attention was set."""
         if kwargs.get("output_attentions"):
             raise NotImplementedError(NO_ATTENTION_WEIGHTS)
         for config in self.configs:

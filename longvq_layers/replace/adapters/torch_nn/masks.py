@@ -9,7 +9,7 @@ NAME = "VQMultiheadAttention"  # in errors
 def read_attn_mask(attn_mask: Tensor, is_causal: bool, length: int) -> bool:
     """Whether attention is causal, from `attn_mask`. If the mask hides nothing, `is_causal` decides.
 
-    A compiled graph can't look at values, so there `is_causal` is trusted.
+    A compiled graph can't read the values of a mask, so it trusts `is_causal`.
 
     Raises:
         ValueError: a mask of another size.
