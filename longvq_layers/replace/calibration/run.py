@@ -83,7 +83,7 @@ def _calibrate(
     balance_codes: bool,
     skipped: dict[str, str],
 ) -> Calibrated:
-    # The model uses its original attention in every pass. In the first pass the recorders collect keys, in later passes
+    # The model uses its original attention in every pass. In the first pass the recorders collect keys. In later passes
     # they measure the fitted slots.
     recorders = [_recorder(plan) for plan in plans]
 
