@@ -26,15 +26,15 @@ def optimizer_groups(
 
     If `ssm_lr` is a mapping, "ssm_A" (log_A_real, A_imag), "ssm_B" (B) and "ssm_dt" (log_dt) take the place of "ssm".
     C keeps the full rate: it is a readout like any linear layer. Biases, norms and window biases are not decayed,
-    because 0 is no natural value for them. Shared parameters appear once: a parameter that belongs to several rows of
-    the table gets the first of them. Empty groups are left out.
+    because nothing favours the value 0 for them. A shared parameter appears once: if it belongs to several rows of the
+    table, it gets the first of them. Empty groups are left out.
 
     Args:
         model: any module.
         lr: learning rate of ordinary parameters.
         weight_decay: decay of the weight matrices.
-        ssm_lr: learning rate of step size, poles and input, default 1e-3; or a mapping with a rate for each of "A",
-            "B" and "dt", 1e-3 for those it lacks. To freeze one of them, leave it out of the layer's `trained`.
+        ssm_lr: learning rate of step size, poles and input, default 1e-3. Or a mapping with rates of "A", "B" and "dt";
+            a missing rate is 1e-3. To freeze one of them, leave it out of the layer's `trained`.
 
     Returns:
         List of dicts with "name", "params", "lr" and "weight_decay".

@@ -122,7 +122,7 @@ class SequenceEncoder(nn.Module):
         return self.backbone.step(self._embed(inputs, "B" if one else "B T", key_padding_mask), state, key_padding_mask)
 
     def _embed(self, inputs: Tensor, shape: str, key_padding_mask: Tensor | None) -> Tensor:
-        """The embeddings of inputs whose axes are `shape`, and one more for vectors."""
+        """The embeddings of inputs with the axes `shape`; inputs that are vectors have one more axis."""
         if self.num_inputs is None:
             check.tensor("SequenceEncoder", "inputs", inputs, f"{shape} input_dim")
             return self.embedding(zero_padding(inputs, key_padding_mask))
@@ -201,7 +201,7 @@ class SequenceLM(nn.Module):
     def step(
         self, inputs: Tensor, state: BackboneState, key_padding_mask: Tensor | None = None
     ) -> tuple[Tensor, BackboneState]:
-        """Logits at the next input of each sequence or at the next T, and the state; see `SequenceEncoder.step`."""
+        """Logits at the next input or inputs of each sequence, and the state; see `SequenceEncoder.step`."""
         y, state = self.encoder.step(inputs, state, key_padding_mask)
         return self.head(y), state
 
@@ -215,7 +215,7 @@ def linear_head(encoder: SequenceEncoder, num_outputs: int) -> nn.Linear:
 def pool(hidden: Tensor, key_padding_mask: Tensor | None, how: str) -> Tensor:
     """Pool hidden states (B, L, d), 0 at masked positions, to (B, d).
 
-    `how` is "mean" over the unmasked positions, or the "last" of them. A row without any gives 0.
+    `how` is "mean" over the unmasked positions, or the "last" of them. A row without unmasked positions gives 0.
     """
     batch, length, _ = hidden.shape
     if key_padding_mask is None:

@@ -29,7 +29,7 @@ class AttentionInputs(NamedTuple):
         return torch.promote_types(self.q.dtype, torch.float32)
 
     def documents(self) -> Iterator[tuple[slice, "AttentionInputs"]]:
-        """The positions of each packed document, and its inputs as those of a call of its own."""
+        """For each packed document its positions, and its tensors as the inputs of a separate call."""
         assert self.cu_seqlens is not None
         for at in documents("vq_attention", self.cu_seqlens, self.q.shape[2]):
             yield (

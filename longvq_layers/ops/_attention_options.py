@@ -24,14 +24,14 @@ class Activation(IntEnum):
 
 
 class LocalKeys(IntEnum):
-    """Which keys are used inside the window."""
+    """The keys inside the window: their codewords, or the keys themselves."""
 
     QUANTIZED = 0
     EXACT = 1
 
 
 class KeyGrad(IntEnum):
-    """Where keys receive gradients from."""
+    """The gradient of keys outside the window: a share of the gradient of their codeword, or none."""
 
     CLUSTER = 0
     WINDOW = 1
@@ -57,7 +57,7 @@ class AttentionOptions(NamedTuple):
 
     @property
     def uses_exact_keys(self) -> bool:
-        """Whether some score is that of a key, not of a codeword."""
+        """Whether scores inside the window come from the keys themselves. False without a window."""
         return self.local_keys == LocalKeys.EXACT and self.window > 0
 
 

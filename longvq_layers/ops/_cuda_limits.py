@@ -1,4 +1,4 @@
-"""Sizes that the CUDA kernels don't take, known before a call, so that ``backend="auto"`` can choose another backend.
+"""Limits of the CUDA kernels, checked before a call: the native backend declines arguments beyond them.
 
 The kernels check the same limits and ask for the same shared memory; tests/cuda/test_limits.py compares them.
 """
@@ -8,12 +8,13 @@ from torch import Tensor
 
 _MAX_ASSIGN_HEAD_DIM, _MAX_ATTENTION_HEAD_DIM, _MAX_MODES, _MAX_LENGTH = 256, 128, 32, 2**30
 _MAX_GRID = 65_535  # blocks along the second and third axis of a grid
-# Minimum positions of a segment, where a kernel cuts sequences; shorter for packed documents, because of the segments
-# of the codes' gradients.
+# A kernel cuts long sequences into segments of at least so many positions. The minimum is smaller for packed documents,
+# because the gradients of codes use shorter segments.
 _MIN_SEGMENT, _MIN_SEGMENT_OF_DOCUMENTS = 2_048, 1_024
 
 # Bytes of shared memory of a block of threads: the most that any kernel of the operator asks for, forward or backward.
-# Keyed by whether numbers are three bfloat16 terms, then by padded D (and padded E), or by the groups of 16 modes.
+# A key has first whether a number is stored as three bfloat16 terms. Then it has the padded D (and the padded E) or,
+# for the scan, the number of groups of 16 modes.
 SHARED_BYTES: dict[str, dict[tuple[int, ...], int]] = {
     "vq_assign": {
         (False, 64): 46_080,

@@ -30,8 +30,8 @@ NATIVE_KERNELS: dict[str, dict[str, tuple[torch.dtype, ...]]] = {
     "long_conv": {},
 }
 
-# Device types whose kernels have not been tested on a device. "auto" never chooses them; backend="native" uses them
-# with a warning.
+# Device types whose kernels have not been tested on such a device. "auto" never chooses these kernels; backend="native"
+# uses them with a warning.
 UNPROVEN = ("cuda",)
 
 

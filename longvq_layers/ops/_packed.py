@@ -10,7 +10,7 @@ from longvq_layers import _checks as check
 def documents(op: str, cu_seqlens: Tensor, length: int) -> list[slice]:
     """The positions of each document, from the offsets ``cu_seqlens`` (N+1,).
 
-    The values are checked here again, because callers that are compiled could not read them.
+    The values are checked here again, because a compiled caller could not read them.
     """
     offsets = cu_seqlens.tolist()
     check.offsets(op, offsets, length)
@@ -18,5 +18,5 @@ def documents(op: str, cu_seqlens: Tensor, length: int) -> list[slice]:
 
 
 def part(x: Tensor | None, positions: slice, dim: int) -> Tensor | None:
-    """These positions of an optional tensor along ``dim``, as a view."""
+    """A view of ``x`` at these positions along ``dim``; None if ``x`` is None."""
     return None if x is None else x.narrow(dim, positions.start, positions.stop - positions.start)

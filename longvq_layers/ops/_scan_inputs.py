@@ -21,7 +21,7 @@ class ScanInputs(NamedTuple):
     reverse: bool
 
     def documents(self) -> Iterator[tuple[int, slice, "ScanInputs"]]:
-        """The number and the positions of each packed document, and its inputs as those of a call of its own."""
+        """For each packed document its number, its positions, and its tensors as the inputs of a separate call."""
         assert self.cu_seqlens is not None
         for n, at in enumerate(documents("ssm_scan", self.cu_seqlens, self.u.shape[1])):
             yield (

@@ -1,9 +1,9 @@
 """Every operator of this library: schema, default implementation, fake, autograd.
 
-Each operator is defined in two namespaces. ``longvq_torch::x`` always runs the PyTorch code. ``longvq::x`` also has the
-PyTorch code as its default (``CompositeExplicitAutograd``); the compiled library overrides it for the devices that it
-has kernels for. So all operators exist, compile, export and differentiate with or without the library, in any order of
-loading.
+Each operator is defined in two namespaces. ``longvq_torch::x`` always runs the PyTorch code. ``longvq::x`` has the same
+PyTorch code as its default (``CompositeExplicitAutograd``), and the compiled library overrides the default for the
+devices that it has kernels for. So all operators exist, compile, export and differentiate with and without the library,
+whether the library is loaded before or after this file.
 """
 
 from collections.abc import Callable, Sequence
@@ -36,7 +36,7 @@ def _define(schema: str, default: Callable, fake: Callable) -> None:
 
 
 def _no_double_backward(name: str) -> None:
-    """Make double backward an error: gradients of a backward operator would silently be missing."""
+    """Make double backward an error. Without an error, PyTorch would silently leave these gradients out."""
 
     def refuse(ctx: Any, *grads: Tensor) -> None:
         raise NotImplementedError(

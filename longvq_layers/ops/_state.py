@@ -36,7 +36,7 @@ class State:
         return self._map(Tensor.clone)
 
     def index_select(self: AnyState, rows: Tensor) -> AnyState:
-        """A new state whose row i is a copy of row ``rows[i]``. Rows may be left out and repeated, as beam search does.
+        """A new state whose row i is a copy of row ``rows[i]``. Beam search leaves some rows out and repeats others.
 
         Args:
             rows: (N,) int64 or int32, in [0, B), on the device of the state.

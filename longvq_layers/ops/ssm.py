@@ -38,7 +38,7 @@ def ssm_scan(
         u: inputs (B, L, H), floating point, any strides.
         log_decay: (H, N) logarithm of each mode's decay per step, complex or real, real part ≤ 0: float32 or complex64,
             with float64 ``u`` float64 or complex128. The state and the arithmetic have the same precision.
-        weight: (H, N), dtype of ``log_decay``. For conjugate pairs of modes it includes the factor 2.
+        weight: (H, N), dtype of ``log_decay``. If a mode represents a conjugate pair, its weight includes the factor 2.
         skip: (H,), the real dtype of ``log_decay``. Default none.
         initial_state: x_{−1}, (B, H, N), dtype of ``log_decay``; with ``cu_seqlens`` one per document, (documents, H,
             N). Default zero.
@@ -48,8 +48,8 @@ def ssm_scan(
         cu_seqlens: (documents + 1,) int32, offsets of documents packed into one row (B = 1), ascending from 0 to L.
             Document n has the positions ``cu_seqlens[n] ≤ t < cu_seqlens[n + 1]`` and starts from its own initial
             state. Default none.
-        reverse: run from the last position to the first, as if ``u`` and ``y`` were flipped along L. The initial state
-            then comes after the last position, and the last state is that of the first position. Default False.
+        reverse: run from the last position to the first, as if ``u`` and ``y`` were flipped along L. ``initial_state``
+            is then x_L, after the last position, and the returned state is x_0. Default False.
         backend: ``"auto"`` (default), ``"native"``, ``"torch"`` or ``"reference"`` (step by step).
 
     Returns:

@@ -81,9 +81,10 @@ def vq_attention(
     With a codebook that contains every key this equals
     ``torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=causal)``.
 
-    Gradients of ``q``, ``v`` and ``bias`` are exact. Gradients of ``k`` are straight-through inside the window;
-    outside, the keys of a code in a row share the gradient of its codeword equally (``key_grad="cluster"``) or get none
-    (``"window"``). ``codebook`` gets no gradient: it is learned by moving averages (:class:`longvq_layers.Codebook`).
+    Gradients of ``q``, ``v`` and ``bias`` are exact. Inside the window, gradients of ``k`` are straight-through, or
+    exact with ``local_keys="exact"``. Outside the window, the keys that have the same code and batch row share the
+    gradient of the codeword equally (``key_grad="cluster"``), or keys get no gradient (``"window"``). ``codebook`` gets
+    no gradient: it is learned by moving averages (:class:`longvq_layers.Codebook`).
 
     Args:
         q: queries (B, H, L, D), floating point, any strides.
@@ -103,12 +104,12 @@ def vq_attention(
         activation: ``"softmax"`` (default) or ``"laplace"`` (elementwise, not normalised).
         local_keys: the keys inside the window: ``"quantized"`` (default, as in the paper) or ``"exact"``.
         key_grad: the gradient of keys outside the window: ``"cluster"`` (default) or ``"window"`` (none).
-        codes: codes (B, Hkv, L), int64; default ``vq_assign(k, codebook)``, with ``far_k`` ``vq_assign(far_k,
-            codebook)``.
-        far_q: queries (B, H, L, F) for pairs outside the window, where ``q`` serves without it. For keys with rotary
-            positions: one codeword can't stand for keys at many positions, so ``far_q`` and ``far_k`` carry no
-            position. The codewords then are (Hkv, S, F). Needs ``local_keys="exact"`` and ``far_k``. Default none.
-        far_k: keys (B, Hkv, L, F) that the codewords stand for. They get the gradients of pairs outside the window.
+        codes: codes (B, Hkv, L), int64; default ``vq_assign(k, codebook)``, or ``vq_assign(far_k, codebook)`` if
+            ``far_k`` is given.
+        far_q: queries (B, H, L, F) for pairs outside the window; default ``q``. Models with rotary positions need it:
+            one codeword can't represent keys at many positions, so ``far_q`` and ``far_k`` carry no position. The
+            codewords are then (Hkv, S, F). Needs ``local_keys="exact"`` and ``far_k``.
+        far_k: keys (B, Hkv, L, F) that the codewords represent. They get the gradients of pairs outside the window.
         backend: ``"auto"`` (default), ``"native"``, ``"torch"`` or ``"reference"`` (dense, O(L²)).
 
     Returns:
@@ -184,7 +185,7 @@ def check_qkv(op: str, q: Tensor, k: Tensor, v: Tensor) -> None:
 
 
 def check_far(op: str, q: Tensor, k: Tensor, far_q: Tensor | None, far_k: Tensor | None, local_keys: str) -> Tensor:
-    """The keys that the codewords stand for, ``far_k`` or else ``k``, after checks of both far arguments."""
+    """Check ``far_q`` and ``far_k``; return the keys that the codewords represent: ``far_k`` if given, else ``k``."""
     if far_q is None and far_k is None:
         return k
     if far_q is None:

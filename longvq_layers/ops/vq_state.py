@@ -14,10 +14,10 @@ from longvq_layers.ops._state import State
 class VQAttentionState(State):
     """The past of a batch of sequences, as :func:`vq_attention_step` needs it; made by :func:`vq_attention_state`.
 
-    The last ``R = max(W − 1, 0)`` keys are stored in a ring, the key at ``position`` in slot ``position % R``. A key
-    that leaves the window adds its value to the sum of its code, and 1 to the number of keys of its code. So the size
-    does not grow with the length. The tensors are contiguous, are updated in place and may be read at any time;
-    :meth:`clone` makes a branch.
+    The last ``R = max(W − 1, 0)`` keys are stored in a ring, the key at ``position`` in slot ``position % R``. When a
+    key leaves the window, its value is added to the sum of its code, and 1 to the count of its code. So the size does
+    not grow with the length. The tensors are contiguous, are updated in place and may be read at any time.
+    :meth:`clone` makes a copy that continues separately.
 
     Attributes:
         far_sums: (B, Hkv, S, E) sums of the values of each code's keys before the window, float32 or float64.
@@ -76,13 +76,13 @@ def vq_attention_state(
 ) -> VQAttentionState:
     """The state of ``batch`` empty sequences, for :func:`vq_attention_step`.
 
-    Its size is ``B · Hkv · (S · (E + 2) + R · (E + 2))`` numbers of 4 bytes with ``R = max(W − 1, 0)``, and ``R · D``
-    more per head with exact keys.
+    Its size in float32 is ``B · Hkv · (S · (E + 2) + R · (E + 2))`` numbers of 4 bytes with ``R = max(W − 1, 0)``.
+    Exact keys add ``B · Hkv · R · D``.
 
     Args:
         batch: B ≥ 0, number of sequences.
-        codebook: codewords (Hkv, S, F), finite; F = D unless the steps get ``far_q`` and ``far_k``. The state is on its
-            device, in float64 if it is float64, else float32.
+        codebook: codewords (Hkv, S, F), finite; F = D unless the steps get ``far_q`` and ``far_k``. The state is on the
+            codebook's device. It is float64 for a float64 codebook, else float32.
         window: W ≥ 0, in positions; 0 (default) means no window. Memory for W is allocated even for short sequences.
         value_dim: E, width of a value; default F.
         key_dim: D, width of a key inside the window; default F.

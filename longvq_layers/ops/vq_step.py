@@ -50,7 +50,7 @@ def vq_attention_step(
         k: keys (B, Hkv, T, D), dtype of ``q``.
         v: values (B, Hkv, T, E), dtype of ``q``.
         codebook: codewords (Hkv, S, D), or (Hkv, S, F) with ``far_q``, floating point, finite; the same at every call
-            of a sequence, because the state only stores codes. `vq_attention_state` checks that they are finite.
+            of a sequence, because the state only stores codes. `vq_attention_state` has checked that they are finite.
         state: from :func:`vq_attention_state` or the previous call; float64 if and only if ``q`` is float64.
         bias: bias inside the window, (H, W) as ``bias[h, i − j]``; floating point. Default none.
         key_padding_mask: (B, T) bool, True = ignore that token. Default none.
@@ -60,7 +60,7 @@ def vq_attention_step(
         codes: codes (B, Hkv, T), int64; default those of the nearest codewords.
         far_q: queries (B, H, T, F) for pairs outside the window, see :func:`vq_attention`. Needs ``far_k`` and a state
             with ``local_keys="exact"`` and ``key_dim=D``. Default none.
-        far_k: keys (B, Hkv, T, F) that the codewords stand for.
+        far_k: keys (B, Hkv, T, F) that the codewords represent.
         backend: ``"auto"`` (default), ``"native"``, ``"torch"`` or ``"reference"`` (one token after the other).
 
     Returns:

@@ -38,8 +38,9 @@ def replace_attention(
     Changes this instance only. It works on Hugging Face transformers 5 models that use its attention interface, on
     `torch.nn.MultiheadAttention` in any model, and on classes given to `register_adapter`. Projections, parameter
     names, dtype, device, mode and hooks stay. The model decides about causality and padding. If anything raises, the
-    model is as it was before. Bidirectional: each code is the mean of this sequence's keys assigned to it. Causal: the
-    calibrated codeword, because that mean would leak the future.
+    model is as it was before. In bidirectional attention, the codeword of a code is the mean of those keys of the
+    sequence that have this code. In causal attention it is the calibrated codeword, because that mean would leak the
+    future.
 
     Args:
         model: the model, or any part of it.
@@ -47,24 +48,25 @@ def replace_attention(
         window: W, positions attended key by key, default 64; 0 = none.
         local_keys: "exact" (default) or "quantized" keys inside the window.
         far_positions: how rotary models treat pairs outside the window. "rectified": the relative position is clamped
-            to the window and codes stand for keys without positions, so that lengths beyond training become usable;
-            only for causal attention with exact local keys. "rotated": codes stand for keys as they arrive. "auto"
-            (default): "rectified" where that is possible; the report says which, and why.
+            to the window, and codes represent keys without positions. Lengths beyond training then become usable. Only
+            for causal attention with exact local keys. "rotated": codes represent the rotated keys. "auto" (default):
+            "rectified" where that is possible, else "rotated"; the report says which, and why.
         trained_length: for rectified models, the longest sequence of their training, in tokens. In longer sequences the
             keys outside the window together count as much as they do at this length. Default the config's
             max_position_embeddings.
         filter_fn: `filter_fn(module, name) -> bool` chooses among the attention modules; default all. A later call can
             choose others, with other options; transformers' masks then stay dense.
         calibration: model inputs to which the codebooks are fitted; each is a tensor, a tuple of positional arguments
-            or a dict of keyword arguments. They run twice, in eval mode. May be None only if the model is in training
-            mode; codebooks then start from the first training batch.
+            or a dict of keyword arguments. The model runs them twice, in eval mode. May be None only if the model is in
+            training mode; codebooks then start from the first training batch.
         strict: True (default) raises if a chosen module can't be replaced; False skips it and reports why.
         dry_run: True only reports what would be done; calibration doesn't run. Default False.
         backend: "auto" (default), "torch", "native" or "reference", see `ops.vq_attention`.
         variance_correction: True (default) lets a code account for the spread of its keys, as far as that helps each
             head on the calibration data. The result is closer to the original and costs one more key dimension.
-        balance_codes: True gives layers whose output loses most more codes, and others fewer, num_codes on average over
-            all heads. Needs calibration, which then takes about twice as long. Default False.
+        balance_codes: True gives more codes to the layers whose output has the largest errors, and fewer codes to the
+            others. The mean over all heads is at most num_codes. Needs calibration, which then takes about twice as
+            long. Default False.
 
     Returns:
         A report; `print(report)` shows a table, `report.restore()` puts the original attention back.
@@ -73,7 +75,8 @@ def replace_attention(
         TypeError: model, calibration or an option of the wrong type.
         ValueError: nothing to replace, a chosen module is replaced already, an option out of range, calibration
             missing, empty or not finite.
-        NotImplementedError: a module can't be replaced, or not as asked for (strict); the message gives each reason.
+        NotImplementedError: with strict, a chosen module can't be replaced, or not with these options; the message
+            gives each reason.
 
     Example:
         >>> import torch

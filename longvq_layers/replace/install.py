@@ -1,4 +1,4 @@
-"""Puts slots into a model and takes them out again, with the adapters that this takes."""
+"""Finds the attention modules of a model, puts slots into them, and takes the slots out again."""
 
 import contextlib
 import copy
@@ -27,7 +27,7 @@ class Replacement:
     """What one call of `replace_attention` changed. The model keeps it, so that deep copies carry their own.
 
     Args:
-        records: in the order of the changes.
+        records: what each adapter changed, in the order of the changes.
     """
 
     def __init__(self, records: Sequence[Record]) -> None:
@@ -35,11 +35,11 @@ class Replacement:
 
     @property
     def records(self) -> tuple[Record, ...]:
-        """In the order of the changes."""
+        """The records, in the order of the changes."""
         return tuple(self._records)
 
     def add(self, record: Record) -> None:
-        """Undo this later change as well."""
+        """Add a later change, so that it is undone with the others."""
         self._records.append(record)
 
     def register_on(self, model: nn.Module) -> None:
@@ -130,12 +130,12 @@ def make_slot(
 
     Args:
         sizes: (H, Hkv, D).
-        rotary: removes positions; the slot gets a copy.
+        rotary: removes positions; the slot gets a copy. None if positions stay.
         trained_length: with rotary, the longest sequence of the module's training.
     """
     device, dtype = device_and_dtype(module)
-    # Ordinary tensors even in a caller's inference mode, so that they can be trained later. The generator is forked
-    # because a new codebook draws random codes, and the caller's generator must stay as it is.
+    # The slot must have ordinary tensors even in a caller's inference mode, because they may be trained later. The
+    # generator is forked because a new codebook draws random codes, and the caller's generator must stay as it is.
     with torch.inference_mode(False), torch.random.fork_rng(devices=[]):
         slot = SwappedAttention(
             *sizes,
@@ -174,13 +174,13 @@ def install_and_verify(
     slots: Sequence[SwappedAttention],
     batches: Sequence[ModelInputs],
 ) -> tuple[Replacement, list[SwapPlan]]:
-    """Install for good, and run the first batch, if there is one; on an error nothing stays.
+    """Put one slot into each planned site, and run the first batch, if there is one. An error undoes all changes.
 
-    If transformers' mask turns out to be more than causal and padding, our mask function can't be used: the model then
-    keeps making its dense masks, and each call verifies them.
+    The first try lets transformers models make masks of linear size. If this batch needs masks that are more than
+    causal and padding, a second try leaves the dense masks, and each call verifies them.
 
     Returns:
-        what undoes it, and the plans with a note where masks stay dense.
+        the replacement, and the plans with a note where masks stay dense.
     """
     sites = [plan.site for plan in plans]
     for linear_masks in (True, False):
@@ -201,7 +201,7 @@ def install_and_verify(
 
 
 def _has_other_replacement(model: nn.Module, sites: Sequence[Site]) -> bool:
-    # Whether the model has an earlier replacement as well; the two can't share masks.
+    # Whether the model has an earlier replacement as well. Two replacements can't share masks.
     ours = {id(site.module) for site in sites}
     mask_makers = [adapter for adapter in ADAPTERS if adapter.model_makes_masks]
     others = (module for module in model.modules() if id(module) not in ours)

@@ -29,7 +29,7 @@ _NOT_REPLACED = "it had its original attention when it was saved"
 def load_replaced(
     model: nn.Module, path: str | Path | Mapping[str, Tensor], *, backend: str = "auto"
 ) -> ReplacementReport:
-    """Replace the attention of a fresh model as it was in a saved one, and load all of its parameters and codes.
+    """Replace the attention of a fresh model as in a saved model, and load the saved parameters and codes.
 
     The state dict holds the settings of every replaced attention, so they need not be given again. If anything raises,
     the model is as it was before.
@@ -70,7 +70,7 @@ def load_replaced(
             f"{_NAME}: path must hold the state of a model after replace_attention, got no replaced attention in it"
         )
     sites = find_sites(model)
-    # The state dict names a module at every place where it is used; a site has the first of these names.
+    # The state dict has one name for each place where a module is used. A site has the first of these names.
     names_of: dict[str, list[str]] = {}
     for name in saved:
         names_of.setdefault(_first_name(model, sites, name), []).append(name)
@@ -79,7 +79,7 @@ def load_replaced(
     plans = with_backends([_plan(model, site, settings[site.name], backend) for site in chosen])
     slots = [_slot(plan, settings[plan.site.name]) for plan in plans]
     for plan, slot in zip(plans, slots, strict=True):
-        # A format that stores tied tensors once holds the codes of a module at only one of its names.
+        # Some formats store a tied tensor once: then only one of the names of a module has its codes.
         slot.load_state_dict({key: x for name in names_of[plan.site.name] for key, x in _codes(state, name).items()})
         slot.train(plan.site.module.training)
     others = {key: value for key, value in state.items() if not _is_code(key, list(saved))}
@@ -128,7 +128,8 @@ def _plan(model: nn.Module, site: Site, settings: Mapping[str, Any], backend: st
     names = [field.name for field in dataclasses.fields(SlotOptions) if field.name != "backend"]
     options = SlotOptions(**{name: settings[name] for name in names}, backend=backend)
     plan = SwapPlan(site, options, site.causal, site.has_rotary, notes=site.notes)
-    # A model saved before any call has no rotated columns yet; its trained_length shows that positions are removed.
+    # In a model that was saved before any call, the rotated columns aren't detected yet: `rotary` is None. If positions
+    # are removed, trained_length shows it.
     if settings["rotary"] is None and settings["trained_length"] is None:
         return plan
     found = site.adapter.clamped_rotary(model, site, options.window)

@@ -92,7 +92,7 @@ def tensors_in(output: object) -> list[Tensor]:
 
 
 def clone_tensors(x: Value, memo: dict[object, Tensor] | None = None) -> Value:
-    """A copy of nested tuples, lists and dicts with cloned tensors; views of the same memory become one tensor."""
+    """A copy of nested tuples, lists and dicts with cloned tensors; equal views of one memory become one tensor."""
     copied: Value = _clone(x, {} if memo is None else memo)
     return copied
 

@@ -1,4 +1,4 @@
-"""What is to be done with an attention module that was found."""
+"""The plan of a replacement: what is decided for one attention module."""
 
 from dataclasses import dataclass, replace
 
@@ -22,18 +22,18 @@ class SlotOptions:
 
 @dataclass(frozen=True, eq=False)
 class SwapPlan:
-    """What is decided for one site. What is learned later makes a new plan (`with_…`).
+    """What is decided for one site. A plan never changes: a later finding makes a new plan.
 
     Attributes:
         site: the module, as it was found.
-        options: its slot gets these.
+        options: the options of its slot.
         causal: "yes", "no" or "per call".
         has_rotary: whether its keys arrive rotated by their position.
-        rotary: removes the positions of its queries and keys; None: they stay.
+        rotary: removes the positions of its queries and keys; None if the positions stay.
         trained_length: with `rotary`, the longest sequence of its training.
         may_stay_rotated: whether the positions may stay if calibration shows that they can't be removed.
-        why_rotated: why they stay.
-        served_by: the backend that serves it, once that was checked.
+        why_rotated: why the positions stay, or None.
+        served_by: the backend of its slot; None before `select.with_backends`.
         notes: what the report says about it.
     """
 

@@ -1,4 +1,4 @@
-"""Decides for a rotary module whether codes stand for keys with or without their positions."""
+"""Decides for a rotary module whether codes represent keys with or without their positions."""
 
 from dataclasses import dataclass
 
@@ -15,7 +15,7 @@ class RotaryDecision:
     """What is decided for one site; the attributes are those of `SwapPlan`, and `refusal`.
 
     Attributes:
-        refusal: why the site can't be replaced as asked for, or None.
+        refusal: why the site can't be replaced with these options, or None.
     """
 
     rotary: ClampedRotary | None = None
@@ -28,7 +28,7 @@ class RotaryDecision:
 def decide(
     model: nn.Module, site: Site, *, window: int, local_keys: str, far_positions: str, trained_length: int | None
 ) -> RotaryDecision:
-    """Whether positions are removed; "rectified" where that is impossible is a refusal."""
+    """Decide whether positions are removed. The site is refused if "rectified" is asked for but impossible."""
     if not site.has_rotary:
         return RotaryDecision()
     may_stay = far_positions == "auto"

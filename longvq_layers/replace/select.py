@@ -18,7 +18,7 @@ def select(model: nn.Module, sites: Sequence[Site], options: ReplaceOptions) -> 
     Raises:
         ValueError: nothing to replace, or a chosen module is replaced already.
         TypeError: filter_fn returned no bool.
-        NotImplementedError: a chosen module can't be replaced, or not as asked for (strict).
+        NotImplementedError: with `strict`, a chosen module can't be replaced, or not with these options.
     """
     if not sites:
         raise ValueError(
@@ -51,7 +51,7 @@ def _is_wanted(filter_fn: Filter, site: Site) -> bool:
 
 
 def _plan(model: nn.Module, site: Site, options: ReplaceOptions) -> SwapPlan | str:
-    # The plan, or why the site can't be replaced as asked for.
+    # The plan, or why the site can't be replaced with these options.
     decision = rotary_policy.decide(
         model,
         site,

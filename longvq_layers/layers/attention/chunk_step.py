@@ -28,7 +28,7 @@ def step_in_chunks(
     filled = state.lengths % size  # (B,) tokens that the current chunk has
     total = filled + keep.sum(1)  # (B,)
     slots = -(-(size - 1 + q.shape[1]) // size) * size  # enough for a chunk that is almost full and T tokens
-    # All masked tokens go to one slot after the others.
+    # All masked tokens go to one more slot at the end, which is dropped.
     slot = torch.where(keep, filled.unsqueeze(-1) + keep.cumsum(1) - 1, slots).unsqueeze(-1)  # (B, T, 1)
     keys, values = _in_slots(state.keys, k, slot, slots), _in_slots(state.values, v, slot, slots)
     queries = _in_slots(torch.zeros_like(state.keys), q, slot, slots)
@@ -36,7 +36,7 @@ def step_in_chunks(
     chunks = [x.reshape(-1, size, x.shape[-1]) for x in (queries, keys, values)]
     out = attention.attend(chunks[0], chunks[1], chunks[2], valid.view(-1, size)).view(q.shape[0], slots, -1)
     last = (total // size * size).unsqueeze(-1) + torch.arange(size, device=q.device)  # slots of the last chunk
-    last = last.clamp(max=slots - 1).unsqueeze(-1)  # beyond the end: a chunk that begins with the next token
+    last = last.clamp(max=slots - 1).unsqueeze(-1)  # an empty last chunk may lie beyond the end
     state.keys.copy_(keys.gather(1, last.expand_as(state.keys)))
     state.values.copy_(values.gather(1, last.expand_as(state.values)))
     state.lengths += keep.sum(1)

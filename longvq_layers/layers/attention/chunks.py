@@ -1,4 +1,4 @@
-"""Chunks: sequences are cut into parts of fixed length whose tokens attend to each other only."""
+"""Chunks: parts of fixed length of a sequence. A token attends only to tokens of its own chunk."""
 
 from dataclasses import dataclass
 
@@ -11,9 +11,9 @@ class Chunks:
     """Where the tokens of (B, L, ...) lie in R chunks of C slots.
 
     Attributes:
-        source: (R, C) int64, the token in each slot, counted over all rows; any token where the slot is empty.
+        source: (R, C) int64, the number of the token in each slot, counted over all rows; arbitrary for an empty slot.
         valid: (R, C) bool, whether the slot holds an unmasked token.
-        slot: (B, L) int64, the slot of each token, counted over all chunks; any slot for padding that has none.
+        slot: (B, L) int64, the number of each token's slot, counted over all chunks; arbitrary if padding has none.
     """
 
     source: Tensor

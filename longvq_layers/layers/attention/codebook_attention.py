@@ -31,8 +31,8 @@ class CodebookAttention(AttentionCore):
         out = vq_attention(q, k, v, C, bias=b, ...)
         loss = β · mean_j ‖k_j − sg(C_{z_j})‖²            over unmasked keys and heads, in training
 
-    `commitment_loss(model)` collects the loss. A module that is called twice in one step keeps the loss of the last
-    call.
+    `commitment_loss(model)` collects the loss. A module that is called twice in one training step keeps only the loss
+    of the last call.
 
     Args:
         num_heads: H, query heads.
@@ -40,14 +40,15 @@ class CodebookAttention(AttentionCore):
         head_dim: D, width of a query or key.
         value_dim: E, width of a value, default D.
         num_codes: S, codes per key-value head, default 256.
-        window: W, positions in which keys count one by one, default 64; 0 = none.
+        window: W, default 64; keys less than W positions away are attended one by one; 0 = none.
         causal: whether a query sees only itself and the past, default False.
         local_keys: "quantized" (default) or "exact" keys inside the window.
         key_grad: "cluster" (default) or "window", see `ops.vq_attention`.
         activation: "softmax" (default) or "laplace".
         window_bias: whether to learn b, (H, W) causal or (H, 2W − 1), from zero; default True. None when window=0.
         commitment: β, default 1e-4; 0 turns the loss off.
-        codebook_decay: γ of the codebook's moving averages, default 0.99; a smaller γ follows fast-learning keys.
+        codebook_decay: γ of the codebook's moving averages, default 0.99; with a smaller γ the codes follow the keys
+            faster.
         backend: see `ops.vq_attention`.
         device, dtype: of the bias; the codebook is float32, or float64 with dtype=torch.float64.
 

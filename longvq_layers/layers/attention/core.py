@@ -1,4 +1,4 @@
-"""What attention between given queries, keys and values has in common: sizes, and a bias inside a window."""
+"""The base classes of attention between given queries, keys and values: its sizes, and a bias inside the window."""
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +11,7 @@ from longvq_layers.layers.common.factory import Factory
 class WindowBias(nn.Module):
     """A module with one learned bias per head and offset inside a window.
 
-    `window_bias` is (H, W) causal, (H, 2W − 1) bidirectional, and None if it isn't wanted or there is no window.
+    `window_bias` is (H, W) if causal, (H, 2W − 1) if bidirectional, and None if no bias is wanted or W = 0.
     """
 
     window_bias: nn.Parameter | None
@@ -66,5 +66,5 @@ class AttentionCore(WindowBias):
         input_checks.packed(name, "q", q, cu_seqlens, axis=2)
 
     def _wants_window_bias(self) -> bool:
-        """The argument `window_bias`. Without a window it makes no difference, and counts as True."""
+        """The argument `window_bias` of this module. True if W = 0, where the argument makes no difference."""
         return self.window_bias is not None or self.window == 0

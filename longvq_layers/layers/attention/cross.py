@@ -84,7 +84,7 @@ class CrossAttention(HeadProjections, SequenceLayer):
         keys, values = self.project_memory(name, memory, memory_key_padding_mask, rows)
         allowed = None if memory_key_padding_mask is None else ~memory_key_padding_mask[:, None, None]  # (B, 1, 1, M)
         if cu_seqlens is not None:
-            # All documents' memories in one row of N·M positions; each token sees those of its own document.
+            # The memories of all documents form one row of N·M positions. A token sees that of its own document.
             positions = torch.arange(x.shape[1], dtype=torch.int32, device=x.device)
             document = torch.bucketize(positions, cu_seqlens[1:], right=True)  # (L,)
             allowed = document[:, None, None] == torch.arange(rows, device=x.device)[:, None]
@@ -128,7 +128,7 @@ class CrossAttention(HeadProjections, SequenceLayer):
         elif allowed is None:
             out = nn.functional.scaled_dot_product_attention(q, keys, values)
         else:
-            # A query that may see nothing attends to everything, so that no softmax is empty, and then gets 0.
+            # A query that may see nothing attends to everything, because an empty softmax is NaN. Its output becomes 0.
             blind = ~allowed.any(-1, keepdim=True)
             out = nn.functional.scaled_dot_product_attention(q, keys, values, attn_mask=allowed | blind)
             out = out.masked_fill(blind, 0)

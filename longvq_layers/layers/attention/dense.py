@@ -15,8 +15,8 @@ class DenseAttention(AttentionCore):
 
         out_i = Σ_j softmax_j(q_i·k_j / √D + b_{j−i}) v_j           b inside the window only
 
-    `CodebookAttention` computes the same if every key has a codeword equal to it. With a window bias, or a mask that
-    differs between queries, memory is quadratic too.
+    `CodebookAttention` computes the same if every key equals a codeword. Memory is quadratic too with a window bias, or
+    with a mask that differs between queries.
 
     Args:
         num_heads: H, query heads.
@@ -101,7 +101,7 @@ class DenseAttention(AttentionCore):
         return out if padding is None else out.masked_fill(padding, 0)
 
     def _mask(self, q: Tensor, key_padding_mask: Tensor | None, cu_seqlens: Tensor | None) -> Tensor | None:
-        """The mask of (B, H, L, L) scores, bool or a term to add; None if `is_causal` says everything."""
+        """The mask of the scores (B, H, L, L), bool or a term to add; None if the flag `is_causal` is enough."""
         if self.window_bias is None and key_padding_mask is None and cu_seqlens is None:
             return None
         positions = torch.arange(q.shape[2], device=q.device)
@@ -112,7 +112,7 @@ class DenseAttention(AttentionCore):
             allowed = allowed & (document == document.unsqueeze(1))
         allowed = allowed[None, None]
         if key_padding_mask is not None:
-            # Some kernels give NaN for a query that sees nothing. It sees itself, and its output becomes 0 afterwards.
+            # Some kernels give NaN for a query that sees nothing. So a masked query sees itself; its output becomes 0.
             allowed = allowed & (~key_padding_mask[:, None, None] | (offset == 0))
         if self.window_bias is None:
             return allowed

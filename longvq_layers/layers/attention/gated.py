@@ -137,7 +137,7 @@ class GatedAttention(nn.Module):
         return torch.cat([out, self.attend(q[:, even:], k[:, even:], v[:, even:])], dim=1)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None = None) -> Tensor:
-        """Attend from every slot of a chunk to all slots of that chunk, or, causal, to those up to its own.
+        """Attend from every slot of a chunk to the slots of that chunk: to all or, if causal, to those up to its own.
 
         Args:
             q, k: (R, C, dim), R chunks.
@@ -189,9 +189,9 @@ class GatedAttention(nn.Module):
             bias = bias.masked_fill(later, -torch.inf)
         scale = self.dim**-0.5
         if valid is not None:
-            # A further dimension of queries and keys lowers the scores of hidden keys, so that the bias stays (C, C)
-            # instead of (R, C, C). Eight dimensions are added, to keep rows aligned. The score stays finite, because a
-            # chunk may have no key at all.
+            # One more dimension of queries and keys lowers the scores of hidden keys. So the bias stays (C, C): a mask
+            # would make it (R, C, C). Eight dimensions are added, because rows must stay aligned. The lowered score is
+            # finite, because softmax gives NaN for a chunk in which every key has −infinity.
             least = torch.finfo(dtype).min / 4
             hidden = k.new_zeros(*k.shape[:2], 8)
             hidden[..., 0] = (~valid).to(k.dtype) * least
@@ -216,5 +216,5 @@ class GatedAttention(nn.Module):
 
 
 def _count_dtype(q: Tensor) -> torch.dtype:
-    """A dtype for numbers of keys. Half types hold integers exactly only up to 256 (bfloat16) or 2048 (float16)."""
+    """A dtype that holds numbers of keys exactly. Half types do so only up to 256 (bfloat16) or 2048 (float16)."""
     return torch.promote_types(q.dtype, torch.float32)

@@ -27,7 +27,7 @@ class LocalAttention(WindowBias, HeadProjections, StreamingLayer[LocalAttentionS
     Args:
         embed_dim: width of input and output; a multiple of num_heads.
         num_heads: H, query heads of width D = embed_dim / H.
-        window: W, a position sees itself and the W − 1 positions before it, and after it if bidirectional; default 64.
+        window: W, default 64. A position sees itself and W − 1 positions before it, also after it if bidirectional.
         causal: whether a position sees only itself and the past, default False.
         num_kv_heads: Hkv, key-value heads (grouped-query attention), default H.
         bias: whether the four projections have a bias, default True.
@@ -129,7 +129,7 @@ class LocalAttention(WindowBias, HeadProjections, StreamingLayer[LocalAttentionS
             order = None
             counts = state.lengths.new_tensor(x.shape[1]).expand(x.shape[0])  # (B,) new tokens
         else:
-            # Each row's tokens move to the front. The padding after them is seen by no token.
+            # Move each row's tokens to the front. No token sees the padding after them.
             counts = (~key_padding_mask).sum(1)
             order = key_padding_mask.to(torch.uint8).argsort(dim=1, stable=True)  # (B, T)
             q, k, v = (_take(x, order) for x in (q, k, v))

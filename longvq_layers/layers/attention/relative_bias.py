@@ -52,7 +52,7 @@ class SimpleRelativeBias(RelativeBias):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw the table anew."""
+        """Draw a new table."""
         nn.init.normal_(self.rel_pos_bias, std=0.02)
 
     def table(self, length: int) -> Tensor:
@@ -98,7 +98,7 @@ class RotaryRelativeBias(RelativeBias):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw both vectors anew."""
+        """Draw new vectors."""
         nn.init.normal_(self.alpha, std=0.02)
         nn.init.normal_(self.beta, std=0.02)
 
@@ -121,7 +121,7 @@ RELATIVE_BIASES = ("simple", "rotary")
 
 
 def make_relative_bias(name: str, kind: str, dim: int, max_positions: int, factory: Factory) -> RelativeBias:
-    """The bias of that kind, for queries of width `dim` ("rotary") or at most `max_positions` queries ("simple")."""
+    """The bias named `kind`: "rotary" for queries of width `dim`, or "simple" for at most `max_positions` queries."""
     check.one_of(name, "rel_pos_bias", kind, RELATIVE_BIASES)
     if kind == "simple":
         return SimpleRelativeBias(max_positions, **factory)

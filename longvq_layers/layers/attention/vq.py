@@ -31,11 +31,11 @@ class VQAttention(HeadProjections, StreamingLayer[ops.VQAttentionState]):
         num_heads: H, query heads of width D = embed_dim / H.
         num_kv_heads: Hkv, key-value heads (grouped-query attention), default H.
         num_codes: S, codes per key-value head, default 256.
-        window: W, positions around a query whose keys count one by one, default 64; 0 = none.
+        window: W, default 64; keys less than W positions away are attended one by one; 0 = none.
         causal: whether a position sees only itself and the past, default False.
         bias: whether the four projections have a bias, default True.
-        dropout: probability of dropping an element of the output y, default 0.0. Attention weights have no dropout:
-            in linear time they never exist one by one.
+        dropout: probability of dropping an element of the output y, default 0.0. Attention weights have no dropout,
+            because attention in linear time never computes them one by one.
         local_keys: "quantized" (default) or "exact" keys inside the window.
         key_grad: "cluster" (default) or "window", how keys outside the window learn, see `ops.vq_attention`.
         activation: "softmax" (default) or "laplace".

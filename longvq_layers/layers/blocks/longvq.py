@@ -52,11 +52,11 @@ class LongVQBlock(ResidualBlock, StreamingLayer[LongVQState]):
     Args:
         d_model: width of input and output.
         num_heads: H, attention heads, default 1 as in the paper.
-        num_codes: S, codes per head, default 256; None = no quantisation: softmax attention over all keys in quadratic
-            time, see `DenseAttention`, which ignores local_keys, key_grad and commitment.
-        window: W, positions in which keys count one by one, default 64; 0 = none.
+        num_codes: S, codes per head, default 256. None = softmax attention over all keys in quadratic time, see
+            `DenseAttention`; local_keys, key_grad and commitment then have no effect.
+        window: W, default 64; keys less than W positions away are attended one by one; 0 = none.
         window_bias: whether a bias is learned for each offset inside the window, default True.
-        ssm: "s4d" (default), `DiagonalSSM`, or "ema", Mega's `DampedEMA`.
+        ssm: "s4d" (default) for `DiagonalSSM`, or "ema" for Mega's `DampedEMA`.
         d_state: 2N, state of an S4D channel, even, default 64.
         ema_dim: N, state of an EMA channel, default 16.
         ssm_gate: whether the two gates are computed from Z as above (default True) or from X'.
@@ -76,9 +76,9 @@ class LongVQBlock(ResidualBlock, StreamingLayer[LongVQState]):
         key_grad: "cluster" (default) or "window", see `ops.vq_attention`.
         commitment: β of the commitment loss, default 1e-4.
         codebook_decay: γ of the codebook's moving averages, default 0.99; see `Codebook`.
-        recompute: whether training saves only inputs and outputs of SSM and attention, and recomputes gates,
-            projections and the feed-forward block in the backward: half the memory for about 15% more time. Default
-            False. The backward must run in training mode, like the forward, and not under `torch.func` transforms.
+        recompute: whether training saves only the inputs and outputs of SSM and attention. The backward then computes
+            gates, projections and the feed-forward block again: half the memory for about 15% more time. Default False.
+            The backward must run in training mode, like the forward, and not under `torch.func` transforms.
         backend: of SSM and attention, default "auto".
         device, dtype: of the parameters; SSM and codebook stay in float32 or float64.
 
@@ -266,8 +266,8 @@ class LongVQBlock(ResidualBlock, StreamingLayer[LongVQState]):
         state.memory.copy_(ssm_state)  # last: a call that raises must leave the state as it was
         return y, state
 
-    # The equations of the class, with X' = `normed`. Each part that `recompute` runs again is a method of its own. Each
-    # part computes Z from `memory`, the output of the SSM, which is saved anyway; so Z itself needs no memory.
+    # The equations of the class, with X' = `normed`. Each part that `recompute` runs again is a separate method. Each
+    # part computes Z from `memory`, the output of the SSM. `memory` is saved in any case, so Z itself needs no memory.
 
     def _memory(self, ssm_output: Tensor) -> Tensor:
         """The input of `_z`: SSM(X'). With dropout it is Z itself, so that all parts drop the same elements."""
@@ -309,7 +309,7 @@ class LongVQBlock(ResidualBlock, StreamingLayer[LongVQState]):
         return gated_residual(self.output_gate(gate_input), u, x, recompute=self.recompute)  # G_o ⊙ U + (1 − G_o) ⊙ X
 
     def _checkpoint(self, part: Callable[..., _T], *inputs: Tensor | None) -> _T:
-        """Run a part of the block. With `recompute`, save only its inputs; other operations hold them anyway."""
+        """Run a part of the block. With `recompute`, save only its inputs, which other operations save in any case."""
         if self.recompute and self.training and torch.is_grad_enabled():
             return checkpoint(part, *inputs, use_reentrant=False)
         return part(*inputs)

@@ -27,7 +27,7 @@ _NORM_EPS = 1e-5  # for every kind of norm, as published
 
 
 class _Gates(NamedTuple):
-    """What the moving average gives besides Z: update gate G, reset gate R, and M W_h + b_h."""
+    """The terms that the moving average M gives apart from Z: update gate G, reset gate R, and M W_h + b_h."""
 
     update: Tensor
     reset: Tensor
@@ -70,7 +70,8 @@ class MegaBlock(ResidualBlock, StreamingLayer[MegaState]):
         attention_dropout: probability of dropping an attention weight, default 0.0.
         hidden_dropout: probability of dropping an element of V and of the feed-forward block's hidden layer, default
             `dropout`.
-        dropout_type: "element" (default), or "feature" for whole channels of a sequence; not of attention weights.
+        dropout_type: "element" (default), or "feature" for whole channels of a sequence. `attention_dropout` always
+            drops single weights.
         backend: of the moving average, see `ops.ssm_scan`.
         device, dtype: of the parameters; the moving average stays in float32 or float64.
 
@@ -174,7 +175,7 @@ class MegaBlock(ResidualBlock, StreamingLayer[MegaState]):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Draw the projections, gamma and beta anew. The other parts have a `reset_parameters` of their own."""
+        """Draw new projections, gamma and beta. The other parts have a `reset_parameters` of their own."""
         linear = [self.v_proj, self.mx_proj, self.h_proj]
         if self.ffn is not None:
             linear += [self.ffn.up, self.ffn.down]
@@ -244,9 +245,9 @@ class MegaBlock(ResidualBlock, StreamingLayer[MegaState]):
         """A block with the numbers of one layer of the public Mega code (`facebookresearch/mega`, a fork of fairseq).
 
         Sizes, direction and the kinds of norm and bias follow from the tensors. `chunk`, `activation`, `norm` and
-        `ffn_activation` do not: give the values that the model was trained with. That code takes (L, B, d_model), this
-        block (B, L, d_model). There the first chunk starts at the first column, padding or not, so outputs differ for
-        rows with padding on the left.
+        `ffn_activation` do not: give the values that the model was trained with. The public code takes (L, B, d_model),
+        this block (B, L, d_model). The public code starts the first chunk at the first column, even if this is padding.
+        So outputs differ for rows with padding on the left.
 
         Args:
             state_dict: under `prefix` the keys "mega_layer.…" and, unless the layer has no feed-forward block,
@@ -265,7 +266,7 @@ class MegaBlock(ResidualBlock, StreamingLayer[MegaState]):
             ValueError: missing or unknown keys under `prefix`, or wrong shapes; names them.
             TypeError: a value that isn't a real floating-point tensor.
 
-        Source: fairseq/modules/moving_average_gated_attention.py and normalized_feedforward_network.py there.
+        Source: fairseq/modules/moving_average_gated_attention.py and normalized_feedforward_network.py of that code.
         """
         sizes, values = read_published(state_dict, prefix, chunk)
         weight = values["v_proj.weight"]

@@ -33,12 +33,12 @@ class SPADEBlock(ResidualBlock, StreamingLayer[SPADEState]):
         norm="pre":   X' = norm₁(X),  Y = X + M,  out = Y + FFN(norm₂(Y))
         norm="post":  X' = X,  Y = norm₁(X + M),  out = norm₂(Y + FFN(Y))
 
-    In a model only the bottom block, or every n-th block, has an SSM. It brings what lies beyond the window to the
-    blocks above, which have local attention alone. As in the paper, no activation follows the SSM, and no linear layer
-    but W_c.
+    In a model only the bottom block, or every n-th block, has an SSM. This SSM brings information from beyond the
+    window to the blocks above, which have only local attention. As in the paper, no activation follows the SSM, and the
+    only linear layer after it is W_c.
 
-    With `cross_attention` the block is a decoder's: between mixers and feed-forward block Y also attends to the
-    encoder's output, ``Y ← Y + Cross(norm₃(Y), memory)``, or ``Y ← norm₃(Y + Cross(Y, memory))`` with post-norm.
+    With `cross_attention` the block belongs to a decoder. Between the mixers and the feed-forward block, Y then attends
+    to the encoder's output: ``Y ← Y + Cross(norm₃(Y), memory)``, or ``Y ← norm₃(Y + Cross(Y, memory))`` with post-norm.
 
     Args:
         d_model: width of input and output.

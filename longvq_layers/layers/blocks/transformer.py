@@ -31,8 +31,8 @@ class TransformerBlock(ResidualBlock):
         norm_type: "layer" (default), "rms", "scale" or "batch".
         ffn_activation: "gelu" (default), "silu" or "relu".
         glu: whether the feed-forward block is gated, default False.
-        attention: "fused" (default) is `scaled_dot_product_attention`; "dense" makes the matrix of weights, as the
-            Transformer of 2017 did.
+        attention: "fused" (default) is `scaled_dot_product_attention`; "dense" forms the matrix of weights, as the
+            first Transformer did.
         device, dtype: of the parameters.
 
     Raises:

@@ -20,7 +20,7 @@ from longvq_layers.layers.common.representation import arguments_repr
 
 _SEED = 0x10C0DE
 _START_KEYS_PER_CODE = 64  # keys per code in the sample that k-means fits first; more only cost time
-_NEVER_CHOSEN = 1_000_000  # `idle` of a code that had no key at the start, where nothing is re-seeded
+_NEVER_CHOSEN = 1_000_000  # `idle` of a code without a key at the start, if codes are never re-seeded
 
 
 class Codebook(KeepsFloat32):
@@ -31,12 +31,12 @@ class Codebook(KeepsFloat32):
         N_s ← γ N_s + (1 − γ) n_s,   M_s ← γ M_s + (1 − γ) m_s
         C_s = M_s / Ñ_s,   Ñ_s = (N_s + ε) ΣN / (ΣN + S ε)       (Laplace smoothing)
 
-    The first training batch with any key fits the codes by k-means++. A code that no key chose for `revive_after`
-    steps moves to a current key, drawn in proportion to its squared error, and its averages restart there. Averages are
-    updated at once, but `embedding` only at the start of the next training call: so a recomputed forward (activation
-    checkpointing) sees the same codes. The codebook doesn't learn in eval mode, when frozen, or from masked or
-    non-finite keys. All arithmetic is float32 (or float64) with autocast off, and `.half()` or `.bfloat16()` leave the
-    buffers in float32.
+    K-means fits the codes to the first training batch in which every head has a key. If no key chose a code for
+    `revive_after` steps, the code moves to a current key, drawn in proportion to its squared error, and the averages of
+    the code restart there. Averages are updated at once, but `embedding` only at the start of the next training call:
+    so a recomputed forward (activation checkpointing) sees the same codes. The codebook doesn't learn in eval mode,
+    when frozen, or from masked or non-finite keys. All arithmetic is float32 (or float64) with autocast off, and
+    `.half()` or `.bfloat16()` leave the buffers in float32.
 
     Args:
         num_heads: H, key-value heads.
@@ -46,7 +46,7 @@ class Codebook(KeepsFloat32):
         revive_after: training calls without a key after which a code is re-seeded, default 100; None = never.
         eps: ε of the smoothing, in keys, default 1e-5.
         process_group: data-parallel ranks that learn together; None = the default group if torch.distributed is
-            initialised. With a group of this rank only, each rank learns by itself.
+            initialised. Give each rank a group with only itself to let each rank learn by itself.
         backend: of the search for the nearest code, see `ops.vq_assign`.
         device: where the buffers live.
         dtype: torch.float64 for double buffers, anything else gives float32.
@@ -225,7 +225,7 @@ class Codebook(KeepsFloat32):
         return self
 
     def usage(self, within: int = 10) -> Tensor:
-        """Per head (H,), the share of codes that a key chose, or that were re-seeded, in the last `within` calls."""
+        """Per head (H,), the share of codes that some key chose, or that were re-seeded, in the last `within` calls."""
         return (self.idle < within).to(self.embedding.dtype).mean(-1)
 
     def perplexity(self) -> Tensor:
@@ -259,7 +259,7 @@ class Codebook(KeepsFloat32):
     )
     def _start(self, keys: Tensor, valid: Tensor) -> None:
         """Fit the codes to the first batch, keys (H, N, D), valid (H, N). All ranks get the first rank's result."""
-        # A generator of its own: a recomputed forward skips this, and must find torch's generator in the same state.
+        # A separate generator: a recomputed forward skips `_start`, and must find torch's generator in the same state.
         generator = torch.Generator(keys.device).manual_seed(torch.initial_seed() ^ _SEED)
         keys, valid = self.group.sample(keys, valid, _START_KEYS_PER_CODE * self.num_codes, generator)
         if not bool(valid.any(-1).all()):
@@ -283,7 +283,7 @@ class Codebook(KeepsFloat32):
         self.ema_energy.copy_(((keys - mean.unsqueeze(1)).square().sum(-1) * valid).sum(-1))
 
     def _refresh(self) -> None:
-        """C = M / Ñ, in place and, as all updates, without branches on data, to compile into one graph."""
+        """Set C = M / Ñ in place. Like every update, this has no branch on data, so that it compiles into one graph."""
         total = self.ema_count.sum(-1, keepdim=True)
         smoothed = (self.ema_count + self.eps) * total / (total + self.num_codes * self.eps)
         self.embedding.copy_(self.ema_sum / smoothed.unsqueeze(-1))
@@ -318,7 +318,8 @@ class Codebook(KeepsFloat32):
     def _spare_keys(self, keys: Tensor, error: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
         """For each code a key to re-seed it with (H, S, D), and whether a key exists (H, S).
 
-        Under data parallelism one rank gives the key of code s, in turn from step to step. The others give zeros.
+        Under data parallelism one rank gives the key of code s, and all others give zeros. The ranks take turns from
+        step to step.
         """
         if self.revive_after is None or keys.shape[1] == 0:
             return torch.zeros_like(self.ema_sum), torch.zeros_like(self.ema_count)

@@ -8,7 +8,7 @@ from longvq_layers.layers.codebook.operations import pick
 
 
 class Group:
-    """A process group that survives copies and pickles. A copy shares it; a pickle loads with the default group."""
+    """A process group that can be copied and pickled. A copy shares it; a pickle loads with the default group."""
 
     def __init__(self, group: "dist.ProcessGroup | None" = None) -> None:
         self.group = group

@@ -41,9 +41,9 @@ def draw(weight: Tensor, at: Tensor) -> Tensor:
 def spread(heads: int, amount: int, step: Tensor) -> Tensor:
     """Numbers (H, A) in [0, 1), float64, that differ from `step` to `step` and are evenly spread along every axis.
 
-    They are an additive recurrence with irrational increments. Random numbers won't do: activation checkpointing runs a
-    forward twice, but updates codes in the first run only. The second run would not draw from torch's generator again,
-    and everything drawn after that, such as dropout, would differ between the runs.
+    They are an additive recurrence with irrational increments. Random numbers can't be used here. Activation
+    checkpointing runs a forward twice, but updates codes in the first run only. The second run would skip the draw from
+    torch's generator, and everything drawn later, such as dropout, would differ between the runs.
     """
     head = torch.arange(heads, dtype=torch.float64, device=step.device).unsqueeze(-1)
     code = torch.arange(amount, dtype=torch.float64, device=step.device)

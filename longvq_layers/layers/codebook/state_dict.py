@@ -1,4 +1,4 @@
-"""Entries of a `Codebook` in a state dict: entries of a bare table are completed, damaged ones refused."""
+"""Checks the entries of a `Codebook` in a state dict: completes a bare table of codes, and refuses damaged entries."""
 
 import torch
 from torch import Tensor

@@ -4,7 +4,7 @@ import inspect
 
 from torch import nn
 
-_HIDDEN = ("self", "device", "dtype", "process_group")  # no settings: where a module is, and who shares it
+_HIDDEN = ("self", "device", "dtype", "process_group")  # these say where a module is and who shares it
 
 
 def arguments_repr(module: nn.Module, cls: type[nn.Module], *parts: nn.Module, **values: object) -> str:

@@ -6,7 +6,7 @@ from longvq_layers import _checks as check
 
 
 class FeatureDropout(nn.Module):
-    """Drops whole channels of a sequence: x (B, L, d) loses the same channels at all L positions.
+    """Drops whole channels of a sequence: the same channels of x (B, L, d) become 0 at all L positions.
 
     Args:
         p: probability of dropping a channel, default 0.
@@ -32,6 +32,6 @@ DROPOUTS: dict[str, type[Dropout]] = {"element": nn.Dropout, "feature": FeatureD
 
 
 def make_dropout(name: str, kind: str, p: float) -> Dropout:
-    """Dropout of that kind for (B, L, d), "element" or "feature"; `name` is the layer in errors."""
+    """The dropout named `kind`, "element" or "feature", for (B, L, d); `name` is the layer in errors."""
     check.one_of(name, "dropout_type", kind, tuple(DROPOUTS))
     return DROPOUTS[kind](p)

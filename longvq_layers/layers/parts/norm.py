@@ -9,14 +9,14 @@ from longvq_layers.layers.common.precision import KeepsFloat32, storage_factory
 
 
 class LayerNorm(nn.LayerNorm):
-    """`nn.LayerNorm` over the last dimension. The mask is there for the common interface and changes nothing."""
+    """`nn.LayerNorm` over the last dimension. The mask has no effect; all norms take one."""
 
     def forward(self, x: Tensor, key_padding_mask: Tensor | None = None) -> Tensor:
         return super().forward(x)
 
 
 class RMSNorm(nn.RMSNorm):
-    """`nn.RMSNorm` over the last dimension. The mask is there for the common interface and changes nothing.
+    """`nn.RMSNorm` over the last dimension. The mask has no effect; all norms take one.
 
     The default ε is 1e-6. The default of `nn.RMSNorm` depends on the dtype, which would make models differ.
     """
@@ -33,7 +33,7 @@ class RMSNorm(nn.RMSNorm):
         super().__init__(dim, eps, device=device, dtype=dtype)
 
     def forward(self, x: Tensor, key_padding_mask: Tensor | None = None) -> Tensor:
-        # Under autocast x may have a narrower dtype than the weight. PyTorch warns then, for lack of a fused kernel.
+        # Under autocast x may have a narrower dtype than the weight. PyTorch has no fused kernel for this, and warns.
         return nn.functional.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
 
 
@@ -164,7 +164,7 @@ NORMS: dict[str, type[Norm]] = {
 def make_norm(
     name: str, kind: str, dim: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None
 ) -> Norm:
-    """The norm of that kind for (..., dim), called with x and a mask (B, L), True = ignore, or None.
+    """The norm named `kind` for (..., dim). Call it with x and a mask: (B, L), True = ignore, or None.
 
     `name` is the layer in errors.
     """

@@ -1,8 +1,8 @@
 """Elementwise steps of gated blocks that save only their inputs for backward.
 
 Other operations save these inputs anyway. A composition of PyTorch's operators would save one more tensor of the size
-of its output. A compiler decides itself what to recompute, and can't trace an autograd function with a forward-mode
-rule, so it gets the operators.
+of its output. A compiler gets PyTorch's operators: it decides itself what to recompute, and it can't trace an autograd
+function with a forward-mode rule.
 """
 
 from typing import Any
@@ -20,8 +20,8 @@ def silu_product(a: Tensor, b: Tensor) -> Tensor:
 def gated_residual(logits: Tensor, new: Tensor, old: Tensor, *, recompute: bool = False) -> Tensor:
     """``g ⊙ new + (1 − g) ⊙ old`` with ``g = sigmoid(logits)``, of tensors of one shape.
 
-    `recompute`: this is the last operation of a checkpointed part, which saves nothing. Plain operators then spare the
-    recomputation of the operation itself.
+    Set `recompute` if this is the last operation of a checkpointed part, which saves nothing. Plain operators then
+    compute the result, so that the backward need not run this operation again.
     """
     return _call(_GatedResidual, logits, new, old, plain=recompute)
 

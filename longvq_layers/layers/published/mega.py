@@ -10,7 +10,8 @@ from longvq_layers.layers.published import reader
 
 _NAME = "MegaBlock.from_published"
 
-# key there -> key in `MegaBlock`, shape there; W = kernels: D if causal, 2D if bidirectional
+# key in the public code -> (key in `MegaBlock`, shape in the public code)
+# W is the number of kernels: D if causal, 2D if bidirectional.
 _MEGA = {
     "mega_layer.move.delta": ("ema.delta", "W N 1"),
     "mega_layer.move.alpha": ("ema.alpha", "W N 1"),
@@ -45,7 +46,7 @@ _NORMS = {
     "scale": {"scalar": "1"},
     "batch": {"weight": "D", "bias": "D", "running_mean": "D", "running_var": "D"},
 }
-_IGNORED = (  # bookkeeping of that code
+_IGNORED = (  # bookkeeping of the public code
     "mega_layer.rel_pos_bias._float_tensor",
     "mega_layer.norm.norm.num_batches_tracked",
     "nffn.norm.norm.num_batches_tracked",

@@ -8,7 +8,7 @@ from longvq_layers import _checks as check
 
 
 def entries(name: str, state_dict: object, prefix: object) -> dict[str, Tensor]:
-    """The entries of `state_dict` whose keys start with `prefix`, by the rest of their keys."""
+    """The entries of `state_dict` whose keys start with `prefix`, with this prefix removed from the keys."""
     if not isinstance(state_dict, Mapping):
         raise TypeError(f"{name}: state_dict must be a mapping of names to tensors, got {type(state_dict).__name__}")
     if not isinstance(prefix, str):
@@ -30,14 +30,14 @@ def read(
     Args:
         name: the operation, for errors.
         layer: the other implementation's name of the layer, for errors.
-        given: the tensors by their keys there.
+        given: the tensors by their keys in the other implementation.
         prefix: the text before these keys, for errors.
-        layout: key there -> (key here, shape there in letters).
+        layout: key in the other implementation -> (key in our layer, shape in letters in the other implementation).
         sizes_of: gives the size of each letter, from tensors that have the right number of dimensions.
-        ignored: keys there that are not needed.
+        ignored: keys of the other implementation that our layer doesn't need.
 
     Returns:
-        The size of each letter, and the tensors by their keys here.
+        The size of each letter, and the tensors by their keys in our layer.
     """
     missing = [prefix + key for key in layout if key not in given]
     if missing:

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from longvq_layers.layers.published import reader
 
-# key there -> key in `S4DLayer`, shape there
+# key in the public code -> (key in `S4DLayer`, shape in the public code)
 _LAYOUT = {
     "D": ("ssm.D", "H"),
     "kernel.log_dt": ("ssm.log_dt", "H"),

@@ -50,9 +50,10 @@ class DiagonalSSM(ScanLayer):
         bilinear:         Ā = (1 + ΔA/2) / (1 − ΔA/2),  B̄ = ΔB / (1 − ΔA/2)
         x_t = Ā x_{t−1} + B̄ u_t,   y_t = 2 Re(C x_t) + D u_t
 
-    The real part of A is negative for every parameter value, so the model is stable. Bidirectional: the outputs of a
-    second model over the reversed sequence are added; it has its own C and shares A, B and Δ. All arithmetic is float32
-    (float64 for float64 inputs) with autocast off, and `.half()` or `.bfloat16()` leave the parameters in float32.
+    The real part of A is negative for every parameter value, so the model is stable. If bidirectional, a second model
+    reads the reversed sequence, and its outputs are added. It has its own C and shares A, B and Δ. All arithmetic is
+    float32 (float64 for float64 inputs) with autocast off, and `.half()` or `.bfloat16()` leave the parameters in
+    float32.
 
     Args:
         channels: H, independent channels.
@@ -61,8 +62,8 @@ class DiagonalSSM(ScanLayer):
         init: of A: "lin" −½ + iπn (default), "inv" −½ + i (2N/π)(2N/(2n+1) − 1), or "real" −(n+1).
         discretization: "zoh" (default) or "bilinear".
         dt_min, dt_max: range of Δ, drawn log-uniformly, default 1e-3 to 1e-1.
-        trained: which of "A", "B" and "dt" are learned, default ("A", "dt"). The others are buffers of the same names,
-            so checkpoints fit either way. An untrained B is 1 (C absorbs it) and doesn't exist.
+        trained: which of "A", "B" and "dt" are learned, default ("A", "dt"). Untrained A and dt are buffers of the same
+            names, so checkpoints fit either way. An untrained B is 1 and isn't stored, because C absorbs it.
         backend: see `ops.ssm_scan`.
         device: where the parameters live.
         dtype: torch.float64 for double parameters, anything else gives float32.
@@ -147,7 +148,7 @@ class DiagonalSSM(ScanLayer):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Draw Δ, C and D anew and set A and B to their initialisation."""
+        """Draw new Δ, C and D, and set A and B to their initial values."""
         self.log_dt.uniform_(math.log(self.dt_min), math.log(self.dt_max))
         n = torch.arange(self.d_state // 2, device=self.A_imag.device, dtype=self.A_imag.dtype)
         if self.init == "real":
@@ -263,7 +264,7 @@ class DiagonalSSM(ScanLayer):
             return self._discretise_step(dtype, rate)
         # Not parameters() and buffers(), which are slow.
         tensors: tuple[Tensor, ...] = (*self._parameters.values(), *self._buffers.values())  # type: ignore[arg-type]
-        # A parametrisation or a hook computes tensors from others; then their number is another.
+        # With a parametrisation or a hook, some tensors are computed from others. The number of tensors then differs.
         stamp = _stamp(tensors) if len(tensors) == 5 + ("B" in self.trained) else None
         if stamp is None or (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)):
             return self._discretise_step(dtype, rate)
@@ -285,7 +286,7 @@ class DiagonalSSM(ScanLayer):
         return log_decay.exp(), weight[0], skip
 
     def _forget_step(self) -> None:
-        # Called where a sequence starts and where the whole module changes, to bound the harm of unnoticed changes.
+        # Called where a sequence starts and where the whole module changes: no unnoticed change lasts longer.
         if not torch.compiler.is_compiling() and self._step_cache is not None:
             self._step_cache = None
 
@@ -322,9 +323,9 @@ def _check_rate(rate: float) -> None:
 def _stamp(tensors: tuple[Tensor, ...]) -> _Stamp | None:
     """A value that changes when a tensor does; None if changes can't be noticed, so that nothing may be cached.
 
-    They can't be noticed in subclasses (fake tensors), inside `torch.func` (no storage) and in inference tensors (no
+    Changes can't be noticed in subclasses (fake tensors), inside `torch.func` (no storage) and in inference tensors (no
     version). Assigning `.data` changes the address, but not the version. `.data.mul_()` and fused optimizers change
-    neither; `_forget_step` bounds the harm.
+    neither; `_forget_step` limits how long such a change goes unnoticed.
     """
     try:
         stamp = [(id(t), t._version, t.data_ptr(), t.dtype, t.device) for t in tensors if type(t) in _ORDINARY]

@@ -21,11 +21,11 @@ class DampedEMA(ScanLayer):
         p = sigmoid(delta),   q = 1 − p · sigmoid(alpha)
         x_t = q x_{t−1} + u_t,   y_t = Σ_n p_n beta_n gamma_n / √ndim · x_{t,n} + omega u_t
 
-    This is a convolution with the kernel K_l = Σ_n p_n beta_n gamma_n q_n^l / √ndim. Bidirectional: a second average
-    with its own parameters runs from the end to the start and is added, so both count the present. 0 ≤ q ≤ 1 for
-    every parameter value, so the average is stable. No activation follows: blocks apply silu themselves. All arithmetic
-    is float32 (float64 for float64 inputs) with autocast off, and `.half()` or `.bfloat16()` leave the parameters in
-    float32.
+    This is a convolution with the kernel K_l = Σ_n p_n beta_n gamma_n q_n^l / √ndim. If bidirectional, a second average
+    with its own parameters runs from the end to the start, and its outputs are added; both averages include the present
+    position. 0 ≤ q ≤ 1 for every parameter value, so the average is stable. No activation follows: blocks apply silu
+    themselves. All arithmetic is float32 (float64 for float64 inputs) with autocast off, and `.half()` or `.bfloat16()`
+    leave the parameters in float32.
 
     Args:
         channels: H, independent channels.
@@ -84,7 +84,7 @@ class DampedEMA(ScanLayer):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Draw all parameters anew."""
+        """Draw new values of all parameters."""
         self.delta.normal_(std=0.2)
         self.alpha.normal_(std=0.2)
         self.beta.normal_(std=0.02)

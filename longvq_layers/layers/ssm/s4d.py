@@ -215,7 +215,7 @@ class S4DLayer(nn.Module):
             device=weight.device if device is None else device,
             dtype=dtype or weight.dtype,
         )
-        layer.load_state_dict(values, strict=False)  # the checkpoint has no B; a trained B starts at 1, its value there
+        layer.load_state_dict(values, strict=False)  # the checkpoint has no B: there B is 1, and so it starts here
         return layer
 
     def _mix_channels(self, y: Tensor, out_proj: nn.Linear) -> Tensor:

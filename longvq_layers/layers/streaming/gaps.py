@@ -1,7 +1,7 @@
-"""Padding between the tokens of a row, as a batch of conversations has it: each turn is padded to the longest.
+"""Gaps: padding between the tokens of a row. A batch of conversations has gaps if each turn is padded to the longest.
 
-Causal models count tokens instead of positions, so that such padding changes nothing. Generation needs that: there
-padding never enters the state. If `forward` counted positions, gaps would push keys out of its window.
+Causal models count tokens instead of positions, so that gaps change nothing. `forward` must agree with generation, in
+which padding never enters the state. If `forward` counted positions, gaps would push keys out of its window.
 """
 
 import torch
@@ -9,16 +9,16 @@ from torch import Tensor
 
 
 def order_without_gaps(key_padding_mask: Tensor) -> Tensor | None:
-    """The order (B, L) that moves the tokens of each row to the front, without changing their order, then its padding.
+    """The order (B, L) that moves the tokens of each row to the front, and its padding to the end.
 
     Args:
         key_padding_mask: (B, L) bool, True = ignore.
 
     Returns:
-        None if the tokens of every row are adjacent already.
+        int64 indices of positions; tokens keep their order. None if no row has a gap; never None in a compiled graph.
     """
     if not torch.compiler.is_compiling():  # a compiled graph can't branch on it
-        # Runs of tokens: each starts after padding, but for the one at position 0.
+        # The number of runs of tokens per row. A run starts after padding, or at position 0.
         starts = (~key_padding_mask[:, 1:] & key_padding_mask[:, :-1]).sum(1)
         if not bool((starts + ~key_padding_mask[:, :1].any(1) > 1).any()):
             return None

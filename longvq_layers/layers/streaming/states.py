@@ -1,4 +1,4 @@
-"""The states of layers over growing sequences. No state grows with the length; `clone` makes a branch."""
+"""The states of layers over growing sequences. No state grows with the length; `clone` makes an independent copy."""
 
 from dataclasses import dataclass, replace
 

@@ -1,4 +1,4 @@
-"""The cache of the Hugging Face models: a state of constant size that `generate` hands from token to token."""
+"""The cache of the Hugging Face models: `generate` keeps a state of constant size in it between tokens."""
 
 from typing import Any
 
@@ -13,9 +13,9 @@ from longvq_layers.layers.streaming.states import BackboneState
 class LongVQCache(Cache):
     """The past of a batch of sequences, for `cache=` or `past_key_values=`; its memory is the same at every length.
 
-    The first forward with an empty cache fills it. Later forwards update it in place: to continue one prompt in several
-    ways, give each continuation a `copy.deepcopy`. Tokens can't be removed from the state, so there is no `crop`, and
-    no assisted decoding.
+    The first forward fills an empty cache. Later forwards update it in place: to continue one prompt in several ways,
+    give each continuation a `copy.deepcopy`. Tokens can't be removed from the state, so there is no `crop`, and no
+    assisted decoding.
 
     Attributes:
         state: `BackboneState`, or None while empty.

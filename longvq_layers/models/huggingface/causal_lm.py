@@ -74,10 +74,10 @@ class LongVQForCausalLM(LongVQModelWithHead, GenerationMixin):
         """Predict the next token at every position.
 
         Args:
-            labels: (B, L) int64, the tokens themselves: `forward` shifts them. A label of -100 has no loss. With
+            labels: (B, L) int64, the tokens of the input: `forward` shifts them. A label of -100 has no loss. With
                 `cu_seqlens` the first token of a document is not predicted. In training mode the loss includes the
                 commitment loss of the codebooks.
-            logits_to_keep: give logits at the last so many positions only, or at an index tensor (N,); default 0 = all.
+            logits_to_keep: number of last positions that get logits, or indices (N,) of positions; default 0 = all.
             num_items_in_batch: number of predicted labels over which the loss is averaged, if a step has several
                 batches; default the number in this batch.
             others: see `LongVQModel`.
@@ -130,11 +130,11 @@ class LongVQForCausalLM(LongVQModelWithHead, GenerationMixin):
         )
         if not self.training:
             return loss
-        # Once per step: if a step sums over batches, each batch adds its share.
+        # The commitment loss counts once per step: if a step sums over batches, each batch adds its share.
         return loss + commitment_loss(self) * (own / items)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """As in transformers; raises RuntimeError in training mode, where each forward moves the codebooks."""
+        """As in transformers, but RuntimeError in training mode, in which each forward changes the codebooks."""
         if self.training:
             raise RuntimeError(
                 "LongVQForCausalLM.generate: the model must be in eval mode, got training mode; call eval() first"
@@ -151,7 +151,7 @@ class LongVQForCausalLM(LongVQModelWithHead, GenerationMixin):
         cache: LongVQCache | None = None,
         **kwargs: Any,
     ) -> dict:
-        """What `generate` calls the model with."""
+        """The keyword arguments with which `generate` calls the model."""
         past = cache_name.given("LongVQForCausalLM.prepare_inputs_for_generation", past_key_values, cache)
         if is_first_iteration and next_sequence_length is not None and next_sequence_length < 1:
             read = 0 if past is None else past.get_seq_length()

@@ -16,7 +16,7 @@ class LongVQForSequenceClassification(LongVQModelWithHead):
     """A `LongVQModel`, the mean over unmasked positions (or the last of them), and a linear layer to `num_labels`.
 
     Args:
-        config: `LongVQConfig` with num_labels (default 2) and, unless it should follow from the labels, problem_type.
+        config: `LongVQConfig` with num_labels (default 2) and problem_type (default: the labels decide).
 
     Raises:
         ValueError, TypeError: sizes out of range, unknown options.

@@ -60,7 +60,7 @@ class LongVQPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _draw(self, missing: set[str]) -> None:
-        """Fill tensors that the checkpoint lacked with those of a new model."""
+        """Fill the tensors that the checkpoint lacks with the tensors of a new model."""
         if missing:
             own, new = self.state_dict(), type(self)(self.config).state_dict()
             for name in missing:
@@ -217,7 +217,7 @@ class LongVQModel(LongVQPreTrainedModel):
     def _cache(
         self, cache: Cache | None, use_cache: bool | None, cu_seqlens: Tensor | None, batch: int
     ) -> LongVQCache | None:
-        """The cache to continue, with a first state if it was empty; None without a cache."""
+        """The cache of this forward, with the state of empty sequences if it was empty; None without a cache."""
         name = type(self).__name__
         if cache is None and not use_cache:
             return None
@@ -245,7 +245,7 @@ class LongVQModel(LongVQPreTrainedModel):
 
 
 class LongVQModelWithHead(LongVQPreTrainedModel):
-    """A `LongVQModel` with a head; its embeddings are those of the model."""
+    """A `LongVQModel` with a head. The embeddings are those of the `LongVQModel`."""
 
     model: LongVQModel
 

@@ -43,7 +43,7 @@ def vq_attention(inputs: AttentionInputs, options: AttentionOptions) -> Tensor:
     # The keys of pairs inside the window ...
     k_hat = torch.stack([codebook[h][codes[:, h]] for h in range(kv_heads)], dim=1)  # (B Hkv L F)
     local = k if local_keys == LocalKeys.EXACT else k_hat + (k - k.detach())  # difference: value 0, gradient 1
-    # ... and of pairs outside: the codewords, whose gradient the keys of a code share.
+    # ... and of pairs outside: the codewords. The keys of a code share the gradient of its codeword.
     if key_grad == KeyGrad.WINDOW:
         far = torch.where(codes.unsqueeze(-1) >= 0, k_hat, far_k)  # always k_hat: the gradient of far_k is 0, not None
     else:
@@ -69,7 +69,7 @@ def vq_attention(inputs: AttentionInputs, options: AttentionOptions) -> Tensor:
     score = torch.where(in_window, score_local, far_q @ far.transpose(2, 3) * factor)
 
     if activation == Activation.SOFTMAX:
-        # A row without allowed keys would give NaN: it gets finite scores here, and weight 0 below.
+        # Softmax gives NaN for a query without allowed keys. So the query gets finite scores here, and weight 0 below.
         weight = score.masked_fill(~allowed, -torch.inf).masked_fill(~allowed.any(-1, keepdim=True), 0).softmax(-1)
     else:
         weight = laplace(score)

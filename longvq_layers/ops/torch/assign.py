@@ -10,8 +10,8 @@ def vq_assign(k: Tensor, codebook: Tensor) -> Tensor:
     """Codes (B, H, L) of keys (B, H, L, D) in a codebook (H, S, D).
 
     ``argmin ‖k − C‖² = argmax k·C − ½‖C‖²``. argmax returns the first maximum, so of equal distances the lowest code
-    wins. But a matrix product may round equal columns differently, so the codes of equal codewords are repositiond by
-    the lowest of them at the end.
+    wins. But a matrix product may round equal columns differently. So at the end each code is replaced by the lowest
+    code with an equal codeword.
     """
     with torch.autocast(k.device.type, enabled=False):
         precise = torch.promote_types(k.dtype, torch.float32)
@@ -29,7 +29,10 @@ def vq_assign(k: Tensor, codebook: Tensor) -> Tensor:
 
 
 def _lowest_of_equals(codebook: Tensor, norms: Tensor) -> Tensor:
-    """(H, S): for each codeword of (H, S, D) the lowest code of an equal codeword; ``norms`` (H, S) are theirs."""
+    """(H, S): for each codeword of a codebook (H, S, D) the lowest code of an equal codeword.
+
+    ``norms`` (H, S) are equal for equal codewords.
+    """
     order = norms.sort(dim=-1, stable=True).indices  # equal codewords stand side by side, the lowest first
     ordered = codebook.gather(1, order.unsqueeze(-1).expand_as(codebook))
     position = torch.arange(order.shape[1], device=order.device).expand_as(order)

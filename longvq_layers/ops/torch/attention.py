@@ -2,9 +2,10 @@
 
 Keys within ``W − 1`` positions of a block of queries are *near*: each gets its own score. All other keys are *far* and
 are attended through their codes:
-``Σ_{j far} exp(q·Ĉ_{z_j}) v_j = Σ_s n_s exp(q·C_s) m_s`` with ``n_s`` the number and ``m_s`` the mean value of the far
-keys of code s. This is ordinary attention over S more keys with an additive bias ``log n_s`` (Lingle 2023,
-Transformer-VQ, theorem 3.7; LongVQ 2024, section 4.2).
+``Σ_{j far} exp(q·C_{z_j}) v_j = Σ_s n_s exp(q·C_s) m_s``, where ``n_s`` is the number and ``m_s`` the mean value of the
+far keys of code s. This is ordinary attention over S more keys with an additive bias ``log n_s`` (Lingle 2023,
+Transformer-VQ, theorem 3.7; LongVQ 2024, section 4.2). A near key may be outside the window of some query of the block:
+its score for this query is that of its codeword.
 """
 
 import torch
@@ -16,11 +17,10 @@ from longvq_layers.ops.torch.scores import Scores, laplace
 
 
 def vq_attention(inputs: AttentionInputs, options: AttentionOptions) -> tuple[Tensor, Tensor]:
-    """The output (B, H, L, E) in the dtype of ``v``, and the normalizers (m, t) of softmax (B, H, L, 2) for the
-    backward.
+    """The output (B, H, L, E) in the dtype of ``v``, and the normalizers (B, H, L, 2) for the backward.
 
-    The weights are ``exp(score − m) / t``. Storing ``m + log t`` instead would lose the digits of ``t`` where scores
-    are large.
+    The normalizers are the m and t of the softmax weights ``exp(score − m) / t``. One number ``m + log t`` would lose
+    the digits of ``t`` where scores are large.
     """
     q, v = inputs.q, inputs.v
     if q.numel() == 0:

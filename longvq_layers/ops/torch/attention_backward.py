@@ -2,10 +2,10 @@
 
 With ``P`` the weights, ``dP = dO·Vᵀ`` and ``dS`` the gradient of the scores (softmax: ``P ∘ (dP − rowsum(dO ∘ O))``):
 
-* near pairs give ``dq``, ``dv`` and ``db`` as in any attention; pairs inside the window give ``dk`` by the
-  straight-through estimator;
-* the key gradient of pairs outside the window goes to the codeword; with ``key_grad="cluster"`` the row's keys of that
-  code share it equally: ``dk_j += dC_{z_j} / n_{z_j}``;
+* near pairs give ``dq``, ``dv`` and ``db`` as in any attention; pairs inside the window give ``dk``, by the
+  straight-through estimator if keys are quantised;
+* the key gradient of pairs outside the window goes to the codeword; with ``key_grad="cluster"`` all keys of that code
+  in the batch row share it equally: ``dk_j += dC_{z_j} / n_{z_j}``;
 * the gradient of the far field of a block goes to the values of all its far keys, through the adjoint of the running
   sums.
 """
@@ -22,8 +22,8 @@ from longvq_layers.ops.torch.scores import Scores, laplace, laplace_grad
 def diagonal_sums(x: Tensor) -> Tensor:
     """(…, T, K) -> (…, T + K − 1): entry o is the sum of the diagonal ``column − row = o − (T − 1)``."""
     rows, columns = x.shape[-2:]
-    # Append T zeros to each row, rows in reverse order, and view the memory with rows one shorter: row r moves right by
-    # r.
+    # Reverse the order of the rows, and append T zeros to each row. Then view the memory with rows that are one element
+    # shorter: row r moves right by r.
     skew = torch.nn.functional.pad(x.flip(-2), (0, rows)).flatten(-2)[..., : rows * (rows + columns - 1)]
     return skew.unflatten(-1, (rows, rows + columns - 1)).sum(-2)
 
@@ -98,10 +98,10 @@ def vq_attention_backward(
                 dq[..., rows, :] = s.as_rows(dfar_block.add_(from_inside + from_outside))
             else:
                 dfar_q[..., rows, :] = s.as_rows(dfar_block.add_(from_outside))
-                if s.k is not None:  # else nothing is inside the window
+                if s.k is not None:  # None only with W = 0: no pair is inside the window
                     dq[..., rows, :] = s.as_rows(from_inside)
 
-        if options.activation == Activation.SOFTMAX:  # the far values are means: gradients of sums
+        if options.activation == Activation.SOFTMAX:  # far values are means: get the gradients of the sums
             dvalues /= s.far_counts.clamp(min=1)
         dv_far = s.far_field.gather(dvalues.flatten(1, 2)).view_as(dv)
         if key_padding_mask is not None:

@@ -1,9 +1,9 @@
 """The next tokens of causal vector-quantised attention, over a state of constant size.
 
-Tokens are processed in blocks. A block attends to keys before the window through their codes and the sums of their
-values, and to each key of the ring and of the block itself by a score of its own. Then its tokens are added to the
-state. The rows of a batch may be at different positions; the ring is read in order, so that the offsets between queries
-and keys are the same in all rows.
+Tokens are processed in blocks. A block attends to keys before the ring through their codes and the sums of their
+values. Each key of the ring and of the block itself gets its own score. Then the tokens of the block are added to the
+state. The rows of a batch may be at different positions. The ring is read from the oldest key to the newest, so that
+the offsets between queries and keys are the same in all rows.
 """
 
 from typing import NamedTuple
@@ -33,7 +33,7 @@ def vq_attention_step(inputs: AttentionStepInputs, state: VQAttentionState, scal
         tokens = [q, k, v, codes] if far_q is None else [q, k, v, codes, far_q]
         order = None if key_padding_mask is None else key_padding_mask.to(torch.uint8).argsort(dim=1, stable=True)
         for first in range(0, length, _BLOCK):
-            # Tokens that are not masked come first in each row, so only the end of a block can have masked tokens.
+            # `order` puts the masked tokens of each row last, so a block can have them only at its end.
             if key_padding_mask is None or order is None:
                 taken = slice(first, min(first + _BLOCK, length))
                 block = _Block(*(x[:, :, taken] for x in tokens))
@@ -75,7 +75,7 @@ def _attend(
     scale: float,
     activation: int,
 ) -> Tensor:
-    """The output (B, H, T, E) of a block. Its ``valid`` tokens (B, T), first in each row, are added to the state."""
+    """The output (B, H, T, E) of a block. Its ``valid`` tokens (B, T) come first in each row; the state gets them."""
     precise, kv_heads = state.dtype, block.k.shape[1]
     group, rows = block.q.shape[1] // kv_heads, block.q.shape[2]
     q, k, v = (x.to(precise) for x in (block.q, block.k, block.v))
@@ -133,7 +133,10 @@ def _slots(state: VQAttentionState, position: Tensor) -> Tensor:
 def _advance(
     state: VQAttentionState, codes: Tensor, keys: Tensor | None, values: Tensor, exists: Tensor, new: Tensor
 ) -> None:
-    """Columns as in ``_attend``: the first ``new`` (B,) of R + T leave the window, the next R become the ring."""
+    """Move the state on by ``new`` (B,) tokens. The columns are those of ``_attend``, (…, R + T).
+
+    The first ``new`` columns leave the window, and the next R columns become the ring.
+    """
     batch, heads, num_codes, width = state.far_sums.shape
     column = torch.arange(codes.shape[2], device=codes.device)
     leaves = (exists & (column < new[:, None]))[:, None].expand_as(codes)

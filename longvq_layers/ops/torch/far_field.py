@@ -36,7 +36,7 @@ class Blocks:
     @classmethod
     def plan(cls, length: int, num_codes: int, window: int, causal: bool) -> "Blocks":
         everything_far = window == 0 and not causal
-        # About as many near keys as codes: the far field then takes about twice the memory of the values.
+        # A block then has about as many near keys as codes. The far fields take about twice the memory of the values.
         size = 512 if everything_far else min(max(num_codes // 2, window, 64), 512)
         return cls(length, max(1, min(size, length)), max(window - 1, 0), causal, everything_far)
 
@@ -56,12 +56,12 @@ class Blocks:
         return slice(max(0, rows.start - self.reach), stop)
 
     def first_after(self, device: torch.device) -> Tensor:
-        """(L,): for each key the first block that the key is far before; ``count`` if there is none."""
+        """(L,): for each key the first of the later blocks that it is far from; ``count`` if there is none."""
         j = torch.arange(self.length, device=device)
         return ((j + self.reach) // self.size + 1).clamp_(max=self.count)
 
     def last_before(self, device: torch.device) -> Tensor:
-        """(L,): for each key the last block that the key is far after; −1 if there is none."""
+        """(L,): for each key the last of the earlier blocks that it is far from; −1 if there is none."""
         j = torch.arange(self.length, device=device)
         return torch.div(j - self.reach, self.size, rounding_mode="floor").sub_(1).clamp_(min=-1)
 
@@ -83,7 +83,7 @@ class FarField:
         else:
             self._before = self._segments(blocks.first_after(codes.device))
             if not blocks.causal:
-                self._after = self._segments(blocks.last_before(codes.device) + 1)  # slot b + 1 is that of block b
+                self._after = self._segments(blocks.last_before(codes.device) + 1)  # block b has slot b + 1
 
     def _segments(self, slot: Tensor) -> Tensor:
         head = torch.arange(self.heads, device=slot.device)[:, None]

@@ -32,7 +32,7 @@ def ssm_scan_backward(
         dinitial = log_decay.new_empty(initial_state.shape)
 
     def zeros(x: Tensor | None, dtype: torch.dtype) -> Tensor:
-        # In double precision, because there may be many documents.
+        # In double precision, because the sum may run over many documents.
         sizes = x.shape if need_parameters and x is not None else (0,)
         return log_decay.new_zeros(sizes, dtype=ssm.double_precision(dtype, u.device))
 

@@ -77,7 +77,8 @@ class Scores:
     def _far_statistics(self) -> tuple[Tensor, Tensor]:
         """Values (blocks, B, Hkv, S, E) and counts (blocks, B, Hkv, S, 1) of each block's far field.
 
-        With softmax the values are means, since the scores contain the logarithms of the counts; with laplace sums.
+        With softmax the values are means, because the scores contain the logarithms of the counts. With laplace they
+        are sums.
         """
         rows = torch.nn.functional.pad(self.v, (0, 1), value=1.0)
         if self.mask is not None:
@@ -114,7 +115,7 @@ class Scores:
     def tile(self, rows: slice, keys: slice) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Masks of one block: inside the window (T, K), in the future (T, K) or None; bias (Hkv, G, T, K) or None.
 
-        They are equal for all blocks of the same sizes, and kept.
+        All blocks with the same sizes and the same offset between rows and keys share one cached result.
         """
         key = (rows.stop - rows.start, keys.stop - keys.start, rows.start - keys.start)
         if key not in self._tiles:

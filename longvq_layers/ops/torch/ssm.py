@@ -153,8 +153,9 @@ def ssm_scan_backward(
     The gradient of an absent argument is an empty tensor. So are those of u and initial_state without ``need_inputs``,
     and those of the others without ``need_parameters``.
 
-    ``beta`` is the holomorphic derivative dL/dX; PyTorch's gradient of a complex tensor is its conjugate. The states
-    are recomputed chunk by chunk. The adjoint is the same recurrence, run backwards over the chunks.
+    ``beta`` is the holomorphic derivative dL/dX. PyTorch defines the gradient of a complex tensor as the conjugate of
+    this derivative. The states are recomputed chunk by chunk. The adjoint is the same recurrence, run backwards over
+    the chunks.
     """
     u, log_decay, weight, skip, initial_state, key_padding_mask, _, reverse = inputs
     with torch.autocast(u.device.type, enabled=False):

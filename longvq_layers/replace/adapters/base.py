@@ -46,9 +46,9 @@ class Site:
 
 
 class Record(Protocol):
-    """What one adapter changes in a model. It lists every change before it makes the first, so that it can undo any.
+    """What one adapter changes in a model. All changes are listed before the first is made, so that any can be undone.
 
-    It refers to modules by object, so that a deep copy of the model carries a record of its own.
+    It refers to modules by object, so that a deep copy of the model gets a separate record of the copied modules.
     """
 
     @property
@@ -56,7 +56,7 @@ class Record(Protocol):
         """The attention modules that get a slot."""
 
     def undo(self) -> None:
-        """Put everything back; also after only a part of it was changed."""
+        """Undo all changes that were made, even if `install` has made only some of them."""
 
 
 class Installable(Record, Protocol):
@@ -81,7 +81,7 @@ class Adapter(Protocol):
         """The attention function that calibration must call; None: queries, keys and values are enough."""
 
     def clamped_rotary(self, model: nn.Module, site: Site, window: int) -> ClampedRotary | str:
-        """What removes the positions of the site's queries and keys, or why they can't be removed."""
+        """The module that removes the positions of the site's queries and keys, or why they can't be removed."""
 
     def plan_record(self, model: nn.Module, sites: Sequence[Site], *, linear_masks: bool) -> Installable:
         """The record of a replacement of these sites; changes nothing.
@@ -92,7 +92,7 @@ class Adapter(Protocol):
 
 
 def own_forward(module: nn.Module) -> str | None:
-    """The refusal of a module whose forward was set on the object itself: this forward would bypass the swap."""
+    """Why a module is refused if its forward was set on the object itself: this forward would bypass the swap."""
     if "forward" not in module.__dict__:
         return None
     return "its forward was replaced on the module itself (by a hook of accelerate, say); replace the attention first"

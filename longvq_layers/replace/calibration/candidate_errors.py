@@ -73,7 +73,7 @@ class CandidateErrors:
 
     @torch.no_grad()
     def choose_gains(self) -> None:
-        """Give every head of the candidate its best gain; a single gain leaves it as it is."""
+        """Give every head of the candidate its best gain. With a single gain the candidate stays unchanged."""
         gain, errors = self.candidate.spread_gain, self._output_errors
         if errors is not None and len(errors) > 1:
             gain.copy_(gain.new_tensor(self.gains)[errors.argmin(0).to(gain.device)])

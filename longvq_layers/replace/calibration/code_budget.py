@@ -1,4 +1,4 @@
-"""Divides the codes of a model among its layers: more for those that lose most, the same memory in all."""
+"""Divides the codes of a model among its layers. Layers with large errors get more; the total memory stays."""
 
 import math
 
@@ -8,13 +8,13 @@ from torch import Tensor
 from longvq_layers.layers.codebook.kmeans import kmeans
 
 _KEYS = 4096  # per head, from which the exponent is measured
-_STEPS = 8  # equal shares that a layer's codes are divided into
+_STEPS = 8  # shares in num_codes; a layer gets a whole number of shares
 _LEAST, _MOST = 2, 4 * _STEPS  # shares of a layer
 _EXPONENTS = (0.05, 2.0)  # smallest and largest exponent; measurements outside are clamped
 
 
 def error_exponent(keys: Tensor, num_codes: int, generator: torch.Generator) -> float:
-    """b of the power law S^-b by which a layer's squared key error falls, measured at num_codes / 2 and num_codes.
+    """The exponent b of a layer whose squared key error falls as S^-b, measured at num_codes / 2 and num_codes.
 
     Args:
         keys: (Hkv, N, D) in the metric of the queries.
@@ -34,7 +34,7 @@ def error_exponent(keys: Tensor, num_codes: int, generator: torch.Generator) -> 
 def share_out(errors: list[float], exponents: list[float], heads: list[int], num_codes: int) -> list[int]:
     """Codes of each layer that make ``Σ_l errors_l (S_l / S)^-exponents_l`` small.
 
-    Shares are given one at a time to the layer that gains most.
+    One share at a time goes to the layer whose error falls most per key-value head.
 
     Args:
         errors: squared relative error of each layer's output with num_codes codes.

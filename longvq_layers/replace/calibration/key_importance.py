@@ -44,6 +44,6 @@ def attention_received(
         allowed = real[:, None, :] & (offset >= 0) if causal else real[:, None, :].expand(-1, len(at), -1)
         weights = scores.masked_fill(~allowed[:, None, None], -torch.inf).softmax(-1)
         counts = allowed & (offset.abs() >= window) & real[:, at, None]
-        # A query without any allowed key has NaN weights, which this sets to 0 as well.
+        # A query without any allowed key has NaN weights; the mask sets them to 0 as well.
         received += weights.masked_fill(~counts[:, None, None], 0).sum((2, 3))
     return received * (length / max(count, 1))

@@ -16,7 +16,7 @@ from longvq_layers.replace.slot.swapped import SwappedAttention
 
 KEYS_PER_HEAD = 20_480  # kept per layer and head for k-means; more keys only cost time and memory
 GAINS = (1.0, 0.5, 0.25, 0.0)  # tried on the spread of the codes, per head
-SEED = 0x10C6  # calibration draws from generators of its own and leaves the global ones alone
+SEED = 0x10C6  # of the generators of calibration, which leaves the global generators as they are
 
 
 class ForwardRefused(NotImplementedError):
@@ -37,16 +37,16 @@ class Recorder(AttentionSlot):
         original: the attention function of a transformers module; None: attention to every key is computed here.
         name: of the module in the model, for errors.
         rotary: removes the positions of queries and keys; the first call shows whether that is possible.
-        may_stay_rotated: whether the positions may stay if removing them is impossible; else the call raises.
+        may_stay_rotated: if removing the positions is impossible, True keeps them, False makes the call raise.
         keys_per_head: keys kept, a uniform sample of all that were seen.
-        window: keys in the window are exact, so the attention they receive from inside it doesn't count. Default 0.
+        window: W, default 0. Attention from queries less than W positions away isn't counted: there keys are exact.
 
     Attributes:
         keys: (Hkv, N, D) kept keys; None before the first call.
         weight: (Hkv, N) attention that each kept key receives.
         moment: (Hkv, D, D) float64, the sum of q qᵀ over `queries` queries per key-value head.
         causal: the kinds of calls so far, True for causal; calls of one token are not counted.
-        why_rotated: why the positions stay.
+        why_rotated: why the positions stay, or None.
         batch: number of the calibration input that is running, for errors.
         errors: of the candidate, None while collecting.
     """
@@ -136,7 +136,7 @@ class Recorder(AttentionSlot):
             raise ForwardRefused(self.name, str(error)) from error
 
     def keep_rotated(self, why: str) -> bool:
-        """Give up removing positions, if nothing was collected without them yet and the options allow it."""
+        """Keep the positions from now on, if the options allow it and no keys without positions were collected yet."""
         if not self.may_stay_rotated or self.keys is not None:
             return False
         self.rotary, self.why_rotated = None, why

@@ -22,14 +22,14 @@ _KEYS_PER_CODE = 10  # with fewer the codes fit the calibration data better than
 
 @dataclass(frozen=True, eq=False)
 class Calibrated:
-    """What calibration made of the plans.
+    """The result of calibration.
 
     Attributes:
-        plans: those that can be served, with what calibration showed.
+        plans: the plans that can be carried out, with the findings of calibration.
         slots: one fitted attention per plan.
         errors: name -> (share of the keys' variance that the codes miss, relative error of the output).
         keys: keys per head that the codebooks were fitted to.
-        skipped: name -> reason, of modules that can't be served.
+        skipped: name -> reason, of all modules that keep their attention.
     """
 
     plans: list[SwapPlan]
@@ -49,11 +49,11 @@ def calibrate(
     strict: bool,
     skipped: dict[str, str],
 ) -> Calibrated:
-    """Fit one slot per plan. Some modules only show in a call that they can't be replaced; they are left out.
+    """Fit one slot per plan. Leave out the modules of which only a call shows that they can't be replaced.
 
     Args:
         num_codes: S, on average over all heads.
-        balance_codes: give layers whose output loses most more codes.
+        balance_codes: give more codes to the layers whose output has the largest errors.
         strict: raise for a module that can't be replaced.
         skipped: name -> reason, of the modules that were left out before; for errors.
 
@@ -83,7 +83,8 @@ def _calibrate(
     balance_codes: bool,
     skipped: dict[str, str],
 ) -> Calibrated:
-    # The original attention drives the model in every pass: the first collects, the others measure.
+    # The model uses its original attention in every pass. In the first pass the recorders collect keys. In later passes
+    # they measure the fitted slots.
     recorders = [_recorder(plan) for plan in plans]
 
     def announce(number: int) -> None:

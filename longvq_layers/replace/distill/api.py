@@ -37,11 +37,11 @@ def distill_attention(
         phase "end to end":   the same ratio for what the model returns, with all modules swapped against none, plus the
                               mean over modules of the ratio of their outputs
 
-    Causal attention trains its codewords, their spread and the gain on it. In bidirectional attention the codes are
-    means of the sequence's own keys, so only the gain is trained, and ``projections=True`` is what helps. Everything
-    else in the model stays, including modes and gradients. The values that were best on the held-out batches stay at
-    the end. If anything raises, the model is as it was before. `restore_attention` restores the original projections
-    too, bit by bit.
+    In causal attention, the codewords, their spread and its gain are trained. In bidirectional attention the codewords
+    are means of the sequence's own keys. So only the gain is trained, and ``projections=True`` helps more. Everything
+    else in the model stays, including modes and gradients. At the end the model has the values that were best on the
+    held-out batches. If anything raises, the model is as it was before. `restore_attention` restores the original
+    projections too, bit by bit.
 
     Args:
         model: a model with replaced attention (``local_keys="exact"``), or one that contains it.
@@ -51,7 +51,7 @@ def distill_attention(
             falls to 0 along a cosine. Projections get a tenth of it.
         projections: True also trains all parameters of the attention modules themselves. Default False.
         end_to_end: steps of the phase "end to end", default 0.
-        held_out: share of the batches, the last ones, that aren't trained with; at least one batch. Default 0.1.
+        held_out: share of the batches that only measure errors: the last ones, at least one batch. Default 0.1.
         evaluate_every: steps between evaluations on the held-out batches, default 20.
         patience: evaluations without a new best after which a phase ends, default 5.
         seed: of the order, default 0.

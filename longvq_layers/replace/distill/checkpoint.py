@@ -1,4 +1,4 @@
-"""The file of an unfinished distillation: checked before anything runs, and only used by the same run."""
+"""The checkpoint of a distillation. It is checked before anything runs, and only a run with equal settings uses it."""
 
 import hashlib
 import os
@@ -78,7 +78,7 @@ def _bytes(values: object) -> Iterator[bytes]:
 
 
 def fingerprint(tensors: Iterable[Tensor]) -> list[float]:
-    """Sum and norm of each tensor: other weights give others; another number of threads gives almost the same."""
+    """Sum and norm of each tensor. They differ for other weights, and hardly depend on the number of threads."""
     numbers = []
     for x in tensors:
         x = (x.detach() if x.is_floating_point() else x.double()).nan_to_num()

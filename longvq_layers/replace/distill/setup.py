@@ -67,7 +67,7 @@ def students_of(model: object) -> Students:
 def prepared(model: nn.Module, students: Students, projections: bool) -> Iterator[Prepared]:
     """Put teacher and student in place, in eval mode; only the trained tensors require gradients.
 
-    At the end everything but the trained values is as before; after an error these are too.
+    At the end everything but the trained values is as before. After an error the trained values are as before too.
     """
     trained, before, records = _trained(model, students, projections)
     start = [(tensor, tensor.detach().clone(), tensor.requires_grad, tensor.grad) for tensor in trained.values()]

@@ -154,8 +154,8 @@ class TeacherStudent:
 
 
 def _kept(value: object, memo: dict[object, Tensor]) -> object:
-    # A transformers cache holds the keys of this call already; a second call with it would see them twice. Hidden
-    # states are cloned, because an in-place residual may overwrite them. Masks, which are larger, are not.
+    # A transformers cache holds the keys of this call already, so a second call with it would see them twice. Hidden
+    # states are cloned, because an in-place residual may overwrite them. Masks are larger, and aren't cloned.
     if hasattr(value, "get_seq_length"):
         return None
     hidden_states = isinstance(value, Tensor) and value.is_floating_point() and value.dim() < 4

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 @dataclass(eq=False)
 class TrainedParameters:
-    """A record like those of adapters: `undo` restores the values bit by bit.
+    """A `Record` of trained parameters: `undo` restores the original values bit by bit.
 
-    It refers to parameters by object, so that a deep copy of the model carries a record of its own.
+    It refers to parameters by object, so that a deep copy of the model gets a separate record of its parameters.
 
     Attributes:
         parameters, originals: parameters, and their values before.

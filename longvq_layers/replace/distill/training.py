@@ -16,17 +16,17 @@ from longvq_layers.replace.model_inputs import ModelInputs
 from longvq_layers.replace.select import shorten
 
 _MODEL_OUTPUT = "(model output)"  # its name in the report
-_PROJECTION_RATE = 0.1  # of the learning rate; projections were right for pairs inside the window already
+_PROJECTION_RATE = 0.1  # of the learning rate; projections already fit pairs inside the window
 
 
 @dataclass(frozen=True)
 class DistillSettings:
-    """The settings of a run; a checkpoint only continues a run of the same ones.
+    """The settings of a run. A checkpoint only continues a run with equal settings.
 
     Attributes:
         phases: name -> steps.
         batches: number of all batches.
-        held_out: number of those that aren't trained with.
+        held_out: number of the batches that only measure errors.
         data, model: hash of the batches and fingerprint of the original model, with a checkpoint.
         Others as in `distill_attention`.
     """
@@ -185,7 +185,7 @@ class Distillation:
         return self.batches[int(torch.randperm(len(self.batches), generator=generator)[place])]
 
     def _learning_rate(self, tensor: Tensor) -> float:
-        # In proportion to the root mean square; zeros get that of a small tensor, so that they can move.
+        # In proportion to the root mean square, at least 1e-3: otherwise a tensor of zeros could not move.
         size = max(tensor.detach().float().square().mean().sqrt().item(), 1e-3)
         share = _PROJECTION_RATE if isinstance(tensor, nn.Parameter) else 1.0
         return self.settings.lr * share * size

@@ -15,15 +15,14 @@ OriginalAttention = Callable[..., tuple[Tensor, Tensor | None]]
 
 
 class AttentionSlot(nn.Module):
-    """Base of the modules that stand at ``module._modules[SLOT]`` and answer for the module's attention.
+    """Base of the modules at ``module._modules[SLOT]``, which compute the attention of `module`.
 
-    Adapters call the slot with queries, keys and values. The attributes and methods below are the only other questions
-    that they ask.
+    Adapters call the slot with queries, keys and values. Beyond that they use only the attributes and methods below.
 
         forward(q, k, v, key_padding_mask=None, *, far=None, causal=False, scale=None) -> output
 
     with q (B, H, L, D), k (B, Hkv, L, D), v (B, Hkv, L, E), key_padding_mask (B, L) bool, True = ignore, and output
-    (B, H, L, E). `far` are the queries and keys of pairs outside the window, shaped like q and k; default q and k.
+    (B, H, L, E). `far` holds the queries and keys of pairs outside the window, shaped like q and k; default q and k.
 
     Attributes:
         rotary: removes the positions of queries and keys; None if far pairs use queries and keys as they arrive.
@@ -49,7 +48,7 @@ class AttentionSlot(nn.Module):
 
     @property
     def step_attention(self) -> StepAttention | None:
-        """What attends with a cache of constant size, or None if the slot can't do that now."""
+        """The attention that continues from a state of constant size; None if the slot can't do this now."""
         return None
 
     def refusals(self) -> contextlib.AbstractContextManager[None]:
@@ -57,7 +56,7 @@ class AttentionSlot(nn.Module):
         return contextlib.nullcontext()
 
     def keep_rotated(self, why: str) -> bool:
-        """Give up removing positions because of `why`, if that is still allowed; return whether it is."""
+        """Keep the positions from now on because of `why`, if that is still allowed. Return whether it is."""
         return False
 
     def needs_adapter_check(self) -> bool:
@@ -84,7 +83,7 @@ def find_slot(module: nn.Module) -> AttentionSlot | None:
 
 
 def fill_slot(module: nn.Module, slot: AttentionSlot) -> None:
-    """Put `slot` into the module's slot; replaces what stands there."""
+    """Put `slot` into the module's slot, in place of the one that is there."""
     setattr(module, SLOT, slot)
 
 

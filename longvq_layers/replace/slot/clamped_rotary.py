@@ -1,8 +1,9 @@
 """Removes rotary positions from queries and keys, and clamps the relative position outside the window.
 
-A key arrives rotated by its position, k = R(j) k⁰, so one code would have to serve all positions. Inside the window
-the scores stay (R(i) q⁰)·(R(j) k⁰). Outside, the relative position is clamped to the window: (R(W) q⁰)·k⁰. Codes of
-the unrotated keys then serve all positions, including those beyond the training length (ReRoPE; docs/replace.md).
+The model rotates a key by its position j: k = R(j) k⁰. Equal keys k⁰ at different positions would need different
+codes. Inside the window the scores stay (R(i) q⁰)·(R(j) k⁰). Outside, the relative position is clamped to the window:
+(R(W) q⁰)·k⁰. A code of unrotated keys then represents keys at all positions, including those beyond the training length
+(ReRoPE; docs/replace.md).
 """
 
 import inspect
@@ -27,7 +28,7 @@ class ClampedRotary(KeepsFloat32, nn.Module):
 
     Args:
         apply: the model's own ``apply_rotary_pos_emb``, of (q, k, cos, sin) or of one tensor, (x, cos, sin).
-        cos, sin: (n,) those of position W, float32.
+        cos, sin: (n,) float32, cosine and sine of position W.
 
     Attributes:
         part: which columns of a key are rotated, "all", "first" or "last"; None until `detect_rotated_columns`.
@@ -50,7 +51,7 @@ class ClampedRotary(KeepsFloat32, nn.Module):
         Args:
             q: (B, H, L, D), rotated by the model.
             k: (B, Hkv, L, D), rotated by the model.
-            cos, sin: (B or 1, L, n), which the model rotated with.
+            cos, sin: (B or 1, L, n), with which the model rotated q and k.
 
         Returns:
             queries and keys shaped like q and k.

@@ -2,7 +2,8 @@
 
     mean of exp(scale q·k) over the keys k of code s  ≈  exp(scale q·C_s + ½ scale² σ_s² ‖q'‖² / D),   q' = q M^-½
 
-The second term is the product of (½ scale ‖q'‖² / D), a dimension of the query, with σ_s², a dimension of the codeword.
+σ_s² is the mean of ‖k' − C'_s‖² over these keys, with k' and C' in the metric. The score is scale times the product of
+query and codeword. So the extra dimension is (½ scale ‖q'‖² / D) in the query and σ_s² in the codeword.
 """
 
 import torch

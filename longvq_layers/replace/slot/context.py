@@ -1,4 +1,4 @@
-"""What an attention slot is told about one call of its module: positions, cache, and how to read a missing mask."""
+"""The context that a slot gets with each call of its module: positions, cache, and what a missing mask means."""
 
 import threading
 from collections.abc import Callable
@@ -55,9 +55,9 @@ class ForwardContext(NamedTuple):
     Attributes:
         rotation: (cos, sin) that the module rotates its queries and keys with, or None.
         cache_layer: the cache layer to attend with, or None.
-        eager: True if the original is transformers' eager attention, which sees the future where there is no mask.
-        skips_masks: True if transformers makes no mask for the original where the mask would be purely causal. The
-            module's own `is_causal` then decides, although the implementation "longvq" gets a mask.
+        eager: True if the original is transformers' eager attention, which sees the future in a call without a mask.
+        skips_masks: True if transformers makes no mask for the original where the mask would be purely causal. Then
+            `is_causal` of the module decides. The implementation "longvq" gets a mask in these calls too.
         cache_was_used: True after an attention within this forward has filled the cache layer.
         probe: receives the keys instead of the attention, or None.
     """

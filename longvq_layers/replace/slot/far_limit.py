@@ -1,7 +1,7 @@
 """Far keys of sequences beyond the training length, as one more dimension of queries and codewords.
 
-In training no query saw more than n = trained_length − W far keys. Attention spread over many more would drown the
-window, so a query with N > n far keys gives each the weight n / N: log(n / N) is added to its scores.
+In training no query saw more than n = trained_length − W far keys. With many more, far keys would outweigh the keys in
+the window. So a query with N > n far keys gives each the weight n / N: log(n / N) is added to its scores.
 """
 
 import torch

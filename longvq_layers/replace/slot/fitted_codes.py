@@ -62,7 +62,7 @@ class FittedCodes(KeepsFloat32, CodebookAttention):
             codes: (B, Hkv, L), z.
             table: (Hkv, S, D), C'.
             key_padding_mask: (B, L) bool, True = ignore, or None.
-            causal: codewords of the codebook; else means of each sequence's own keys.
+            causal: True gives codewords of the codebook, False the means of each sequence's own keys.
 
         Returns:
             (Hkv, S, D) and (Hkv, S) in causal attention, (B, Hkv, S, D) and (B, Hkv, S) in bidirectional attention.
@@ -90,9 +90,9 @@ class FittedCodes(KeepsFloat32, CodebookAttention):
     ) -> None:
         """Fit the metric and the codes.
 
-        With `weight`, one half of the fitted set is every key once and the other half is keys in proportion to their
-        weight. If all keys followed the weight, most of them would have no code nearby, because a few keys get most of
-        the weight.
+        With `weight`, one half of the fitted set is every key once. In the other half a key occurs in proportion to its
+        weight. The second half alone would leave most keys without a code nearby, because a few keys have most of the
+        weight.
 
         Args:
             keys: (Hkv, N, D).

@@ -17,7 +17,7 @@ def in_proportion(weight: Tensor) -> Tensor:
 def roots(second_moment: Tensor, ridge: float = 1e-3) -> tuple[Tensor, Tensor]:
     """M^½ and M^-½ of second_moment (H, D, D), scaled to mean eigenvalue 1.
 
-    The ridge keeps directions in which no query points.
+    Eigenvalues are at least `ridge`, so that keys also differ in directions in which no query points.
     """
     moment = second_moment.double()
     identity = torch.eye(moment.shape[-1], dtype=moment.dtype, device=moment.device)

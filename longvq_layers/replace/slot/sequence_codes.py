@@ -1,4 +1,4 @@
-"""Codewords of each sequence by itself: the mean of its keys assigned to a code, and attention with these means."""
+"""Codewords per sequence: the mean of the sequence's keys of each code. Attention with these codewords."""
 
 import torch
 from torch import Tensor
@@ -60,7 +60,7 @@ def vq_attention_by_sequence(
 ) -> Tensor:
     """`ops.vq_attention` with a codebook (B, Hkv, S, F) per sequence.
 
-    Without padding the sequences become heads of one call; with padding each sequence is a call of its own.
+    Without padding the sequences become heads of one call. With padding each sequence is a separate call.
     """
     tensors = {"q": q, "k": k, "v": v, "codes": codes, "far_q": far_q, "far_k": far_k}
     given = {name: x for name, x in tensors.items() if x is not None}

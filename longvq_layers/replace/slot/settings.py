@@ -21,7 +21,7 @@ EXTRA_STATE = "_extra_state"  # the name that torch gives extra state in a state
 
 
 class CarriesSettings(nn.Module):
-    """Part of `SwappedAttention`: its state dict holds its settings, and accepts codes of the same settings only."""
+    """Part of `SwappedAttention`: its state dict holds its settings. Only codes with equal settings can be loaded."""
 
     rotary: ClampedRotary | None
     linear_masks: bool

@@ -24,21 +24,22 @@ class SwappedAttention(AttentionSlot, CarriesSettings, FittedCodes):
 
         M = E[q qᵀ] per key-value head,  k' = k M^½,  z_j = argmin_s ‖k'_j − C'_s‖²,  C = C' M^-½
 
-    ‖k' − C'‖² is the expected square of a score's error, so more codes lie where queries look. The scores use q, k and
-    C as they are; M^½ only decides which code a key gets. Without calibration M is the identity.
+    ‖k' − C'‖² is the expected square of a score's error, so more codes lie in the directions of queries. The scores use
+    q, k and C as they are; M^½ only decides which code a key gets. Without calibration M is the identity.
 
     With `variance_correction` a code also carries the spread of its keys, σ_s² = E‖k' − C'_s‖². The mean of exp over
     unequal keys exceeds exp of their mean; to second order the factor is exp(½ scale² σ_s² ‖q'‖² / D), q' = q M^-½.
     This is one more dimension of q (½ scale ‖q'‖² / D) and of C (σ_s²); exact local keys have 0 in it. The second order
-    is too much where scores are large, so each head has a gain in [0, 1] on it, chosen in calibration.
+    is too large where scores are large, so each head multiplies it by a gain in [0, 1], chosen in calibration.
 
-    Bidirectional: each code is the mean, and carries the spread, of this sequence's keys assigned to it. The cost stays
-    linear and the result is much closer; the codebook only decides which keys share a code. Causal: the codes are the
-    calibrated codewords, because the mean of the sequence's keys would leak the future.
+    In bidirectional attention a codeword and its spread are those of the sequence's own keys: the codebook only decides
+    which keys share a code. The cost stays linear, and the result is much closer to the original attention. In causal
+    attention codewords and spread are the calibrated ones, because the mean of the sequence's keys would leak the
+    future.
 
     `far` gives queries and keys a second time, without their positions; the codes then belong to these keys. With
     `trained_length`, a query that has N > n = trained_length − W far keys gives each the weight n / N (far_limit.py).
-    This is one more dimension again.
+    This adds another dimension to q and C.
 
     Args:
         num_heads: H, query heads.
@@ -46,7 +47,7 @@ class SwappedAttention(AttentionSlot, CarriesSettings, FittedCodes):
         head_dim: D.
         num_codes, window, local_keys, backend, device, dtype: see `CodebookAttention`.
         variance_correction: whether a code carries the spread of its keys.
-        rotary: removes the positions of queries and keys, for the caller; None if they stay.
+        rotary: with it adapters remove the positions of queries and keys; None if the positions stay.
         trained_length: with rotary, the longest sequence of the model's training; None: far keys always count fully.
 
     Buffers:
@@ -160,8 +161,8 @@ class SwappedAttention(AttentionSlot, CarriesSettings, FittedCodes):
             far_k = F.pad(far_k, (0, far_q.shape[-1] - far_k.shape[-1]))
             has_far_qk = far is not None
             if codewords.requires_grad:
-                # The operator gives each far key a share of the gradient of its code; this sum hands all shares on to
-                # the codeword. Near pairs then need keys of their own, because they have no part in it.
+                # The operator gives each far key a share of the gradient of its codeword. This sum passes the shares on
+                # to the codeword. Pairs inside the window keep the plain keys: they give the codeword no gradient.
                 coded = _at_codes(codewords, codes)
                 has_far_qk, far_k = True, far_k + (coded - coded.detach())
             q, k, far_q, far_k = (x.to(v.dtype) for x in (q, k, far_q, far_k))  # float32 if rotary ran under autocast
@@ -188,7 +189,7 @@ class SwappedAttention(AttentionSlot, CarriesSettings, FittedCodes):
         self.check_codes()
         step_checks.eval_mode(NAME, self)
         codewords = self._extend_codewords(self.codebook.embedding @ self.from_metric, self.spread)
-        # Without rotary positions `step` has no far pairs: near keys then have the extra dimensions too.
+        # Without rotary positions `step` gets no `far`: near keys then have the extra dimensions too.
         key_dim = codewords.shape[2] if self.rotary is None else self.head_dim
         past = ops.vq_attention_state(
             batch, codewords, window=self.window, value_dim=value_dim, key_dim=key_dim, local_keys=self.local_keys

@@ -27,17 +27,19 @@ def register_adapter(
     """Let `replace_attention` replace attention modules of class `cls`, in every model.
 
     Args:
-        cls: the class; subclasses count as well if they inherit its forward.
-        adapter: ``adapter(module, attend, *args, **kwargs)`` replaces ``module(*args, **kwargs)``. It makes q
-            (B, H, L, D), k (B, Hkv, L, D) and v (B, Hkv, L, E) as the module does, calls ``attend(q, k, v,
-            causal=False, key_padding_mask=None, scale=None)`` and returns what the module would return with the
-            (B, H, L, E) that `attend` gives. key_padding_mask is (B, L) bool, True = ignore; scale None is D ** -0.5.
+        cls: the class. Subclasses that inherit its forward are replaced too.
+        adapter: ``adapter(module, attend, *args, **kwargs)`` replaces ``module(*args, **kwargs)``. It computes q
+            (B, H, L, D), k (B, Hkv, L, D) and v (B, Hkv, L, E) as the module does, and calls ``attend(q, k, v,
+            causal=False, key_padding_mask=None, scale=None)``, which returns the attention output (B, H, L, E). From
+            this output it computes the result of the module, and returns it. key_padding_mask is (B, L) bool, True =
+            ignore; scale None means D ** -0.5.
         sizes: ``sizes(module)`` is (H, Hkv, D). Only needed for models that start without calibration. Default none.
-        check: True (default) compares outputs in calibration: the adapter with attention to every key against the
-            module itself (its first tensor). A difference raises ValueError, because a wrong mask, scale or projection
-            would go unnoticed otherwise. Both then run more often: once without padding and once with padding (if the
-            output begins with batch and length in some order, or both in one axis). False for a module that attends to
-            fewer keys on purpose.
+        check: True (default) makes calibration compare the first tensor that the adapter returns, with attention to
+            every key, with the first tensor that the module itself returns. A difference raises ValueError, because a
+            wrong mask, scale or projection would go unnoticed otherwise. The comparison runs both once more without
+            padding and once more with padding. With padding, the output must begin with batch and length in some order,
+            or with both in one axis; other outputs aren't compared. False for a module that attends to fewer keys on
+            purpose.
 
     Raises:
         TypeError: cls isn't a class of modules, adapter or sizes can't be called, check isn't a bool.
@@ -117,7 +119,7 @@ class CustomAdapter:
         """None: the slot computes attention to every key from queries, keys and values."""
 
     def clamped_rotary(self, model: nn.Module, site: Site, window: int) -> str:
-        """Never: the adapter function gives one kind of queries and keys."""
+        """Always a reason: the adapter function gives queries and keys only with their positions."""
         return "a registered adapter gives queries and keys with their positions"
 
     def plan_record(self, model: nn.Module, sites: Sequence[Site], *, linear_masks: bool) -> CustomRecord:

@@ -62,7 +62,7 @@ def check_output(
     run_without_attention: Callable[[], object],
     calls: list[tuple[torch.dtype, Tensor | None]],
 ) -> None:
-    """With attention to every key the adapter returns what its module returns, except at padded positions.
+    """Check that the adapter, with attention to every key, returns what its module returns, except at padded positions.
 
     Args:
         run_module: calls the module itself.
@@ -111,7 +111,8 @@ def check_output(
 
 
 def _real_positions(paddings: list[Tensor | None], shape: tuple[int, ...]) -> list[Tensor | None]:
-    # Masks of the first axes of an output of that shape, True = token; None: everywhere. The length may come first.
+    # The masks (True = token) that fit the first axes of an output of this shape: several may fit, because the length
+    # may come before the batch. [None] without padding, [] if no mask fits.
     given = [padding for padding in paddings if padding is not None]
     if not any(bool(padding.any()) for padding in given):
         return [None]
@@ -129,7 +130,7 @@ def _norm(x: Tensor, real: Tensor | None) -> float:
 def _tolerance(dtype: torch.dtype) -> float:
     try:
         precision = torch.get_float32_matmul_precision()
-    except RuntimeError:  # it was set in torch's newer way, per backend
+    except RuntimeError:  # the precision was set per backend, in torch's newer way
         precision = "high"
     if dtype not in (torch.float32, torch.float64) or precision == "medium":
         return 0.05
@@ -137,7 +138,7 @@ def _tolerance(dtype: torch.dtype) -> float:
 
 
 def _first_tensor(output: object) -> Tensor | None:
-    # The output of the attention comes first, whatever else comes with it.
+    # A module may return more than its output, but returns its output first.
     return next(iter(tensors_in(output)), None)
 
 

@@ -25,7 +25,7 @@ def register(cls: type[nn.Module], entry: Registered) -> None:
 
 
 def registered_class(cls: type[nn.Module]) -> type[nn.Module] | None:
-    """The registered class whose forward `cls` has, or None."""
+    """The registered class from which `cls` has its forward, or None."""
     return next((known for known in cls.__mro__ if known in _registered and cls.forward is known.forward), None)
 
 

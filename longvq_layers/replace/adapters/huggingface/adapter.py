@@ -17,7 +17,7 @@ class HuggingFaceAdapter:
     model_makes_masks = True
 
     def find(self, model: nn.Module) -> list[Site]:
-        """Every module whose forward looks its attention up in transformers' attention interface."""
+        """Every module whose forward finds its attention function in transformers' attention interface."""
         return [self._site(name, module) for name, module in model.named_modules() if support.takes_part(module)]
 
     def is_replaced(self, module: nn.Module) -> bool:
@@ -25,7 +25,7 @@ class HuggingFaceAdapter:
         return record.is_replaced(module)
 
     def original_attention(self, module: nn.Module) -> OriginalAttention:
-        """The attention function that this module calls by itself."""
+        """The attention function that this module calls without a replacement."""
         scope = support.forward_of(module).__globals__
         name = support.config_of(module)._attn_implementation
         name = "sdpa" if name == support.IMPLEMENTATION else name

@@ -26,7 +26,7 @@ _OPTIONS: dict[str, Any] = {
 
 
 class ReplacedImplementation(str):
-    """The implementation's name in the config of a replaced model. Other models made from this config have no codes."""
+    """The name "longvq" in the config of a replaced model. Other models made from this config have no codes."""
 
 
 def attach(module: nn.Module, query: Tensor, key: Tensor) -> SwappedAttention:

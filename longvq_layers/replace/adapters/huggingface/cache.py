@@ -17,8 +17,8 @@ _KEEPS = "a cache of constant size keeps sums over its past, not the tokens"
 class VQCacheLayer(CacheLayerMixin):
     """What one replaced attention keeps of the past: counts and sums of values per code, and the keys in the window.
 
-    `take_over` puts it in place of an empty `DynamicLayer`. Beams and batches are reordered as in any cache. Tokens
-    that were read can't be removed again, so there is no `crop` and no assisted decoding.
+    `take_over` puts it in place of an empty `DynamicLayer`. Beams and batches are reordered as in any cache. The layer
+    can't remove tokens that were read, so there is no `crop` and no assisted decoding.
 
     Args:
         attention: the attention that reads and updates it.
@@ -35,13 +35,13 @@ class VQCacheLayer(CacheLayerMixin):
         self.state: SwappedState | None = None
         self.positions = 0  # read so far, padding included
         self.expected = False  # True from `take_over` to `update`: the attention is about to read the new keys
-        self.closed = False  # by a bidirectional call
+        self.closed = False  # True after a bidirectional call
         self.hidden: Tensor | None = None  # (B,) int64, a hash of the padded positions so far; None: no padding
         self.next_hidden: Tensor | None = None  # the hash after the running call
         self.masks_are_known = True  # False once compiled: a compiled graph can't compare masks
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "VQCacheLayer":
-        # A copy continues with the same attention, unless that is being copied too.
+        # A copy uses the same attention or, if a deep copy of the model is running, the copied attention.
         twin = VQCacheLayer(memo.get(id(self.attention), self.attention))
         memo[id(self)] = twin
         own = {name: value for name, value in self.__dict__.items() if name != "attention"}
@@ -108,11 +108,11 @@ class VQCacheLayer(CacheLayerMixin):
         return output
 
     def close(self, positions: int) -> None:
-        """Refuse later calls, after a bidirectional call over `positions` tokens."""
+        """Refuse all later calls, because a bidirectional call over `positions` tokens has filled the cache."""
         self.state, self.positions, self.closed = None, positions, True
 
     def _check_past(self, state: SwappedState, padding: Tensor | None, mask: Tensor | None) -> None:
-        # padding (B, positions + new) must hide the same past positions as when they were read.
+        # padding (B, positions + new) must hide the same past positions as when the past was read.
         if torch.compiler.is_compiling():
             self.masks_are_known = False
         if not self.masks_are_known or (padding is None and self.hidden is None):  # without masks nothing grows here
@@ -187,9 +187,9 @@ class VQCacheLayer(CacheLayerMixin):
 def _hidden_hashes(padding: Tensor, mask: Tensor | None, positions: int) -> tuple[Tensor, Tensor]:
     """Hashes (B,) of the hidden positions of padding (B, L): among the first `positions`, and among all.
 
-    A hash is a sum of one number per hidden position, so its size doesn't grow, and another position changes it as well
-    as another number of positions. All layers of a forward get the same `mask` object; a mask of two axes keeps the
-    hashes for them. A dense mask may belong to the user, who may change it.
+    A hash is a sum of one number per hidden position. Its size doesn't grow. It depends on which positions are hidden,
+    not only on how many. All layers of a forward get the same `mask` object, so a mask of two axes stores the hashes
+    for all layers. A dense mask stores none: it may belong to the user, who may change it.
     """
     known: tuple[object, Tensor, Tensor] | None = getattr(mask, _HASHES, None)
     if known is None or known[0] != (positions, padding.shape):
@@ -206,7 +206,7 @@ def take_over(cache: object, index: object, attention: StepAttention) -> VQCache
     """The layer of `cache` that `attention` must use for its call; replaces an empty layer of the cache.
 
     Returns:
-        None if the cache must stay as it is: filled before the replacement, or of another kind.
+        None if the cache must stay as it is, because it was filled before the replacement or is of another kind.
     """
     cache = getattr(cache, "self_attention_cache", cache)  # of an EncoderDecoderCache
     if not isinstance(cache, Cache) or not isinstance(index, int):

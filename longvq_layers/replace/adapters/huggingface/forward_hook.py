@@ -18,8 +18,8 @@ class ContextHook:
     """Stores the `ForwardContext` of each forward in the module's slot, for `claim_context`.
 
     Args:
-        module: the module; only facts about its class are kept.
-        eager, skips_masks: of its own attention, as in `ForwardContext`.
+        module: the module. The hook stores facts about its class, not the module.
+        eager, skips_masks: properties of the original attention, as in `ForwardContext`.
     """
 
     def __init__(self, module: nn.Module, *, eager: bool = False, skips_masks: bool = False) -> None:

@@ -20,7 +20,7 @@ def longvq_mask(
     device: torch.device | None = None,
     **kwargs: object,
 ) -> Tensor:
-    """The mask of a replaced model: only the padding, O(B·L) instead of O(B·L²). Its rank says causal or not.
+    """The mask of a replaced model: only the padding, O(B·L) instead of O(B·L²). Its rank tells whether it is causal.
 
     Transformers calls this function (`AttentionMaskInterface`) once per forward pass.
 
@@ -69,7 +69,7 @@ def read_mask(mask: Tensor | None, *, causal: bool, q_len: int, k_len: int) -> t
 
     Args:
         mask: None, the result of `longvq_mask`, or a dense (B or 1, 1, q, k) mask, bool (True = attend) or additive.
-        causal: what the module says of itself; decides if there is no mask.
+        causal: whether the module calls itself causal; decides if there is no mask.
         q_len, k_len: number of queries and keys; the queries are the last q_len positions.
 
     Returns:
@@ -119,13 +119,13 @@ def _allowed(mask: Tensor) -> Tensor:
 
 
 def _read_dense(allowed: Tensor, causal: bool, q_len: int, k_len: int) -> tuple[bool, Tensor]:
-    # allowed (B, q, k) must be exactly "key is no padding" (∧ causal). What the module says is tried first.
+    # allowed (B, q, k) must be exactly "key is no padding" (∧ causal). The kind that the module says is tried first.
     real = allowed[:, -1]  # (B, k): the last query sees every real key, causal or not
     kinds = (causal, not causal) if q_len > 1 else (causal,)
     for kind in kinds:
         if _fits(allowed, real, kind, q_len, k_len):
             return kind, ~real
-    if causal:  # a row that lets everything through, beside rows that don't, consists of padding
+    if causal:  # a batch row of padding alone may attend to everything: it has no real key
         real = real & ~allowed.flatten(1).all(-1, keepdim=True)
         if _fits(allowed, real, True, q_len, k_len):
             return True, ~real
@@ -137,8 +137,8 @@ def _read_dense(allowed: Tensor, causal: bool, q_len: int, k_len: int) -> tuple[
 
 
 def _fits(allowed: Tensor, real: Tensor, causal: bool, q_len: int, k_len: int) -> bool:
-    # Whether allowed (B, q, k) is the mask of these real keys (B, k). Queries without any key may have any row of one
-    # value, all False or all True.
+    # Whether allowed (B, q, k) is the mask of these real keys (B, k). For a query without any real key, the row may be
+    # all False or all True.
     expected = real[:, None].expand_as(allowed)
     if causal:
         position = torch.arange(k_len, device=allowed.device)

@@ -25,8 +25,8 @@ class ConfigCopy:
     """Our copy of a model's config.
 
     Attributes:
-        ours: the copy, whose attention implementation is ours.
-        theirs: the original.
+        ours: the copy, which names our attention implementation.
+        theirs: the original config.
         at_first: the attributes of `ours` when it was made.
     """
 
@@ -39,14 +39,14 @@ class Guard:
     """Forward pre-hook of a replaced model: refuses calls that would bypass the replaced attention.
 
     Args:
-        configs: our copies, in which the replaced modules look their attention up.
+        configs: our copies of the configs, which name the attention of the replaced modules.
     """
 
     def __init__(self, configs: Sequence[Any]) -> None:
         self.configs = configs
 
     def __call__(self, module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
-        """Raise NotImplementedError for attention weights, RuntimeError if another attention was set meanwhile."""
+        """Raise NotImplementedError if attention weights are asked for, RuntimeError if another attention was set."""
         if kwargs.get("output_attentions"):
             raise NotImplementedError(NO_ATTENTION_WEIGHTS)
         for config in self.configs:
@@ -92,7 +92,7 @@ class HuggingFaceRecord:
             module.register_forward_pre_hook(self.guard, with_kwargs=True)
 
     def undo(self) -> None:
-        """Put everything back. Changes that others made in our configs meanwhile are made in the originals too."""
+        """Put everything back. Copy changes that other code has made in our configs to the original configs."""
         for copied in self.copies:
             _carry_over(copied)
         for module, config in self.configs:
@@ -136,8 +136,9 @@ def is_replaced(module: nn.Module) -> bool:
 
 
 def _modules_that_make_masks(model: nn.Module, attention: Sequence[nn.Module]) -> list[tuple[nn.Module, Any]]:
-    # The other modules that share a config whose attention modules are all replaced: nobody else sees our masks. After
-    # an earlier replacement the masks stay dense: restoring one of the two would break the other.
+    # Other modules with the config of replaced modules, if all attention modules with this config are replaced: then no
+    # other attention reads our masks. The list is empty after an earlier replacement, because restoring one of the two
+    # would break the other.
     replaced = {id(module) for module in attention}
     if any(is_replaced(module) and id(module) not in replaced for module in model.modules()):
         return []
@@ -161,7 +162,7 @@ def _may_use_masks(module: nn.Module, replaced: set[int]) -> bool:
 
 
 def _carry_over(copied: ConfigCopy) -> None:
-    # A new vocabulary or padding token, say: the model has it, so its config must say so.
+    # For example, a new vocabulary size: the model keeps the new embedding, so the original config must name its size.
     ours, theirs, at_first = copied.ours, copied.theirs, copied.at_first
     for name in at_first.keys() - ours.__dict__.keys():
         theirs.__dict__.pop(name, None)

@@ -8,11 +8,12 @@ from longvq_layers.replace.adapters.huggingface.support import IMPLEMENTATION
 def register_attn_implementation() -> None:
     """Make ``attn_implementation="longvq"`` known to transformers, with the mask function that keeps it causal.
 
-    For models that are trained with it from the start. Such a model gets its codebooks on the first call in training
-    mode, and learns its codes from then on. Its options are those of `replace_attention`, as a dict in the config:
-    ``config.longvq = {"num_codes": 128}``, which is saved with the model. Codes are saved too; `load_replaced` loads
-    them. To evaluate a trained model that has no codes yet, call `replace_attention(model, calibration=...)`. Rotary
-    keys keep their positions (``far_positions="rotated"``).
+    Use it for models that are trained with quantised keys from the start. Such a model gets its codebooks on the first
+    call in training mode, and learns its codes from then on. Its options are num_codes, window, local_keys,
+    variance_correction and backend of `replace_attention`, as a dict in the config: ``config.longvq = {"num_codes":
+    128}``. The config is saved with the model. Codes are saved too; `load_replaced` loads them. To evaluate a trained
+    model that has no codes yet, call `replace_attention(model, calibration=...)`. Rotary keys keep their positions
+    (``far_positions="rotated"``).
 
     Raises:
         ImportError: transformers isn't installed.

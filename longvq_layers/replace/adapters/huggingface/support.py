@@ -1,4 +1,4 @@
-"""What a transformers attention module is, and why it can't be replaced: read from the module before it is changed."""
+"""Facts about a transformers attention module, and why it can't be replaced; read before the module is changed."""
 
 import inspect
 import types
@@ -8,7 +8,7 @@ from torch import nn
 
 from longvq_layers.replace.adapters.base import CROSS_ATTENTION, DROPOUT_NOTE
 
-IMPLEMENTATION = "longvq"  # our name in transformers' registries, and of our options in a config
+IMPLEMENTATION = "longvq"  # our name in transformers' registries, and the name of our options in a config
 BIAS_NAMES = frozenset(
     {
         "alibi",
@@ -62,7 +62,7 @@ def forward_of(module: nn.Module) -> types.FunctionType:
 
 
 def takes_part(module: nn.Module) -> bool:
-    """Whether the module's forward looks its attention up in transformers' attention interface."""
+    """Whether the module's forward finds its attention function in transformers' attention interface."""
     code = getattr(forward_of(module), "__code__", None)
     looks_it_up = code is not None and "ALL_ATTENTION_FUNCTIONS" in code.co_names
     return looks_it_up and hasattr(getattr(module, "config", None), "_attn_implementation")
@@ -122,13 +122,13 @@ def has_rotary(module: nn.Module) -> bool:
 
 
 def may_be_cross_attention(module: nn.Module) -> bool:
-    """Whether its keys may come from an encoder; for sure only the module's name in a model tells."""
+    """Whether its keys may come from an encoder. Only the module's name in a model can tell for sure."""
     takes_keys = "key_value_states" in inspect.signature(forward_of(module)).parameters
     return takes_keys and getattr(module, "is_decoder", False) and not getattr(module, "is_causal", True)
 
 
 def needs_keys(module: nn.Module) -> str | None:
-    """Why this module's keys must stay in its cache as they are, or None if sums over them are enough."""
+    """Why the cache must keep this module's keys themselves; None if sums over keys are enough."""
     shared = getattr(module, "is_kv_shared_layer", False) or getattr(module, "store_full_length_kv", False)
     if shared and getattr(module.config, "num_kv_shared_layers", 0):
         return "it shares its keys with another layer"
@@ -140,7 +140,7 @@ def needs_keys(module: nn.Module) -> str | None:
 
 
 def sizes(module: nn.Module) -> tuple[int, int, int] | None:
-    """(H, Hkv, D) by the usual names of attributes, or None where these don't tell."""
+    """(H, Hkv, D), read from attributes with the usual names; None if these don't give all sizes."""
     owners = (module, module.config)
     num_heads = _first_int(owners, ("num_heads", "num_attention_heads", "n_heads", "n_head"))
     num_kv_heads = _first_int(owners, ("num_key_value_heads", "num_kv_heads")) or num_heads

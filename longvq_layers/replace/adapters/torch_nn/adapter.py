@@ -14,7 +14,7 @@ _NESTED = "_longvq_use_nested_tensor"  # attribute in which a changed nn.Transfo
 
 @dataclass(frozen=True, eq=False)
 class TorchRecord:
-    """The modules whose class is changed, and the encoders that must not make nested tensors meanwhile."""
+    """The modules whose class is changed, and the encoders that must not make nested tensors until `undo`."""
 
     attached: tuple[nn.MultiheadAttention, ...]
     encoders: tuple[nn.TransformerEncoder, ...]
@@ -60,7 +60,7 @@ class TorchAdapter:
         """None: the slot computes attention to every key from the projections."""
 
     def clamped_rotary(self, model: nn.Module, site: Site, window: int) -> str:
-        """Never: nn.MultiheadAttention has no positions."""
+        """Always a reason: nn.MultiheadAttention has no positions."""
         return "nn.MultiheadAttention has no rotary positions"
 
     def plan_record(self, model: nn.Module, sites: Sequence[Site], *, linear_masks: bool) -> TorchRecord:

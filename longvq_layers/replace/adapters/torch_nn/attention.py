@@ -18,7 +18,7 @@ class VQMultiheadAttention(nn.MultiheadAttention):
     @property
     def _qkv_same_embed_dim(self) -> bool:
         # False makes nn.TransformerEncoderLayer skip its evaluation fast path, which reads the weights and bypasses
-        # this forward. A property of the class hides the instance's own value, which stays for the way back.
+        # this forward. A property of the class hides the instance's own value. `undo` makes this value visible again.
         return False
 
     def forward(
@@ -104,7 +104,7 @@ class VQMultiheadAttention(nn.MultiheadAttention):
 
 
 def _share_memory(query: Tensor, key: Tensor) -> bool:
-    # Reentrant checkpointing detaches each argument by itself: other objects, the same memory.
+    # Reentrant checkpointing detaches each argument separately. The results are two objects with the same memory.
     if torch.compiler.is_compiling():
         return False
     try:

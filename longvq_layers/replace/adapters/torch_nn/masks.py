@@ -7,13 +7,13 @@ NAME = "VQMultiheadAttention"  # in errors
 
 
 def read_attn_mask(attn_mask: Tensor, is_causal: bool, length: int) -> bool:
-    """Whether attention is causal: a mask that hides nothing leaves it to `is_causal`.
+    """Whether attention is causal, from `attn_mask`. If the mask hides nothing, `is_causal` decides.
 
-    A compiled graph can't look at values, so there `is_causal` is trusted.
+    A compiled graph can't read the values of a mask, so it trusts `is_causal`.
 
     Raises:
         ValueError: a mask of another size.
-        NotImplementedError: a mask that is neither causal nor empty.
+        NotImplementedError: a mask that hides something but isn't the causal mask.
     """
     if attn_mask.shape[-2:] != (length, length):
         raise ValueError(f"{NAME}: attn_mask must have shape ({length}, {length}), got {tuple(attn_mask.shape)}")
