@@ -166,13 +166,8 @@ def _check_calibration(
 
 
 def _uncalibrated_slots(plans: Sequence[SwapPlan]) -> list[SwappedAttention]:
-    return [
-        make_slot(
-            plan.site.module, plan.site.sizes, plan.options, rotary=plan.rotary, trained_length=plan.trained_length
-        )
-        for plan in plans
-        if plan.site.sizes is not None  # always so: it was checked
-    ]
+    # Without calibration every site has its sizes; this was checked.
+    return [make_slot(plan, plan.site.sizes) for plan in plans if plan.site.sizes is not None]
 
 
 def _with_dry_run_note(plan: SwapPlan, is_calibrated: bool) -> SwapPlan:

@@ -13,9 +13,8 @@ from longvq_layers.replace.adapters.custom.adapter import CUSTOM
 from longvq_layers.replace.adapters.huggingface.adapter import HUGGING_FACE
 from longvq_layers.replace.adapters.torch_nn.adapter import TORCH_NN
 from longvq_layers.replace.model_inputs import ModelInputs, run_in_eval
-from longvq_layers.replace.plan import SlotOptions, SwapPlan, device_and_dtype
+from longvq_layers.replace.plan import SwapPlan, device_and_dtype
 from longvq_layers.replace.slot.attention_slot import AttentionSlot
-from longvq_layers.replace.slot.clamped_rotary import ClampedRotary
 from longvq_layers.replace.slot.swapped import SwappedAttention
 
 ADAPTERS: tuple[Adapter, ...] = (CUSTOM, HUGGING_FACE, TORCH_NN)  # the first that knows a module gets it
@@ -118,24 +117,12 @@ def find_sites(model: nn.Module) -> list[Site]:
     return [found[name] for name, _ in model.named_modules() if name in found]
 
 
-def make_slot(
-    module: nn.Module,
-    sizes: tuple[int, int, int],
-    options: SlotOptions,
-    *,
-    rotary: ClampedRotary | None,
-    trained_length: int | None,
-) -> SwappedAttention:
-    """A swapped attention for `module`, with random codes.
-
-    Args:
-        sizes: (H, Hkv, D).
-        rotary: removes positions; the slot gets a copy. None if positions stay.
-        trained_length: with rotary, the longest sequence of the module's training.
-    """
-    device, dtype = device_and_dtype(module)
-    # The slot must have ordinary tensors even in a caller's inference mode, because they may be trained later. The
-    # generator is forked because a new codebook draws random codes, and the caller's generator must stay as it is.
+def make_slot(plan: SwapPlan, sizes: tuple[int, int, int]) -> SwappedAttention:
+    """A swapped attention as planned, with random codes; `sizes` are (H, Hkv, D)."""
+    device, dtype = device_and_dtype(plan.site.module)
+    options = plan.options
+    # Ordinary tensors even in a caller's inference mode, so that they can be trained later. The generator is forked
+    # because a new codebook draws random codes, and the caller's generator must stay as it is.
     with torch.inference_mode(False), torch.random.fork_rng(devices=[]):
         slot = SwappedAttention(
             *sizes,
@@ -143,8 +130,8 @@ def make_slot(
             window=options.window,
             local_keys=options.local_keys,
             variance_correction=options.variance_correction,
-            rotary=copy.deepcopy(rotary),
-            trained_length=trained_length,
+            rotary=copy.deepcopy(plan.rotary),
+            trained_length=plan.trained_length,
             backend=options.backend,
             dtype=dtype,
         )

@@ -144,7 +144,7 @@ def _plan(model: nn.Module, site: Site, settings: Mapping[str, Any], backend: st
 
 def _slot(plan: SwapPlan, settings: Mapping[str, Any]) -> SwappedAttention:
     sizes = settings["num_heads"], settings["num_kv_heads"], settings["head_dim"]
-    slot = make_slot(plan.site.module, sizes, plan.options, rotary=plan.rotary, trained_length=plan.trained_length)
+    slot = make_slot(plan, sizes)
     slot.linear_masks = settings["linear_masks"]
     return slot
 

@@ -117,8 +117,8 @@ void AttentionCall::prepare(const Tensor& codebook, bool log_counts, void* strea
   p.codebook = packed->codebook;
   if (p.laplace()) {
     inverse_num_keys = torch::stable::new_empty(q, {p.batch, p.length}, ScalarType::Float);
-    const CountKeys counting{p, p.options.causal, p.mask, data_of<float>(*inverse_num_keys)};
-    check_launch(kOp, longvq_cuda_count_keys(&counting, stream));
+    const CountAllowedKeys counting{p, p.options.causal, p.mask, data_of<float>(*inverse_num_keys)};
+    check_launch(kOp, longvq_cuda_count_allowed_keys(&counting, stream));
     p.inverse_num_keys = counting.inverse_num_keys;
   }
   FarField far = far_field_problem(p.type, log_counts && !p.laplace());

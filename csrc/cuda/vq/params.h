@@ -119,7 +119,7 @@ struct Attention : Sequences {
   PaddingMask mask;
   const float* bias;  // (H, W), in bidirectional attention (H, 2 W − 1), or null
   int64_t bias_head_stride, bias_offset_stride;
-  const float* inverse_num_keys;  // (B, L), laplace only: see CountKeys
+  const float* inverse_num_keys;  // (B, L), laplace only: see CountAllowedKeys
   const void* means;              // of the far fields
   const float* counts;            // of the far fields; in the forward of softmax logarithms
   int64_t num_far_fields;         // in one row of the tensors
@@ -197,7 +197,7 @@ struct FinishKeys : Sequences {
 };
 
 // One over the number of keys that each query may attend. Laplace attention scales its scores by it.
-struct CountKeys : Sequences {
+struct CountAllowedKeys : Sequences {
   bool causal;
   PaddingMask mask;
   float* inverse_num_keys;  // (B, L)
@@ -207,7 +207,7 @@ extern "C" {
 int longvq_cuda_pack_codebook(const PackCodebook* problem, void* stream);
 int longvq_cuda_assign(const Assign* problem, void* stream);
 int longvq_cuda_far_field(const FarField* problem, void* stream);
-int longvq_cuda_count_keys(const CountKeys* problem, void* stream);
+int longvq_cuda_count_allowed_keys(const CountAllowedKeys* problem, void* stream);
 int longvq_cuda_attention(const Attention* problem, void* stream);
 int longvq_cuda_attention_gradients(const AttentionGradients* problem, void* stream);
 int longvq_cuda_deltas(const Deltas* problem, void* stream);

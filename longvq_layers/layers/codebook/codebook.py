@@ -19,7 +19,7 @@ from longvq_layers.layers.common.precision import KeepsFloat32, storage_factory
 from longvq_layers.layers.common.representation import arguments_repr
 
 _SEED = 0x10C0DE
-_START_KEYS_PER_CODE = 64  # keys per code in the sample that k-means fits first; more only cost time
+_SAMPLED_KEYS_PER_CODE = 64  # keys per code in the sample that k-means fits first; more only cost time
 _NEVER_CHOSEN = 1_000_000  # `idle` of a code without a key at the start, if codes are never re-seeded
 
 
@@ -261,7 +261,7 @@ class Codebook(KeepsFloat32):
         """Fit the codes to the first batch, keys (H, N, D), valid (H, N). All ranks get the first rank's result."""
         # A separate generator: a recomputed forward skips `_start`, and must find torch's generator in the same state.
         generator = torch.Generator(keys.device).manual_seed(torch.initial_seed() ^ _SEED)
-        keys, valid = self.group.sample(keys, valid, _START_KEYS_PER_CODE * self.num_codes, generator)
+        keys, valid = self.group.sample(keys, valid, _SAMPLED_KEYS_PER_CODE * self.num_codes, generator)
         if not bool(valid.any(-1).all()):
             return  # some head has no key on any rank: wait for the next batch
         self.embedding.copy_(self.group.from_first(kmeans(keys, self.num_codes, mask=~valid, generator=generator)))

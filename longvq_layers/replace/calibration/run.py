@@ -153,13 +153,7 @@ def _learned(plan: SwapPlan, recorder: Recorder) -> SwapPlan:
 def _fitted(plans: Sequence[SwapPlan], recorders: Sequence[Recorder]) -> list[SwappedAttention]:
     slots = []
     for plan, recorder in zip(plans, recorders, strict=True):
-        slot = make_slot(
-            plan.site.module,
-            recorder.collected_sizes,
-            plan.options,
-            rotary=plan.rotary,
-            trained_length=plan.trained_length,
-        )
+        slot = make_slot(plan, recorder.collected_sizes)
         recording.fit(recorder, slot)
         slots.append(slot)
     return slots

@@ -8,7 +8,7 @@ namespace {
 
 constexpr int kThreads = 256;
 
-__global__ void __launch_bounds__(kThreads) count_keys(CountKeys p) {
+__global__ void __launch_bounds__(kThreads) count_allowed_keys(CountAllowedKeys p) {
   int* counts = reinterpret_cast<int*>(shared_memory());
   const Sequence sequence = sequence_of(p, blockIdx.x);
   const int64_t stretch = divide_up(sequence.length, kThreads);
@@ -33,12 +33,12 @@ __global__ void __launch_bounds__(kThreads) count_keys(CountKeys p) {
 
 }  // namespace
 
-int longvq_cuda_count_keys(const CountKeys* problem, void* stream) {
+int longvq_cuda_count_allowed_keys(const CountAllowedKeys* problem, void* stream) {
   if (problem->num_sequences() == 0 || problem->length == 0) {
     return 0;
   }
   const dim3 grid(static_cast<unsigned>(problem->num_sequences()));
-  return launch<count_keys>(grid, kThreads, sizeof(int) * kThreads, stream, *problem);
+  return launch<count_allowed_keys>(grid, kThreads, sizeof(int) * kThreads, stream, *problem);
 }
 
 }  // namespace longvq::cuda
