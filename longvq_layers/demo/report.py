@@ -24,21 +24,22 @@ def quality_section(result: QualityResult) -> str:
         ]
         for row in result.rows
     ]
+    header = ["codes", "window", "mean cosine", "first measured", "same neighbour", "key error", "attention error"]
+    header.append("seconds")
+    first_measured = "First measured: the mean cosine of the first measurement, by an earlier version. "
     if all(row.target is None for row in result.rows):
-        header = ["codes", "window", "mean cosine", "same neighbour", "key error", "attention error", "seconds"]
+        header.remove("first measured")
         rows = [row[:3] + row[4:] for row in rows]
-    else:
-        header = ["codes", "window", "mean cosine", "first measured", "same neighbour", "key error", "attention error"]
-        header.append("seconds")
+        first_measured = ""
     return (
         "## Quality: a pretrained encoder with its attention swapped, no fine-tuning\n\n"
         f"{result.model}: calibrated on {result.calibration_documents} documents, measured on "
         f"{result.held_out_documents} others of {result.mean_tokens:.0f} tokens on average.\n\n"
         f"{table(header, rows)}\n\n"
-        "Cosine: of each document's embedding before and after. Same neighbour: documents whose nearest other document "
-        "stays the same. Key error (share of the keys' variance) and attention error (relative) are means over the "
-        "layers on the calibration documents. After every row the original attention was put back and gave "
-        "bit-identical embeddings."
+        "Cosine: between the embeddings of each document before and after the swap. "
+        f"{first_measured}Same neighbour: share of documents whose nearest other document stays the same. Key error "
+        "(as a share of the variance of the keys) and attention error (relative) are means over the layers on the "
+        "calibration documents. After every row the original attention was restored and gave bit-identical embeddings."
     )
 
 
@@ -57,7 +58,8 @@ def speed_section(result: SpeedResult, faster_from: int | None) -> str:
         f"{result.architecture}, float32, batch of one. Own: fused `scaled_dot_product_attention`. Ours: "
         f"{result.num_codes} codes, window {result.window}.\n\n"
         f"{table(header, rows)}\n\n"
-        f"{verdict} Medians of alternating runs; memory: the peak on top of the loaded model, in a process of its own."
+        f"{verdict} Times are medians of alternating runs. Memory is the peak on top of the loaded model, in a process "
+        "of its own."
     )
 
 
