@@ -106,7 +106,7 @@ template <typename Operand, int MTILES, typename Left, typename Right>
 LONGVQ_DEVICE void multiply_rows(
     float (&out)[MTILES][Right::kRows / 8][4], const Left& left, int row, const Right& right) {
   static_assert(Left::kColumns == Right::kColumns, "both have head_dim columns");
-#pragma unroll(Left::kTerms == 1 ? 2 : 1)  // fully unrolled, loads are hoisted until registers spill
+#pragma unroll(Left::kTerms == 1 ? 2 : 1)  // if unrolled fully, compilers move loads forward until registers spill
   for (int k = 0; k < Left::kColumns; k += 16) {
     uint32_t a[Left::kTerms][MTILES][4];
 #pragma unroll

@@ -115,8 +115,9 @@ struct ScanCall {
     p.tables = making.tables, p.decays = making.decays;
   }
 
-  // Sets the length of segments, for blocks of `channels_of_block` channels. Returns memory for the states of all
-  // segments, `floats_of_mode` floats for each mode; empty if no sequence has two segments.
+  // Sets the length of segments, for blocks of `channels_of_block` channels. Callers pass the channels of bfloat16
+  // blocks. Blocks of other dtypes have 2 channels, so the estimate counts too few of them. Returns memory for the
+  // states of all segments, `floats_of_mode` floats for each mode; empty if no sequence has two segments.
   Tensor cut_into_segments(const Tensor& like, int64_t channels_of_block, int64_t floats_of_mode) {
     const int64_t blocks = p.batch * ((p.modes.channels + channels_of_block - 1) / channels_of_block);
     const int64_t segments = segments_for(blocks, p.length);

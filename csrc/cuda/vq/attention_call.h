@@ -31,7 +31,8 @@ struct AttentionCall {
 
   bool is_empty() const { return p.batch == 0 || p.heads == 0 || p.length == 0 || p.value_dim == 0; }
 
-  // Packs the codebook and makes the far fields, whose counts are logarithms if `log_counts`, but never for laplace.
+  // Packs the codebook and makes the far fields. Their counts are logarithms if `log_counts` is true and the activation
+  // is softmax.
   void prepare(const Tensor& codebook, bool log_counts, void* stream);
 
   // The far field of these keys with values from v, before its tensors are set.

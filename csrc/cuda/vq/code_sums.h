@@ -54,7 +54,7 @@ struct CodeSums {
   int64_t head, first_code, first_column;
   float* sums;         // (kCodes, kColumns)
   int* counts;         // (kCodes,)
-  int* codes_of_keys;  // (kKeys,), from first_code; −1: not a key of this block
+  int* codes_of_keys;  // (kKeys,), counted from first_code; −1: the key is ignored, or its code is in another block
 
   LONGVQ_DEVICE CodeSums(const FarField& problem, const Sequence& sequence) : p(problem), sequence(sequence) {
     const auto slices = static_cast<unsigned>(divide_up(p.value_dim, kColumns));

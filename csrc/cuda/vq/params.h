@@ -90,8 +90,8 @@ struct FarField : Sequences {
   constexpr int64_t num_far_fields() const {
     return all_far() ? (offsets == nullptr ? 1 : documents) : causal ? length / kFarBlock : num_pieces(kFarBlock);
   }
-  // Segments in one row of the tensors whose sums are needed: the sums of the last segment of a sequence are not,
-  // unless all keys are far.
+  // Segments in one row of the tensors whose sums are needed. The sums of the last segment of a sequence are needed
+  // only if all keys are far.
   constexpr int64_t num_segments() const {
     constexpr int64_t kPositions = kFarBlock * kFarSegment;
     return all_far() ? num_pieces(kPositions) : length / kPositions;

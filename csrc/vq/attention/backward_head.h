@@ -41,9 +41,9 @@ inline void add_to(float* out, const float* values, int64_t count, float factor 
   }
 }
 
-// Gradients that a range of blocks adds up: by the far field and the codewords of a head, and by the bias.
+// Gradients of the sums of far values, of the codewords and of the bias, summed over a range of blocks.
 struct CodeGradients {
-  AlignedArray<float> values;             // (far_columns, value_columns), by the sums of values
+  AlignedArray<float> values;             // (far_columns, value_columns), of the sums of far values
   AlignedArray<float> codewords;          // (far_columns, far_head_columns)
   std::vector<std::vector<double>> bias;  // by query head of the group
 

@@ -11,7 +11,7 @@ namespace longvq {
 
 // Buffers of a thread: one block of tokens, and the packed codebook and far field of one head.
 struct BlockScratch {
-  int64_t far, near, value_columns;  // padded numbers of codes, of near keys of a block at most, and of E
+  int64_t far, near, value_columns;  // padded: codes; the most near keys of a block; E
   AlignedArray<float> queries, far_queries, keys, block_values, near_offsets, scores, exact_scores, out, weight_sum,
       max_score;
   AlignedArray<float> counts, offsets;

@@ -7,8 +7,8 @@
 namespace longvq {
 namespace {
 
-// One step of a transposition: of registers a and b, exchanges the lanes of a with the bit HALF set in their index with
-// the lanes of b without it.
+// One step of a transposition. Lanes of `a` whose index has the bit HALF change places with lanes of `b` whose index
+// lacks this bit.
 template <int HALF, std::size_t... I>
 inline void swap_lanes(Floats& a, Floats& b, std::index_sequence<I...>) {
   const Floats old = a;
