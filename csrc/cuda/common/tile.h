@@ -89,7 +89,8 @@ LONGVQ_DEVICE void multiply_pair(
     }
   } else {
     float sum[MTILES][2][4] = {};
-    // Of the nine products of terms only six reach the last bit. Written out: the number of terms must be a constant.
+    // Only six of the nine products of terms reach the last bit. The three calls are written out, because the number of
+    // terms must be a constant.
     static_assert(RIGHT == 3, "one or three terms");
     load(b, 2);
     multiply_terms<Operand, 1>(sum, left, b);

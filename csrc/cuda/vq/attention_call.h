@@ -15,7 +15,7 @@ struct FarFieldTensors {
   FarFieldTensors(FarField& problem, const Tensor& like);
 };
 
-// `p` points into the tensors here and into those that the constructor got.
+// `p` points into the tensors of this struct and into the tensors that the constructor got.
 struct AttentionCall {
   static constexpr const char* kOp = "vq_attention";
 

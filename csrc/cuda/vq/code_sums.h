@@ -146,8 +146,8 @@ struct CodeSums {
     });
   }
 
-  // Adds, in their order, those of 32 keys from `begin` whose codes belong to this warp. Loads kInFlight values at a
-  // time.
+  // Goes through 32 keys from `begin` in order, and adds the keys whose codes belong to this warp. Loads kInFlight
+  // values at a time.
   template <typename ValueOf>
   LONGVQ_DEVICE void add_keys_of_warp(int begin, int count, const ValueOf& value_of) const {
     constexpr int kInFlight = 4;

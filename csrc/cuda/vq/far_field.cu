@@ -1,4 +1,4 @@
-// Far fields: running sums of values by code, with a snapshot for every kFarBlock queries.
+// Far fields: running sums of values by code, stored once for every kFarBlock queries.
 //
 // A block of threads walks along the keys of one head for 32 columns of values and up to 512 codes. It keeps their sums
 // in shared memory in float32. A warp owns every eighth code and a lane owns one column, so each sum has one owner that

@@ -78,7 +78,7 @@ struct FarField : Sequences {
   // Workspaces. First the sums of values and the counts of each segment; then, in place, of all segments up to it.
   float* segment_sums;  // (B, Hkv, segments, S, E)
   int32_t* segment_counts;
-  // Of the keys before each block; only in bidirectional attention with a window.
+  // Sums and counts of the keys before each block, only in bidirectional attention with a window.
   float* before_sums;  // (B, Hkv, far fields, S, E)
   int32_t* before_counts;
   // Results.

@@ -57,10 +57,10 @@ class BackwardRanges {
         ranges_(count_) {}
 
   // The number of ranges, the same for any number of threads. A range has sums for all codes, so it has at least as
-  // many positions as there are codes. It also has at least three times as many positions as those that two
-  // neighbouring ranges both contribute to. A two-sided range keeps the gradients of the far field of each of its
-  // blocks, so it has at most about 16 blocks, if the first two rules allow that. The number is even, so that two
-  // threads finish together.
+  // many positions as there are codes. It also has at least three times as many positions as the keys that two
+  // neighbouring ranges share. A two-sided range keeps the gradients of the far field of each of its blocks, so it has
+  // at most about 16 blocks, if the first two rules allow that. The number is even, so that two threads finish
+  // together.
   static int64_t count_ranges(const AttentionCall& call, int64_t length) {
     constexpr int64_t kItems = 16;  // enough work items for an even distribution
     const int64_t shortest = std::max(call.num_codes, 3 * (kBlock + call.reach));

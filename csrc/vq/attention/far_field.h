@@ -9,8 +9,8 @@
 
 namespace longvq {
 
-// The memory layout of the sums: panels, as the forward kernel reads them, or plain rows, from which the backward packs
-// panels of its own.
+// The memory layout of the sums: panels for the forward kernel, or plain rows, from which the backward packs other
+// panels.
 enum class SumLayout { kPanels, kRows };
 
 // For each code the number of its far keys and the sum of their values.

@@ -147,7 +147,7 @@ struct BlockByBlock {
     }
   }
 
-  // Packs the keys of the ring, oldest first, then those of the block. Returns their padded number.
+  // Packs the keys of the ring, oldest first, then the keys of the block. Returns the padded number of all these keys.
   int64_t gather_near(int64_t rows, int64_t position) {
     const int64_t ring = head.in_ring(position), count = ring + rows,
                   columns = round_up(count, call.block_kernel.lanes);

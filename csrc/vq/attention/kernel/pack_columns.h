@@ -16,7 +16,7 @@ inline void swap_lanes(Floats& a, Floats& b, std::index_sequence<I...>) {
   b = lanes_of(old, b, std::index_sequence<((I & HALF) != 0 ? kLanes + I : I + HALF)...>{});
 }
 
-// Transposes a square of numbers, one register per row: exchanges halves, then quarters, ...
+// Transposes a square of numbers, one register per row: first exchanges halves, then quarters, and so on.
 template <int HALF>
 inline void transpose(Floats (&square)[kLanes]) {
   for (int i = 0; i < kLanes; ++i) {
