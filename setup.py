@@ -23,7 +23,7 @@ from setuptools.command.build import build
 
 ROOT = Path(__file__).resolve().parent
 PACKAGE = "longvq_layers"
-# Of the sdist, beside the package, README.md, LICENSE, setup.py and pyproject.toml.
+# What the sdist contains beside the package, README.md, LICENSE, setup.py and pyproject.toml.
 SHIPPED_FOLDERS = ("csrc", "docs", "tests", ".ci")
 SHIPPED_FILES = (
     ".clang-format",
@@ -140,7 +140,7 @@ class bdist_wheel_with_native(bdist_wheel):
     def run(self) -> None:
         shutil.rmtree(
             self.get_finalized_command("build_py").build_lib, ignore_errors=True
-        )  # may hold files removed since
+        )  # may hold files that the sources no longer have
         self.run_command("build_native")
         if self.get_finalized_command("build_native").built:
             self.distribution.has_ext_modules = lambda: True

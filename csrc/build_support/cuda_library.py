@@ -47,7 +47,7 @@ class Kernel:
 
 
 def why_not(torch: Torch) -> str | None:
-    """Why the CUDA kernels are not built here; None if they are. `FORCE_CUDA=1`: also for a torch without CUDA."""
+    """Why the CUDA kernels are not built here; None if they are. `FORCE_CUDA=1` builds them for any torch."""
     if os.environ.get("FORCE_CUDA", "0") not in ("", "0"):
         return None if find_nvcc() else "FORCE_CUDA=1, but there is no nvcc: set CUDA_HOME or CUDACXX"
     cuda = re.search(r"^cuda\b[^=]*=\s*'(\d+)", (torch.root / "version.py").read_text(), re.MULTILINE)

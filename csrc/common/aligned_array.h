@@ -11,9 +11,9 @@ namespace longvq {
 
 constexpr int64_t kAlignment = 64;  // bytes: one AVX-512 register, one cache line
 
-// This does not use aligned new: glibc before 2.38 can't reuse a freed aligned block for another one of the same size,
-// so a loop that allocates and frees arrays would take ever more memory. The address of the allocated block is stored
-// before the array.
+// The array lies inside a block of ordinary new, because glibc before 2.38 can't reuse the freed blocks of aligned new:
+// a loop that allocates and frees arrays of one size would take ever more memory. The address of the allocated block is
+// stored before the array.
 struct AlignedDelete {
   void operator()(void* array) const { ::operator delete(static_cast<void**>(array)[-1]); }
 };

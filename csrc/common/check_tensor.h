@@ -1,4 +1,4 @@
-// Checks of tensors whose messages say what was expected and what was given. For files that are compiled once.
+// Checks of tensors. Their error messages say what was expected and what was given. For files that are compiled once.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
@@ -37,7 +37,7 @@ inline const char* dtype_name(torch::headeronly::ScalarType type) {
   }
 }
 
-// "(2, 5, any)"
+// Returns, for example, "(2, 5, any)".
 inline std::string sizes_text(std::initializer_list<int64_t> sizes) {
   std::string text = "(";
   for (const int64_t size : sizes) {
@@ -46,7 +46,7 @@ inline std::string sizes_text(std::initializer_list<int64_t> sizes) {
   return text + ")";
 }
 
-// "(2, 5, 8) float32 on the CPU"
+// Returns, for example, "(2, 5, 8) float32 on the CPU".
 inline std::string tensor_text(const torch::stable::Tensor& x) {
   std::string text = "(";
   for (int64_t axis = 0; axis < x.dim(); ++axis) {

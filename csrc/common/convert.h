@@ -44,13 +44,13 @@ inline Floats from_half(Shorts x) {
 }
 
 inline Shorts to_half(Floats x) {
-  // Unsigned sums, because they may wrap; signed comparisons, because every instruction set has them.
+  // Sums are unsigned, because they may wrap. Comparisons are signed, because every instruction set has signed ones.
   const Words bits = reinterpret_cast<Words>(x), sign = (bits >> 16) & 0x8000u, positive = bits & 0x7fffffffu;
   const SignedWords magnitude = reinterpret_cast<SignedWords>(positive);
   // Normal: subtract 112 from the exponent and round away 13 bits; a carry goes into the exponent.
   const SignedWords normal =
       reinterpret_cast<SignedWords>((positive - (112u << 23) + 0xfffu + ((positive >> 13) & 1u)) >> 13);
-  // Below 2^-14: after adding 0.5 the low bits are the multiple of 2^-24, rounded to even.
+  // Below 2^-14: after 0.5 is added, the low bits are the number in units of 2^-24, rounded to even.
   const SignedWords subnormal =
       reinterpret_cast<SignedWords>(reinterpret_cast<Words>(reinterpret_cast<Floats>(positive) + 0.5f) - 0x3f000000u);
   const SignedWords infinite = magnitude > 0x7f800000 ? SignedWords{} + 0x7e00 : SignedWords{} + 0x7c00;

@@ -12,8 +12,8 @@ constexpr const char* kOverride = "LONGVQ_CPU_CAPABILITY";
 
 CpuCapability best_of_this_cpu() {
 #if defined(LONGVQ_HAVE_AVX2) || defined(LONGVQ_HAVE_AVX512)
-  // Needed before __builtin_cpu_supports when called from a static initialiser. The builtin also asks the operating
-  // system whether it saves the wide registers.
+  // A static initialiser must call this before __builtin_cpu_supports. The builtin also asks the operating system
+  // whether it saves the wide registers.
   __builtin_cpu_init();
 #endif
 #ifdef LONGVQ_HAVE_AVX512

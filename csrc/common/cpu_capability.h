@@ -1,4 +1,4 @@
-// The instruction set whose kernels this process uses, of those that the library was compiled for.
+// Chooses the instruction set whose kernels this process uses, among those that the library was compiled for.
 #pragma once
 
 namespace longvq {

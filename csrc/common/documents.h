@@ -17,7 +17,8 @@ struct Document {
   int64_t row, start, length;
 };
 
-// Python checks cu_seqlens before, with better messages. Memory safety depends on these checks.
+// Python checks cu_seqlens first, with better messages. Calls through torch.ops skip Python, so memory safety depends
+// on these checks.
 inline std::vector<Document> documents_of(
     const char* op, int64_t batch, int64_t length, const std::optional<torch::stable::Tensor>& cu_seqlens) {
   std::vector<Document> documents;

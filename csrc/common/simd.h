@@ -1,9 +1,9 @@
 // Vectors of one register. Files named *_kernel.cpp are compiled once per instruction set, others once for the
 // baseline.
 //
-// Everything here is in an anonymous namespace, and *_kernel.cpp files may include only such headers: of an inline
-// function that several files share the linker keeps one copy, which could use instructions that this CPU does not
-// have.
+// Everything here is in an anonymous namespace, and *_kernel.cpp files may include only such headers. The linker keeps
+// a single copy of an inline function that several files share, and this copy could use instructions that the CPU does
+// not have.
 #pragma once
 
 #include <cstdint>

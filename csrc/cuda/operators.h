@@ -1,4 +1,4 @@
-// The operators of longvq_layers/ops/_schema.py on CUDA tensors; arguments and results as there.
+// The operators of longvq_layers/ops/_schema.py on CUDA tensors, with the same arguments and results.
 #pragma once
 
 #include <tuple>

@@ -18,8 +18,8 @@ OnDeviceOf::OnDeviceOf(const char* op, const Tensor& x) {
 
 namespace {
 
-// A function of libtorch_cuda. That library is loaded whenever CUDA tensors exist, but this library must also load
-// without it. Python doesn't make its symbols global, so it is found by name.
+// A function of libtorch_cuda. libtorch_cuda is loaded whenever CUDA tensors exist, but this library must also load
+// without it. Python doesn't make the symbols of libtorch_cuda global, so the function is looked up by name.
 using StreamOfDevice = int32_t (*)(int32_t, void**);
 StreamOfDevice find_stream_of_device() {
   void* library = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);

@@ -19,7 +19,7 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
-// Makes the device of a tensor the current one while this object lives, and knows its current stream.
+// Makes the device of a tensor the current device while this object lives, and holds the current stream of that device.
 class OnDeviceOf {
  public:
   OnDeviceOf(const char* op, const Tensor& x);
@@ -35,7 +35,7 @@ class OnDeviceOf {
 
 // ---- checks ----
 
-// Raises "{op}: {name} must be {expected}, got {the sizes and dtype of x}" unless `valid`.
+// Raises "{op}: {name} must be {expected}, got {the sizes, dtype and device of x}" unless `valid`.
 void check(const char* op, const char* name, const Tensor& x, bool valid, const char* expected);
 
 // Accepts absent masks.

@@ -56,7 +56,7 @@ inline AttentionOptions attention_options(
       choice_of<KeyGrad>(kOp, "key_grad", key_grad)};
 }
 
-// The sizes D, F, E and S are at least 1, and key-value heads have equally many query heads.
+// Checks that D, F, E and S are at least 1, and that all key-value heads have equally many query heads.
 inline void check_attention_sizes(
     const char* op, int64_t heads, int64_t kv_heads, int64_t head_dim, int64_t far_head_dim, int64_t value_dim,
     int64_t num_codes) {

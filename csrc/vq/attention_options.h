@@ -23,7 +23,7 @@ struct AttentionOptions {
   LocalKeys local_keys;
   KeyGrad key_grad;
 
-  // Whether some score is that of a key, not of a codeword.
+  // Whether some scores use a key itself instead of its codeword.
   constexpr bool uses_exact_keys() const { return local_keys == LocalKeys::kExact && window > 0; }
 };
 

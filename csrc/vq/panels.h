@@ -19,7 +19,7 @@ struct Matrix {
   int64_t row_stride, column_stride, columns;
   ElementType type;
 
-  // Row `i` as contiguous floats: a pointer into the matrix if its rows are that already, else into `buffer`.
+  // Row `i` as contiguous floats: a pointer into the matrix if its rows are contiguous floats, otherwise into `buffer`.
   const float* row(int64_t i, float* buffer) const {
     const char* first = data + i * row_stride * element_size(type);
     if (type == ElementType::kFloat && column_stride == 1) {
@@ -38,7 +38,7 @@ struct Panels {
   Panels(int64_t depth, int64_t columns, int64_t panel)
       : depth(depth), columns(columns), panel(panel), data(aligned_array<float>(depth * columns)) {}
 
-  // Changes the sizes without a new allocation: the product must not exceed that of the constructor.
+  // Changes the sizes without a new allocation. The product of the new sizes must not exceed that of the constructor's.
   void resize(int64_t new_depth, int64_t new_columns) {
     depth = new_depth;
     columns = new_columns;
@@ -57,7 +57,7 @@ struct Panels {
     }
   }
 
-  // Copies, or adds, `count` numbers to a row.
+  // set_row copies `count` numbers to a row, add_to_row adds them.
   void set_row(int64_t row, const float* values, int64_t count) {
     pieces(row, count, [&](float* out, int64_t first, int64_t n) { std::copy_n(values + first, n, out); });
   }

@@ -1,7 +1,7 @@
 """Peak memory of one forward, measured in a process of its own: `python -m longvq_layers.demo.memory` is the child.
 
 `longvq_layers/benchmarks/common/memory.py` reads the memory. Lengths are measured in rising order, so that every
-forward raises the high-water mark, also where the mark can't be reset.
+forward raises the high-water mark, even where the mark can't be reset.
 """
 
 from dataclasses import asdict

@@ -170,7 +170,8 @@ def _digits() -> Suite:
 
 
 def _bytes(length: int, batch_size: int, limits: Options, about: str) -> Suite:
-    # Rates: for each block the best on validation of 0.002, 0.004, 0.008, …, in 400 steps of one seed at 1,024 bytes.
+    # Learning rates: for each block, of 0.002, 0.004, 0.008, … the best on validation after 400 steps of one seed at
+    # 1,024 bytes.
     ours = _longvq(num_codes=128, window=64, d_state=32, codebook_decay=0.9)
     return Suite(
         f"Next byte of Python source, {length:,} bytes at a time, {about}",

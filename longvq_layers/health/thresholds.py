@@ -30,7 +30,9 @@ THRESHOLDS: dict[str, Threshold] = {
     "attention_gate": Threshold(0.005, "a tenth of the size of G_a at the start; next to nothing of O is left"),
     "gradient_ratio": Threshold(1000.0, "times the median of the other blocks; up to 60 in healthy runs"),
     "commitment_ratio": Threshold(0.3, "of the task's loss; with commitment=1e-4 it is about a thousandth"),
-    "step_size": Threshold(0.01, "times dt_min: a memory a hundred times longer than was asked for, input to match"),
+    "step_size": Threshold(
+        0.01, "times dt_min: the memory is 100 times longer than asked for, and inputs count 100 times less"
+    ),
     "decay": Threshold(3.0, "per step, of the slowest mode: exp(-3) = 5 % is left after one position"),
     "channel_share": Threshold(0.1, "of the channels of an SSM with such a step or decay; single ones do no harm"),
     "amplification": Threshold(30.0, "RMS of a row times sqrt(inputs), 0.6 at the start: saturates what follows"),

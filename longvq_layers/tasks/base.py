@@ -75,8 +75,8 @@ class Task:
 
         Args:
             split: "train", "val" or "test"; they share no examples.
-            step: from 0. A finite training set is shuffled for every epoch, and the last batch of an epoch is filled
-                from the next one. Finite val and test sets repeat in their order.
+            step: from 0. A finite training set is shuffled for every epoch, and examples of the next epoch fill the
+                last batch of an epoch. Finite val and test sets repeat in their order.
             batch_size: at least 1.
             seed: of the random examples or the shuffling, default 0.
         """

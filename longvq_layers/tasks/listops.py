@@ -18,11 +18,11 @@ _MOST_ROUNDS = 500  # without a tree of the right length; then it is given up
 class ListOps(Task):
     """Give the value, a digit, of an expression such as `[MAX 4 3 [MIN 2 3 X 1 0 [MED 1 5 8 9 2 X X`.
 
-    Trees are drawn as in the Long Range Arena. A node above `max_depth` is an operator with probability 1/4, otherwise
-    a digit; nodes at `max_depth` are digits. An operator is MIN, MAX, MED or SM (sum modulo 10) with 2 … `max_args`
-    arguments. All choices are uniform. The median of an even number of arguments is the mean of the middle two, rounded
-    down. Only trees with more than `min_length` and less than `max_length` tokens are used. Tokens are digits, an
-    operator with its opening bracket, and the closing bracket (X).
+    Trees are drawn as in the Long Range Arena. A node at a depth below `max_depth` is an operator with probability 1/4,
+    otherwise a digit; nodes at `max_depth` are digits. An operator is MIN, MAX, MED or SM (sum modulo 10) with
+    2 … `max_args` arguments. All choices are uniform. The median of an even number of arguments is the mean of the
+    middle two, rounded down. Only trees with more than `min_length` and less than `max_length` tokens are used. Tokens
+    are digits, an operator with its opening bracket, and the closing bracket (X).
 
     Args:
         min_length, max_length: exclusive bounds of the number of tokens, default 500 and 2000.

@@ -26,7 +26,7 @@ class Forest:
 def grow(
     trees: int, min_length: int, max_length: int, max_depth: int, max_args: int, generator: torch.Generator
 ) -> Forest:
-    """Shapes of random trees: of `trees` drawn, those whose length is strictly between the bounds."""
+    """Draws the shapes of `trees` random trees, and keeps trees whose length is strictly between the bounds."""
     tree = torch.arange(trees)
     lengths = torch.zeros(trees, dtype=torch.int64)
     levels: list[tuple[Tensor, Tensor]] = []

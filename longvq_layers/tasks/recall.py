@@ -78,7 +78,7 @@ class MQAR(Task):
             return torch.zeros(shape, dtype=torch.int64)
         if self.fill == "any":
             return torch.randint(self.num_outputs, shape, generator=generator)
-        # Draw n, and take the n-th token that is no key: each key up to the token moves it by one, in ascending order.
+        # Draw n and take the n-th token that is not a key: add 1 for each key up to the token, in ascending order.
         tokens = torch.randint(self.num_outputs - self.pairs, shape, generator=generator)
         for key in keys.sort(dim=1).values.T:
             tokens += tokens >= key[:, None]

@@ -17,7 +17,7 @@ class TrainSettings:
         task, task_options: see `tasks.get`.
         block, block_options: of `models.SequenceEncoder`.
         d_model, depth: width and number of the blocks.
-        causal: whether the blocks see only the past, also where the task does not need it.
+        causal: whether the blocks see only the past even if the task does not need it.
         parameters: if given, `d_ff` of the blocks is chosen so that the model has about that many parameters.
         dropout: of the model.
         gradient_checkpointing: whether blocks are computed again during backward.

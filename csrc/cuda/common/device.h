@@ -87,7 +87,7 @@ LONGVQ_DEVICE void store_16_bytes(void* to, const uint32_t (&x)[4]) {
                : "memory");
 }
 
-// Copies `bytes` bytes from global to shared memory, asynchronously, and fills them up with zeros to 16.
+// Copies `bytes` bytes from global to shared memory, asynchronously, and adds zeros up to 16 bytes.
 LONGVQ_DEVICE void copy_async(void* target, const void* source, int bytes) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(target)), "l"(source), "r"(bytes)
                : "memory");
@@ -96,7 +96,7 @@ LONGVQ_DEVICE void copy_async(void* target, const void* source, int bytes) {
 LONGVQ_DEVICE void commit_copies() {
   asm volatile("cp.async.commit_group;" ::: "memory");
 }
-// Waits for all groups of this thread but the NEWEST ones.
+// Waits for all groups of this thread except the last NEWEST groups.
 template <int NEWEST>
 LONGVQ_DEVICE void wait_for_copies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(NEWEST) : "memory");

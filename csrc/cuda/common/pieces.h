@@ -22,7 +22,7 @@ struct Sequence {
 };
 
 LONGVQ_DEVICE int64_t start_of(const Sequences& s, int64_t document) {
-  // Nobody has checked the values of the offsets: wrong ones must not become addresses.
+  // The values of the offsets are not checked before the launch, so a wrong offset must not become an address.
   return min(max(static_cast<int64_t>(s.offsets[document]), int64_t{0}), s.length);
 }
 

@@ -89,7 +89,8 @@ LONGVQ_DEVICE void multiply_pair(
     }
   } else {
     float sum[MTILES][2][4] = {};
-    // Of the nine products of terms only six reach the last bit. Written out: the number of terms must be a constant.
+    // Only six of the nine products of terms reach the last bit. The three calls are written out, because the number of
+    // terms must be a constant.
     static_assert(RIGHT == 3, "one or three terms");
     load(b, 2);
     multiply_terms<Operand, 1>(sum, left, b);
@@ -106,7 +107,7 @@ template <typename Operand, int MTILES, typename Left, typename Right>
 LONGVQ_DEVICE void multiply_rows(
     float (&out)[MTILES][Right::kRows / 8][4], const Left& left, int row, const Right& right) {
   static_assert(Left::kColumns == Right::kColumns, "both have head_dim columns");
-#pragma unroll(Left::kTerms == 1 ? 2 : 1)  // fully unrolled, loads are hoisted until registers spill
+#pragma unroll(Left::kTerms == 1 ? 2 : 1)  // if unrolled fully, compilers move loads forward until registers spill
   for (int k = 0; k < Left::kColumns; k += 16) {
     uint32_t a[Left::kTerms][MTILES][4];
 #pragma unroll

@@ -3,8 +3,8 @@
 // Threads: the threads of a block are fibers of one host thread. A fiber runs until it waits for other threads: for its
 // block at __syncthreads(), for its warp in a shuffle or a tensor core instruction. Between these points the caller
 // chooses the order of the threads: ascending, descending or random. A result that depends on the order reveals a
-// missing barrier. Blocks run one after the other, also in an order of choice. A result that depends on it reveals
-// blocks that rely on each other.
+// missing barrier. Blocks run one after the other, in an order that the caller chooses in the same way. A result that
+// depends on this order reveals blocks that rely on each other.
 //
 // Memory: shared memory starts as NaN. Asynchronous copies happen as late as the kernel's waits allow, or, in some
 // orders, at once. This reveals values that are read before they arrive, or overwritten while they are needed.

@@ -1,4 +1,4 @@
-// Wrong kernels, for tests that the host finds their errors.
+// Wrong kernels: tests check that the host finds the errors in them.
 #include <exception>
 #include <string>
 

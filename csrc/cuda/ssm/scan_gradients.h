@@ -94,8 +94,8 @@ struct ScanGradientKernel : ScanGradientBlock<Element> {
     synchronize_warp();
   }
 
-  // In: the states and derivatives that chunks end with when they start from zero. Out: those that chunks start with.
-  // Advances the state of the warp past the first `full` chunks.
+  // In: the states and derivatives that chunks end with when they start from zero. Out: the states and derivatives that
+  // chunks start with. Advances the state of the warp past the first `full` chunks.
   LONGVQ_DEVICE void carry(float (&x)[2][kTiles][4], float (&z)[2][kTiles][4], int group, int full) const {
 #pragma unroll
     for (int n = 0; n < kTiles; ++n) {
@@ -252,7 +252,7 @@ struct ScanGradientKernel : ScanGradientBlock<Element> {
     }
   }
 
-  // Writes the sums of this segment: those over chunks, plus the lag products times the powers of the decay.
+  // Writes the sums of this segment: the sums over chunks, plus the lag products times the powers of the decay.
   LONGVQ_DEVICE void write() const {
     const int64_t row = (sequence.batch * p.num_segments() + this->segment_of_row()) * p.modes.channels + channel;
     for (int64_t mode = lane; mode < p.modes.modes; mode += 32) {

@@ -48,9 +48,9 @@ int64_t whole_tiles(int64_t length) {
 }
 
 // The number of segments for sequences of this length, where one segment of all sequences takes `blocks` blocks of
-// threads. It is the number with the least estimated time on a GPU that runs kAtATime blocks at a time. All segments
-// but the last are passed over twice, and the first pass takes about half the time of the second. Loading the tables of
-// a block takes about as long as one tile.
+// threads. It is the number with the least estimated time on a GPU that runs kAtATime blocks at a time. Two passes go
+// over every segment except the last one, which only the second pass visits. The first pass takes about half the time
+// of the second. Loading the tables of a block takes about as long as one tile.
 int64_t segments_for(int64_t blocks, int64_t length) {
   constexpr int64_t kAtATime = 132, kLeast = 4 * kScanTile;
   const auto time = [&](int64_t segments) {
@@ -65,8 +65,8 @@ int64_t segments_for(int64_t blocks, int64_t length) {
   return best;
 }
 
-// One call of the operator, checked and turned into what the launchers take. `p` points into the tensors here and into
-// those that the constructor got.
+// One call of the operator, checked and turned into what the launchers take. `p` points into the tensors of this struct
+// and into the tensors that the constructor got.
 struct ScanCall {
   Tensor log_decay, weight, tables, decays;
   OptionalTensor offsets, skip, initial;
@@ -115,8 +115,9 @@ struct ScanCall {
     p.tables = making.tables, p.decays = making.decays;
   }
 
-  // Sets the length of segments, for blocks of `channels_of_block` channels. Returns memory for the states of all
-  // segments, `floats_of_mode` floats for each mode; empty if no sequence has two segments.
+  // Sets the length of segments, for blocks of `channels_of_block` channels. Callers pass the channels of bfloat16
+  // blocks. Blocks of other dtypes have 2 channels, so the estimate counts too few of them. Returns memory for the
+  // states of all segments, `floats_of_mode` floats for each mode; empty if no sequence has two segments.
   Tensor cut_into_segments(const Tensor& like, int64_t channels_of_block, int64_t floats_of_mode) {
     const int64_t blocks = p.batch * ((p.modes.channels + channels_of_block - 1) / channels_of_block);
     const int64_t segments = segments_for(blocks, p.length);

@@ -15,7 +15,7 @@ struct FarFieldTensors {
   FarFieldTensors(FarField& problem, const Tensor& like);
 };
 
-// `p` points into the tensors here and into those that the constructor got.
+// `p` points into the tensors of this struct and into the tensors that the constructor got.
 struct AttentionCall {
   static constexpr const char* kOp = "vq_attention";
 
@@ -31,7 +31,8 @@ struct AttentionCall {
 
   bool is_empty() const { return p.batch == 0 || p.heads == 0 || p.length == 0 || p.value_dim == 0; }
 
-  // Packs the codebook and makes the far fields, whose counts are logarithms if `log_counts`, but never for laplace.
+  // Packs the codebook and makes the far fields. Their counts are logarithms if `log_counts` is true and the activation
+  // is softmax.
   void prepare(const Tensor& codebook, bool log_counts, void* stream);
 
   // The far field of these keys with values from v, before its tensors are set.

@@ -11,7 +11,8 @@ namespace {
 
 constexpr const char* kOp = AttentionCall::kOp;
 
-// How many queries one block of codes visits. With few heads of keys not all, so that a large GPU has enough blocks.
+// The number of queries that one block of codes visits. With few key-value heads it is only a part of the queries, so
+// that a large GPU has enough blocks.
 int64_t code_segment_for(const Attention& p) {
   constexpr int64_t kBlocks = 256, kLeast = 8 * kFarBlock;
   const int64_t blocks = p.num_sequences() * p.kv_heads * (padded_codes(p.codebook.num_codes) / kCodePadding);

@@ -54,7 +54,7 @@ struct CodeSums {
   int64_t head, first_code, first_column;
   float* sums;         // (kCodes, kColumns)
   int* counts;         // (kCodes,)
-  int* codes_of_keys;  // (kKeys,), from first_code; −1: not a key of this block
+  int* codes_of_keys;  // (kKeys,), counted from first_code; −1: the key is ignored, or its code is in another block
 
   LONGVQ_DEVICE CodeSums(const FarField& problem, const Sequence& sequence) : p(problem), sequence(sequence) {
     const auto slices = static_cast<unsigned>(divide_up(p.value_dim, kColumns));
@@ -146,8 +146,8 @@ struct CodeSums {
     });
   }
 
-  // Adds, in their order, those of 32 keys from `begin` whose codes belong to this warp. Loads kInFlight values at a
-  // time.
+  // Goes through 32 keys from `begin` in order, and adds the keys whose codes belong to this warp. Loads kInFlight
+  // values at a time.
   template <typename ValueOf>
   LONGVQ_DEVICE void add_keys_of_warp(int begin, int count, const ValueOf& value_of) const {
     constexpr int kInFlight = 4;

@@ -1,9 +1,9 @@
-// Far fields: running sums of values by code, with a snapshot for every kFarBlock queries.
+// Far fields: running sums of values by code, stored once for every kFarBlock queries.
 //
 // A block of threads walks along the keys of one head for 32 columns of values and up to 512 codes. It keeps their sums
 // in shared memory in float32. A warp owns every eighth code and a lane owns one column, so each sum has one owner that
 // adds in the order of the keys: no atomics, and the same result every time. A long sequence is cut into segments,
-// which run at the same time; kernels before make the sums that each segment starts from.
+// which run at the same time; earlier kernels make the sums that each segment starts from.
 #include <initializer_list>
 
 #include "code_sums.h"
@@ -63,7 +63,7 @@ __global__ void __launch_bounds__(kThreads) accumulate_segments(FarField p) {
 // What a walk writes: sums for the backward walk, means, or means that add the sums of the forward walk.
 enum class WalkResult { kSums, kMeans, kMeansOfBoth };
 
-// Starts from the sums of the segments before, and writes the far fields of one segment.
+// Starts from the sums of all earlier segments, and writes the far fields of one segment.
 template <typename Element>
 __global__ void __launch_bounds__(kThreads, kBlocks) make_far_fields(FarField p, bool backward, WalkResult result) {
   const auto rows = static_cast<unsigned>(p.batch);

@@ -1,4 +1,4 @@
-// Where the far fields of a sequence are among those of its row of the tensors.
+// Where the far fields of a sequence begin, among all far fields of its row of the tensors.
 #pragma once
 
 #include "../common/pieces.h"

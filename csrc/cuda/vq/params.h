@@ -78,7 +78,7 @@ struct FarField : Sequences {
   // Workspaces. First the sums of values and the counts of each segment; then, in place, of all segments up to it.
   float* segment_sums;  // (B, Hkv, segments, S, E)
   int32_t* segment_counts;
-  // Of the keys before each block; only in bidirectional attention with a window.
+  // Sums and counts of the keys before each block, only in bidirectional attention with a window.
   float* before_sums;  // (B, Hkv, far fields, S, E)
   int32_t* before_counts;
   // Results.
@@ -90,8 +90,8 @@ struct FarField : Sequences {
   constexpr int64_t num_far_fields() const {
     return all_far() ? (offsets == nullptr ? 1 : documents) : causal ? length / kFarBlock : num_pieces(kFarBlock);
   }
-  // Segments in one row of the tensors whose sums are needed: the sums of the last segment of a sequence are not,
-  // unless all keys are far.
+  // Segments in one row of the tensors whose sums are needed. The sums of the last segment of a sequence are needed
+  // only if all keys are far.
   constexpr int64_t num_segments() const {
     constexpr int64_t kPositions = kFarBlock * kFarSegment;
     return all_far() ? num_pieces(kPositions) : length / kPositions;

@@ -46,7 +46,7 @@ inline void multiply(
   }
 }
 
-// Element by element, because a copy of the array would move the accumulators from registers to memory.
+// Stores element by element: a copy of the array would move the accumulators from registers to memory.
 template <int ROWS>
 inline void store_rows(const Floats (&acc)[ROWS][kPanel], Floats* out, int64_t row_stride) {
   for (int r = 0; r < ROWS; ++r) {
@@ -56,7 +56,7 @@ inline void store_rows(const Floats (&acc)[ROWS][kPanel], Floats* out, int64_t r
   }
 }
 
-// What the inputs of ROWS chunks add to the state: added[c][column], rows padded_columns apart.
+// For ROWS chunks: added[c][column] is what the inputs of chunk c add to the state. Rows are padded_columns apart.
 template <int ROWS>
 inline void into_state(const ChunkTables& tables, const Floats* inputs, int64_t column, Floats* added) {
   Floats acc[ROWS][kPanel] = {};

@@ -15,14 +15,15 @@
 namespace longvq {
 namespace {
 
-constexpr int kChunk = 32;                    // T: work inside chunks grows with T, work between chunks falls
+constexpr int kChunk = 32;                    // T: work inside chunks grows with T, work between chunks shrinks
 constexpr int kPanel = kLanes == 16 ? 4 : 2;  // columns of a panel, computed in one pass over the rows
 
 inline int64_t round_up(int64_t value, int64_t multiple) {
   return (value + multiple - 1) / multiple * multiple;
 }
 
-// Allocates arrays from the scratch memory. Started at 0, `next` is the size that is needed.
+// Allocates arrays from the scratch memory. An Arena that starts at 0 only measures: at the end, `next` is the number
+// of bytes needed.
 struct Arena {
   uintptr_t next;
 
@@ -58,7 +59,7 @@ inline ScanModel group_of(const ScanModel& model, int group) {
   return part;
 }
 
-// sum + a b, with two fused operations per part; real modes only use re.
+// sum + a b, with two fused multiply-adds for each of re and im. Real modes use re only.
 template <bool COMPLEX>
 inline Complex plus_product(const Complex& sum, const Complex& a, const Complex& b) {
   if (!COMPLEX) {

@@ -7,7 +7,8 @@
 // Q' = sum_t (t+1) lambda^(t+1) g_t:
 //     dL/dw: sum_l lambda^l c_l + sum_c Q X,    dL/dlog_decay: w (sum_l l lambda^l c_l + sum_c (Q Z + Q' X)).
 // The next Z is lambda^T (Z + T X) + sum_t (T-1-t) lambda^(T-1-t) u_t. All four sums over a chunk use the table `into`,
-// because lambda^(t+1) is lambda times this table in reverse order. One pass over the sequence; no states are stored.
+// because lambda^(t+1) is lambda times this table in reverse order. The code passes over the sequence once and stores
+// no states.
 #pragma once
 
 #include "../../common/simd.h"
@@ -16,13 +17,9 @@
 namespace longvq {
 namespace {
 
-enum Role {
-  kU,
-  kWeightedU,
-  kG,
-  kWeightedG,
-  kRoles
-};  // g is in reverse order; weighted: multiplied by the factors above
+// The rows of one product with the table `into`. kG is g in reverse order. The weighted rows are (T-1-t) u_t and, in
+// the reverse order of kG, (t+1) g_t.
+enum Role { kU, kWeightedU, kG, kWeightedG, kRoles };
 
 // Tables and sums for one register of channels.
 struct GradientGroup {
@@ -156,8 +153,8 @@ void add_segment(GradientGroup& group, Floats* u, Floats* g, int64_t steps, Floa
   }
 }
 
-// Adds dL/dlog_decay through the last state. The unfinished chunk of `tail_steps` steps, whose inputs begin at `tail`,
-// changes z by a power of lambda of its own; its inputs are aligned to the chunk's end.
+// Adds dL/dlog_decay through the last state. The inputs of the unfinished chunk of `tail_steps` steps begin at `tail`
+// and are aligned to the end of a chunk. The chunk changes z by lambda^tail_steps.
 template <bool COMPLEX>
 void add_end(
     GradientGroup& group, const ModeMatrix& grad_state, int64_t channels, const Floats* tail, int64_t tail_steps) {

@@ -37,7 +37,7 @@ void* data_of(const Tensor& x) {
   return const_cast<void*>(x.const_data_ptr());
 }
 
-// A tensor (..., H, N) of modes, of its row `row`, from channel `channel` on.
+// The modes in row `row` of a tensor (..., H, N), from channel `channel` on.
 ModeMatrix modes_of(const Tensor& x, int64_t row, int64_t channel) {
   const int64_t floats = x.scalar_type() == ScalarType::ComplexFloat ? 2 : 1, dims = x.dim();
   const int64_t offset = (dims == 3 ? row * x.stride(0) : 0) + channel * x.stride(dims - 2);
@@ -63,7 +63,8 @@ struct Arguments {
       bool reverse)
       : u(u), log_decay(log_decay), weight(weight), skip(skip), initial_state(initial_state),
         key_padding_mask(key_padding_mask), reverse(reverse) {
-    // Python checks the same before, with better messages. Memory safety depends on these checks.
+    // Python checks the same first, with better messages. Calls through torch.ops skip Python, so memory safety depends
+    // on these checks.
     const ScalarType family = log_decay.scalar_type();
     complex_modes = family == ScalarType::ComplexFloat;
     STD_TORCH_CHECK(

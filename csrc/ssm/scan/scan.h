@@ -16,8 +16,9 @@ std::tuple<torch::stable::Tensor, torch::stable::Tensor> ssm_scan_cpu(
     const std::optional<torch::stable::Tensor>& key_padding_mask,
     const std::optional<torch::stable::Tensor>& cu_seqlens, bool reverse);
 
-// Gradients of u, log_decay, weight, skip and initial_state. The gradient of an absent argument is an empty tensor; so
-// are those of u and initial_state without need_inputs, and those of the others without need_parameters.
+// Gradients of u, log_decay, weight, skip and initial_state. The gradient of an absent argument is an empty tensor.
+// Without need_inputs the gradients of u and initial_state are empty too, without need_parameters the gradients of
+// log_decay, weight and skip.
 std::tuple<
     torch::stable::Tensor, torch::stable::Tensor, torch::stable::Tensor, torch::stable::Tensor, torch::stable::Tensor>
 ssm_scan_backward_cpu(

@@ -95,7 +95,8 @@ void scan_segment(ScanGroup& group, Floats* inputs, int64_t steps, Floats* resul
   });
 }
 
-// Sets the state. The adjoint uses derivatives, PyTorch's gradients are their conjugates.
+// Sets the entry state of a row. The adjoint computes with derivatives; PyTorch's gradients are the conjugates of
+// derivatives.
 void start(ScanGroup& group, const ModeMatrix& initial_state, int64_t channels, bool adjoint) {
   const ChunkTables& tables = group.tables;
   for (int64_t n = 0; n < tables.modes; ++n) {
@@ -107,7 +108,7 @@ void start(ScanGroup& group, const ModeMatrix& initial_state, int64_t channels, 
   }
 }
 
-// Stores the state after the unfinished chunk.
+// Stores the state after the last chunk, which may be unfinished.
 void finish(ScanGroup& group, const ModeMatrix& final_state, int64_t channels, int64_t tail_steps, bool adjoint) {
   ChunkTables& tables = group.tables;
   tables.set_tail(tail_steps);

@@ -10,7 +10,7 @@ namespace {
 
 constexpr int kLine = 16;                // channels of a line: the floats of a cache line
 constexpr int kGroups = kLine / kLanes;  // registers of a line
-constexpr int64_t kPrefetch = 16;        // steps; the distance between steps is too large for hardware prefetching
+constexpr int64_t kPrefetch = 16;        // steps ahead; steps lie too far apart for the hardware prefetcher
 
 // The number of channels in register `group` of a line with `channels` channels.
 inline int64_t channels_of(int64_t channels, int group) {

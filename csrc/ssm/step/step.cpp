@@ -59,7 +59,8 @@ void step(
 std::tuple<Tensor, Tensor> ssm_step_cpu(
     const Tensor& u, const Tensor& decay, const Tensor& weight, const std::optional<Tensor>& skip,
     const Tensor& state) {
-  // Python checks the same before, with better messages. Memory safety depends on these checks.
+  // Python checks the same first, with better messages. Calls through torch.ops skip Python, so memory safety depends
+  // on these checks.
   const ScalarType family = decay.scalar_type();
   STD_TORCH_CHECK(
       family == ScalarType::Float || family == ScalarType::ComplexFloat, kOp,

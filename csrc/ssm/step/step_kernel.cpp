@@ -1,7 +1,7 @@
 // Compiled once per instruction set, with LONGVQ_ISA set to its name; common/simd.h says what such a file may include.
 //
-// A step reads each parameter and each state once, and memory limits its speed. So lanes hold modes, in the order of
-// memory.
+// A step reads each parameter and each state once, and memory limits its speed. So lanes hold modes, in the order in
+// which modes lie in memory.
 #include "step_kernel.h"
 
 #include <utility>
@@ -11,7 +11,8 @@
 namespace longvq {
 namespace {
 
-// Of pairs (re, im): the first lane in both, the second lane in both, or the lanes exchanged.
+// Registers hold pairs (re, im). These functions copy the first lane of each pair to both of its lanes, copy the second
+// lane to both, or exchange the two.
 #if defined(__clang__) || __GNUC__ >= 12
 template <std::size_t... I>
 inline Floats first_of_pairs(Floats x, std::index_sequence<I...>) {

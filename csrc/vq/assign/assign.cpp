@@ -67,7 +67,7 @@ void pack_panel(
   }
   std::fill(bias + present, bias + width, -std::numeric_limits<float>::infinity());
 
-  // Eight codes at a time: all rows may map to the same set of an eight-way cache.
+  // Eight codes at a time, because all rows may map to the same set of an eight-way cache.
   constexpr int64_t kStreams = 8;
   for (int64_t j = 0; j < present; j += kStreams) {
     const int64_t streams = std::min(kStreams, present - j);

@@ -1,5 +1,5 @@
-// The nearest codeword of each key: codes[b, h, l] = argmin_s ||k[b, h, l] - C[h, s]||^2, of equal distances the lowest
-// s.
+// The nearest codeword of each key: codes[b, h, l] = argmin_s ||k[b, h, l] - C[h, s]||^2. If several codewords are
+// equally near, it is the lowest s.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>

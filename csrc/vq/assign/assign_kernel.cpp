@@ -52,9 +52,9 @@ inline void tile(const AssignBlock& block, int64_t row, int64_t first_code) {
   }
   Floats* best = reinterpret_cast<Floats*>(block.best + row * kLanes);
   Ints* best_code = reinterpret_cast<Ints*>(block.best_code + row * kLanes);
+  // Unrolled: with an index that is known only at run time, the scores would go through memory.
 #pragma GCC unroll 8
-  for (int r = 0; r < ROWS;
-       ++r) {  // unrolled: with an index that is only known at run time, the scores would go through memory
+  for (int r = 0; r < ROWS; ++r) {
 #pragma GCC unroll 8
     for (int v = 0; v < VECTORS; ++v) {
       // Strictly greater: of equal scores the lower code wins, and a NaN score never wins.
@@ -68,8 +68,8 @@ inline void tile(const AssignBlock& block, int64_t row, int64_t first_code) {
 template <int VECTORS>
 inline void panel_against_rows(const AssignBlock& block, int64_t first_code) {
   int64_t row = 0;
-  // The keys of the block are padded to whole steps, so the last step may process padding; for one or two keys this is
-  // not worthwhile.
+  // The keys of the block are padded to whole steps, so the last step may process padding. One or two keys are faster
+  // row by row.
   for (; block.rows - row > 2; row += kRows) {
     tile<kRows, VECTORS>(block, row, first_code);
   }

@@ -6,7 +6,7 @@
 
 namespace longvq {
 
-// At most kFewKeys rows a head.
+// Takes at most kFewKeys rows per head.
 void assign_few_keys(const AssignKeys& keys, const AssignCodebook& codebook, const AssignShape& shape, int64_t* codes);
 
 }  // namespace longvq

@@ -1,8 +1,8 @@
 // Compiled once per instruction set, with LONGVQ_ISA set to its name; common/simd.h says what such a file may include.
 //
-// argmax_s (k.C_s - ||C_s||^2 / 2) as in assign_kernel.cpp, but the codebook is read once, without packing: lanes hold
-// columns of D, and norms are computed from the same registers as products. Four codes are processed together, so that
-// their sums over lanes are additions of whole registers. Every score is computed by the same operations, at every
+// argmax_s (k.C_s - ||C_s||^2 / 2) as in assign_kernel.cpp. But the codebook is read once, without packing: lanes hold
+// entries along D, and norms are computed from the same registers as products. Four codes are processed together, so
+// that their sums over lanes are additions of whole registers. Every score is computed by the same operations, at every
 // index and for every number of keys: equal codewords get equal scores.
 #include "few_keys_kernel.h"
 
@@ -11,7 +11,7 @@
 namespace longvq {
 namespace {
 
-constexpr int kCodes = 4;  // scores of a register
+constexpr int kCodes = 4;  // scores in a register
 
 typedef float Scores __attribute__((vector_size(kCodes * sizeof(float)), may_alias));
 typedef int32_t Codes __attribute__((vector_size(kCodes * sizeof(int32_t)), may_alias));
@@ -62,14 +62,15 @@ inline void products(const AssignFew& few, int64_t row, const float* const* code
 // Keys row .. row + ROWS against codes first_code .. first_code + 4.
 template <int ROWS>
 inline void tile(const AssignFew& few, int64_t row, int64_t first_code, Best& best) {
-  // After the last code the last code is used again. It has an equal score and a higher index, so it never wins.
+  // Past the end of the codebook the last code is used again. It then has the same score and a higher index, so it
+  // never wins.
   const float* codes[kCodes];
   for (int c = 0; c < kCodes; ++c) {
     const int64_t code = first_code + c < few.codes ? first_code + c : few.codes - 1;
     codes[c] = few.codebook + code * few.code_stride;
   }
   Scores parts[ROWS][kCodes];
-  if (ROWS <= 2) {  // as many codes as there are registers for sums
+  if (ROWS <= 2) {  // the registers hold the sums of all four codes
     products<ROWS, 0, 4>(few, row, codes, parts);
   } else {
     products<ROWS, 0, 2>(few, row, codes, parts);

@@ -5,7 +5,7 @@
 
 namespace longvq {
 
-// The inputs of the backward besides those of the forward, and its results, which are contiguous.
+// The inputs that the backward has and the forward has not, and the results, which are contiguous.
 struct BackwardTensors {
   const Tensor &grad, &out, &normalizers;
   void *dq, *dk, *dv, *dfar_q, *dfar_k;
@@ -41,9 +41,9 @@ inline void add_to(float* out, const float* values, int64_t count, float factor 
   }
 }
 
-// Gradients that a range of blocks adds up: by the far field and the codewords of a head, and by the bias.
+// Gradients of the sums of far values, of the codewords and of the bias, summed over a range of blocks.
 struct CodeGradients {
-  AlignedArray<float> values;             // (far_columns, value_columns), by the sums of values
+  AlignedArray<float> values;             // (far_columns, value_columns), of the sums of far values
   AlignedArray<float> codewords;          // (far_columns, far_head_columns)
   std::vector<std::vector<double>> bias;  // by query head of the group
 
@@ -138,8 +138,9 @@ struct BackwardHead {
 
   BackwardHead(const BackwardHead&) = delete;  // `fields` has a reference to `keys`
 
-  // One block. Stores the gradients of its queries, leaves those of near keys in the scratch, and adds those of the far
-  // field to `d_far_values` and those of codewords and bias to `codes`.
+  // Differentiates one block. Stores the gradients of its queries, and leaves the gradients of near keys and their
+  // values in the scratch. Adds the gradients of the sums of far values to `d_far_values`, and the gradients of
+  // codewords and bias to `codes`.
   void attend(int64_t number, float* d_far_values, CodeGradients& codes, BackwardScratch& scratch) const {
     const int64_t first = number * kBlock, last = std::min(first + kBlock, length);
     const FarField& far = fields.of_block(number, scratch.far);

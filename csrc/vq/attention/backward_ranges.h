@@ -9,9 +9,9 @@
 
 namespace longvq {
 
-// The rows first .. last of the gradient of keys or values that one range contributes to. Rows own_first .. own_last,
-// which no other range contributes to, are those of the result; the others are buffers, which join() adds to the
-// result.
+// The rows first .. last of the gradient of keys or values that one range contributes to. No other range contributes to
+// rows own_first .. own_last, so they are rows of the result itself. The other rows are buffers, which join() adds to
+// the result.
 class RangeRows {
  public:
   struct Bounds {
@@ -57,9 +57,10 @@ class BackwardRanges {
         ranges_(count_) {}
 
   // The number of ranges, the same for any number of threads. A range has sums for all codes, so it has at least as
-  // many positions as there are codes, and several times as many as two ranges both contribute to. A two-sided range
-  // keeps the gradients of the far field of each of its blocks, so it is not much longer. The number is even, so that
-  // two threads finish together.
+  // many positions as there are codes. It also has at least three times as many positions as the keys that two
+  // neighbouring ranges share. A two-sided range keeps the gradients of the far field of each of its blocks, so it has
+  // at most about 16 blocks, if the first two rules allow that. The number is even, so that two threads finish
+  // together.
   static int64_t count_ranges(const AttentionCall& call, int64_t length) {
     constexpr int64_t kItems = 16;  // enough work items for an even distribution
     const int64_t shortest = std::max(call.num_codes, 3 * (kBlock + call.reach));
@@ -75,7 +76,7 @@ class BackwardRanges {
     ranges_[number] = std::make_unique<Range>(call, !all_inside_, dk_, dv_, bounds_of(number));
     Range& range = *ranges_[number];
     const int64_t first = first_block(number), last = first_block(number + 1);
-    // From the last block to the first: the gradient of a far value is complete at the first block that it is far from.
+    // From the last block to the first: when a key stops being far, the sums hold exactly the gradient of its value.
     for (int64_t block = last - 1; block >= first; --block) {
       float* sums = range.codes.values.get();
       float* of_block = two_sided_ ? scratch.clear_block(call, last - 1 - block) : sums;
@@ -89,7 +90,7 @@ class BackwardRanges {
             block - 1, block, [&](int64_t a, int64_t b) { take_far(a, b, range.codes.values, range.dv); });
       }
     }
-    if (two_sided_) {  // from the first block to the last, for keys that are far after a block
+    if (two_sided_) {  // from the first block to the last, for far keys after their blocks
       const AlignedArray<float> sums = CodeGradients::zeros(call.far_columns * call.value_columns);
       for (int64_t block = first; block < last; ++block) {
         add_to(sums.get(), scratch.block_values[last - 1 - block].get(), call.far_columns * call.value_columns);
@@ -99,7 +100,7 @@ class BackwardRanges {
     }
   }
 
-  // Call it when all ranges have run. Returns the gradients of the bias, (G, 2 W - 1) or empty.
+  // Call this after all ranges have run. Returns the gradients of the bias, (G, 2 W - 1) or empty.
   std::vector<std::vector<double>> join() {
     const AttentionCall& call = head_.call;
     if (!call.everything_far()) {

@@ -15,7 +15,7 @@ constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 struct AttentionCall {
   const Tensor &q, &k, &v, &codebook, &codes;
-  const Tensor& far_q;  // queries for pairs outside the window: q itself if there are no others
+  const Tensor& far_q;  // queries for pairs outside the window; equal to q if far_q is absent
   const OptionalTensor &bias, &mask;
   std::vector<Document> documents;
   ElementType type;  // of q, k, v, far_q, far_k, the output and their gradients
@@ -33,10 +33,11 @@ struct AttentionCall {
   const AttentionKernel& kernel;
   int64_t far_columns, value_columns, head_columns, far_head_columns;  // S, E, D and F, padded to whole registers
 
-  // Checks all that memory safety depends on. Python checks the same before, with better messages.
+  // Checks everything that memory safety depends on. Python checks the same first, with better messages; calls through
+  // torch.ops skip Python.
   AttentionCall(const AttentionInputs& inputs, const AttentionOptions& options);
 
-  // Number of bias columns that some pair uses.
+  // The number of bias columns that pairs use.
   int64_t bias_columns() const { return window == 0 ? 0 : causal ? window : 2 * window - 1; }
   // Bidirectional without a window: all blocks share one far field.
   bool everything_far() const { return window == 0 && !causal; }

@@ -9,8 +9,8 @@
 
 namespace longvq {
 
-// The memory layout of the sums: panels, as the forward kernel reads them, or plain rows, from which the backward packs
-// panels of its own.
+// The memory layout of the sums: panels for the forward kernel, or plain rows, from which the backward packs other
+// panels.
 enum class SumLayout { kPanels, kRows };
 
 // For each code the number of its far keys and the sum of their values.
@@ -69,9 +69,8 @@ struct FarField {
   }
 };
 
-// The far keys on one side of the blocks: keys before block 0, 1, 2, ... or keys after the last block, the last but
-// one,
-// ... Each step only adds keys.
+// The far keys on one side of the blocks. On the side before, step n stands for block n. On the side after, step 0
+// stands for the last block, step 1 for the block before it, and so on. So each step only adds far keys.
 struct Side {
   bool after;
   int64_t length, reach, steps;
@@ -79,17 +78,17 @@ struct Side {
   Side(const AttentionCall& call, int64_t length, bool after)
       : after(after), length(length), reach(call.reach), steps((length + kBlock - 1) / kBlock) {}
 
-  // The block of a step; also the step of a block.
+  // The block of a step. The same function also gives the step of a block.
   int64_t block(int64_t step) const { return after ? steps - 1 - step : step; }
 
-  // The end of the far keys of a step; on the side after the blocks their beginning.
+  // Where the far keys of a step end. On the side after the blocks: where they begin.
   int64_t edge(int64_t step) const {
     const int64_t first = block(step) * kBlock;
     return after ? std::min(length, first + kBlock + reach) : std::max<int64_t>(0, first - reach);
   }
 
-  // Calls use(first, last) for the keys that are far at step `later` but not at step `earlier`; -1: before the first
-  // step, where no key is far.
+  // Calls use(first, last) for the keys that are far at step `later` but not at step `earlier`. If `earlier` is -1,
+  // these are all far keys of step `later`.
   template <typename Use>
   void keys_between(int64_t earlier, int64_t later, const Use& use) const {
     const int64_t start = earlier >= 0 ? edge(earlier) : after ? length : 0, end = edge(later);

@@ -32,7 +32,7 @@ struct Codebooks {
   }
 };
 
-// The near keys of a block, packed. The backward needs them both as columns and as rows of panels.
+// The near keys of a block, packed. The backward needs the keys both as columns and as rows of panels.
 struct NearKeys {
   int64_t first = 0, columns = 0;  // position of the first near key; padded number of near keys
   Panels codewords, exact_keys, values;
@@ -87,7 +87,7 @@ struct NearKeys {
   }
 
  private:
-  // Sets rows_ to the near keys' rows of a matrix; rows of zeros for masked keys and padding.
+  // Points rows_ to the rows of the near keys in a matrix. Masked keys and padding get rows of zeros.
   template <typename Index>
   void find_rows(const Matrix& matrix, const Index& index_of) {
     for (int64_t c = 0; c < columns; ++c) {

@@ -13,8 +13,8 @@ namespace longvq {
 
 // A pair is a document and a key-value head. For each pair: make(document, kv_head) returns a unique_ptr to what its
 // work items share; work(*made, item, scratch) runs for each item < count(length), on any thread; done(pair, *made)
-// runs after its last item. Items are started in order, a pair is made with its first item and freed after its last, so
-// only the pairs in work take memory.
+// runs after its last item. Items start in order. A pair is made with its first item and freed after its last one, so
+// only pairs in progress take memory.
 template <typename Count, typename Make, typename Setup, typename Work, typename Done>
 void for_each_work_item(
     const AttentionCall& call, const Count& count, const Make& make, const Setup& setup, const Work& work,

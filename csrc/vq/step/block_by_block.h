@@ -11,7 +11,7 @@ namespace longvq {
 
 // Buffers of a thread: one block of tokens, and the packed codebook and far field of one head.
 struct BlockScratch {
-  int64_t far, near, value_columns;  // padded numbers of codes, of near keys of a block at most, and of E
+  int64_t far, near, value_columns;  // padded: codes; the most near keys of a block; E
   AlignedArray<float> queries, far_queries, keys, block_values, near_offsets, scores, exact_scores, out, weight_sum,
       max_score;
   AlignedArray<float> counts, offsets;
@@ -147,7 +147,7 @@ struct BlockByBlock {
     }
   }
 
-  // Packs the keys of the ring, oldest first, then those of the block. Returns their padded number.
+  // Packs the keys of the ring, oldest first, then the keys of the block. Returns the padded number of all these keys.
   int64_t gather_near(int64_t rows, int64_t position) {
     const int64_t ring = head.in_ring(position), count = ring + rows,
                   columns = round_up(count, call.block_kernel.lanes);

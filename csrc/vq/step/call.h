@@ -59,10 +59,10 @@ struct StepCall {
   StepOutput out;
   const float* codebook;  // each codeword is F contiguous numbers
   int64_t code_head_stride, code_stride;
-  const int64_t* codes;  // nullptr: the kernel finds them
+  const int64_t* codes;  // nullptr: TokenByToken finds them
   int64_t codes_strides[3];
   const float* bias;  // (H, W), contiguous; nullptr: none
-  const bool* mask;   // nullptr: no bias
+  const bool* mask;   // nullptr: none
   int64_t mask_strides[2];
   float *far_sums, *ring_keys, *ring_values;
   int64_t *far_counts, *ring_codes, *lengths;

@@ -93,7 +93,8 @@ Tensor vq_attention_step_cpu(
     const OptionalTensor& given_far_k, const Tensor& far_sums, const Tensor& far_counts, const Tensor& ring_codes,
     const Tensor& ring_keys, const Tensor& ring_values, const Tensor& lengths, double scale, int64_t window,
     int64_t activation) {
-  // Python checks the same before, with better messages. Memory safety depends on these checks.
+  // Python checks the same first, with better messages. Calls through torch.ops skip Python, so memory safety depends
+  // on these checks.
   const std::optional<ElementType> type = element_type(q);
   STD_TORCH_CHECK(
       type.has_value(), kOp, ": q must be float32, bfloat16 or float16 for the compiled CPU kernel, got ",
@@ -137,7 +138,7 @@ Tensor vq_attention_step_cpu(
   if (batch == 0 || heads == 0 || length == 0) {
     return out;
   }
-  // Token by token, the codes are found along with the scores.
+  // TokenByToken finds the codes along with the scores.
   if (!codes.has_value() && length >= kMinBlockTokens) {
     codes = vq_assign_cpu(far_k, codebook);
   }

@@ -9,15 +9,15 @@ namespace {
 
 constexpr float kInfinity = __builtin_inff();
 
-// Sums of pairs of neighbouring lanes: for each four lanes those of a, then those of b. No lane crosses a 128-bit
-// border, which would be slow.
+// Sums of pairs of neighbouring lanes. Each group of four lanes has two sums of `a`, then two sums of `b`. No lane
+// crosses a 128-bit border, because that would be slow.
 template <std::size_t... I>
 inline Floats sums_of_pairs(Floats a, Floats b, std::index_sequence<I...>) {
   return lanes_of(a, b, std::index_sequence<(I / 4 * 4 + I % 2 * 2 + (I % 4 < 2 ? 0 : kLanes))...>{}) +
          lanes_of(a, b, std::index_sequence<(I / 4 * 4 + I % 2 * 2 + 1 + (I % 4 < 2 ? 0 : kLanes))...>{});
 }
 
-// Sums of neighbouring groups of four lanes, those of a before those of b.
+// Sums of neighbouring groups of four lanes: first the sums of `a`, then the sums of `b`.
 template <std::size_t... I>
 inline Floats sums_of_fours(Floats a, Floats b, std::index_sequence<I...>) {
   return lanes_of(a, b, std::index_sequence<(I / 4 * 8 + I % 4)...>{}) +

@@ -1,8 +1,8 @@
 // The interface between token_by_token.h and the kernels in step_kernel.cpp, which are compiled once per instruction
 // set.
 //
-// A token takes one pass over the codewords and one over the sums of values, without packing, which would take longer
-// than the passes.
+// A token takes one pass over the codewords and one over the sums of values. Nothing is packed: packing would take
+// longer than the two passes.
 #pragma once
 
 #include <cstdint>
@@ -19,9 +19,9 @@ struct AttentionStepKernel {
       const float* rows, int64_t row_stride, int64_t count, int64_t dim, const float* vectors, int64_t vector_count,
       float* out, int64_t out_stride, float* squares);
 
-  // Replaces the scores of `far` codes, which stand for counts[c] keys each, and of `near` keys by weights, up to a
-  // common factor. Returns the sum of the weights of all keys. Padding has count 0 (codes) or score -infinity (near
-  // keys).
+  // Replaces scores by weights, up to a common factor. The scores are those of `far` codes, where code c stands for
+  // counts[c] keys, then those of `near` keys. Returns the sum of the weights of all keys. Padding has count 0 (codes)
+  // or score -infinity (near keys).
   float (*softmax)(float* scores, const float* counts, int64_t far, int64_t near);
 
   // out (columns,) = sum over i < count of weights[i] * rows[i]

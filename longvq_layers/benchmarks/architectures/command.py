@@ -151,7 +151,7 @@ def _quiet() -> Iterator[None]:
 def table(rows: list[Row]) -> str:
     """Markdown: one line for each result with its model types, and a line of counts.
 
-    (n of m) after a type: n of the m attention modules that the inputs reach were replaced; missing where n = m.
+    (n of m) after a type: n of the m attention modules that the inputs reach were replaced. It is absent where n = m.
     """
     import transformers
 

@@ -1,7 +1,7 @@
 """A tiny random model of any class of transformers: its default config, shrunk by the names of its numbers.
 
-There is no list of models: a number that is called `..._heads` counts heads in every config. One layer of every kind
-that the default config has is kept (windowed and full, dense and sparse, with and without positions).
+The code needs no list of models, because a number called `..._heads` counts heads in every config. One layer of every
+kind that the default config has is kept (windowed and full, dense and sparse, with and without positions).
 """
 
 import dataclasses

@@ -1,7 +1,7 @@
 """Proof that ours computes attention over the quantised keys, before anything is timed.
 
-The peer attends to the keys, ours to their codewords. At a short length the peer therefore gets the codewords as keys,
-and has to give the result of ours.
+The peer attends to the keys, ours to their codewords. So, at a short length, the check gives the codewords to the peer
+as keys, and both must give the same result.
 """
 
 import torch

@@ -2,7 +2,7 @@
 
 The baseline holds everything that the caller has: q, k, v, codebook and bias. Backward is measured alone; its baseline
 also holds out, the gradient of out and all that forward saved. The results (out, or the gradients of q, k, v and bias)
-are subtracted from the peak. What remains is what the method itself needs: codes, log-sum-exp, sums by code, scratch
+are subtracted from the peak. What remains is what the method itself needs: codes, normalizers, sums by code, scratch
 space. `common/memory.py` reads the memory.
 """
 

@@ -9,8 +9,8 @@ counts as 2:
 | forward, codes given | 2 L (S + W) (D + E): scores, then values, for each code and each key of the window |
 | backward | 2 L (S + W) (3 D + 2 E): scores again, dS to dq, dS to dk; dout to dP, P to dv |
 
-With D = E backward has five products where forward has two. Exponentials, the sums of values by code, and the keys of
-a window's block that a query does not see take time as well, but do not count as useful.
+With D = E backward has five products where forward has two. Exponentials and the sums of values by code take time too,
+but do not count as useful. The same holds for pairs of a block of queries and its near keys outside the window.
 """
 
 from math import nan

@@ -20,13 +20,13 @@ NOT_READABLE = "not readable here"  # stands in tables where `peak_of` returned 
 
 
 def peak_in_child(module: str, arguments: Sequence[object]) -> int | None:
-    """Bytes that `module` measures with `peak_of` in a process of its own, see `in_child_process`; None as there."""
+    """Bytes that `module` measures with `peak_of` in a process of its own; None where memory can't be read."""
     peak: int | None = in_child_process(module, arguments, **_ALLOCATOR)
     return peak
 
 
 def peaks_in_child(module: str, arguments: Sequence[object]) -> list[list[int]]:
-    """The same for a module that measures several peaks: lists of numbers."""
+    """The same for a module that measures several peaks and returns them as lists of numbers."""
     peaks: list[list[int]] = in_child_process(module, arguments, **_ALLOCATOR)
     return peaks
 
@@ -50,7 +50,7 @@ def peak_of(call: Callable[[], object]) -> int | None:
 
 
 def high_water_mark_resets() -> bool:
-    """False: `peak_of` reads a maximum that never falls, and so misses a call that needs less than an earlier one."""
+    """Whether the mark resets. If not, `peak_of` reads a maximum that never falls: it misses calls that need less."""
     return _RESET.exists()
 
 

@@ -41,5 +41,5 @@ def interleaved_times(
 
 
 def note_of_rounds(rounds: int, repeats: int, budget: float) -> str:
-    """A note for a result of fewer rounds than were asked for, else empty."""
+    """A note if a result has fewer rounds than were asked for; otherwise empty."""
     return "" if rounds == repeats else f"{rounds} rounds, {budget:g} s were up"

@@ -13,7 +13,7 @@ from longvq_layers.ops._attention_options import Activation, AttentionOptions, K
 Pairs = dict[str, tuple[Tensor, Tensor]]
 """Name of a result -> actual and expected."""
 
-# Of a difference, relative to 1 + the largest value: some roundings of 24, 11 or 8 bits.
+# Bounds of differences, relative to 1 + the largest value: a few roundings to 24, 11 or 8 bits.
 _BOUNDS = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
 

@@ -12,7 +12,7 @@ class Report:
 
     Args:
         folder: made if it does not exist.
-        budget: seconds; later sections are left out.
+        budget: seconds; sections that would begin later are left out.
     """
 
     def __init__(self, folder: Path, budget: float) -> None:

@@ -57,7 +57,7 @@ def peak_memory(device: str, call: Callable[[], object]) -> float:
 def table(
     device: str, methods: Mapping[str, Method], peers: Sequence[str], describe: Callable[[float], str]
 ) -> Iterator[str]:
-    """Forward, and forward with backward, of methods against the fastest peer. A method that fails gets a line too.
+    """Times of forward, and of forward with backward, against the fastest peer. A method that fails gets a line too.
 
     Args:
         device: of the inputs.

@@ -2,9 +2,9 @@
 
 Trains the model (4 layers, width 192, grouped queries, 512 bytes at a time; kept in --model) and replaces its attention
 with every setting. For texts of several lengths it prints bits per byte of the last 256 bytes of source, and the share
-of keys that the model recalls: one of 16 bytes stands near the front, and the end of the text asks for it. With
---fine-tune it then trains the replaced model, and one with the window alone, on texts of twice the length. Writes
-results.csv and a plot.
+of keys that the model recalls. A key is one of 16 bytes: a text gives it near the beginning and asks for it at the end.
+With --fine-tune it then trains the replaced model, and a model with the window alone, on texts of twice the length.
+Writes results.csv and a plot.
 """
 
 import argparse

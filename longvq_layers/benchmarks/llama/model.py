@@ -60,7 +60,7 @@ def train(
 ) -> None:
     """Train with AdamW, a warm-up and a cosine; the model is in eval mode afterwards.
 
-    The loss on keys counts as much as the loss on all bytes: keys are few, and would hardly be learned otherwise.
+    The loss on keys counts as much as the loss on all bytes. With less weight the few keys would hardly be learned.
 
     Args:
         model: a causal language model of bytes.

@@ -10,9 +10,9 @@ from torch import Tensor
 from longvq_layers.replace.calibration import recorder as recording
 from longvq_layers.replace.slot.swapped import SwappedAttention
 
-# Each method adds its part to those of the method before: the metric of the queries; a correction by the variance of a
-# code; a gain on that correction per head; keys weighted by the attention that they receive; codes that stand for means
-# of the sequence's own keys; codes divided among the layers by need.
+# Each method has all parts of the method before it, and one more: the metric of the queries; a correction by the
+# variance of a code; a gain on that correction per head; keys weighted by the attention that they receive; codes that
+# stand for means of the sequence's own keys; codes divided among the layers by need.
 METHODS = (
     "k-means",
     "+ query metric",

@@ -1,4 +1,4 @@
-"""What is asked of the scan, and whether a run met it."""
+"""The targets of the scan, and whether a run met them."""
 
 from collections.abc import Iterator
 

@@ -39,7 +39,7 @@ class Row:
     parameters: int
     seconds: float  # median of one step
     rounds: int
-    peak_bytes: int | None  # above what the process holds before its first step, without parameters and inputs
+    peak_bytes: int | None  # of forward and backward, without parameters, inputs and the state of the optimiser
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -1,8 +1,8 @@
 """Memory of a training step, in a process of its own: `python -m longvq_layers.benchmarks.step.memory` is the child.
 
-The peak of resident memory during forward and backward of the second step counts, above what the process held before
-the first step. So saved activations, gradients of the parameters and everything temporary are part of it; parameters
-and the state of the optimiser are not. `common/memory.py` reads the memory.
+The peak of resident memory during the second forward and backward counts, above what the process holds after the first
+one. So saved activations, gradients of the parameters and everything temporary are part of it. Parameters are not, and
+no optimiser takes a step. `common/memory.py` reads the memory.
 """
 
 import torch

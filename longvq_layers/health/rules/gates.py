@@ -1,4 +1,4 @@
-"""Findings about gates: what a monitor saw them pass, else a bias that closes them for all inputs."""
+"""Findings about gates, from what a monitor saw them pass or, without a reading, from a bias that closes them."""
 
 import math
 from collections.abc import Iterator, Mapping

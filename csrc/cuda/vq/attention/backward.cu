@@ -75,8 +75,8 @@ __global__ void __launch_bounds__(kThreads) sum_code_segments(SumSegments p) {
   }
 }
 
-// The gradient of a key's value from queries that are in other segments than the key. AttentionGradients has added only
-// those of the key's own segment.
+// The gradient of a key's value from queries that are in other segments than the key. The gradient kernels have added
+// only those of the key's own segment.
 struct OtherSegments {
   const FinishKeys& p;
   const float *later, *earlier;  // value_dim columns, or null

@@ -9,10 +9,10 @@ namespace {
 // A block of codes and one segment of queries.
 //
 // Keys before their queries: the block visits the queries from the last to the first, and sums the value gradient of
-// each code. A key is in the far fields of all queries from some query on. When the visit passes that query, the sum of
-// the key's code holds exactly the queries that have the key in their far field, so it is the gradient of the key's
-// value. Keys after their queries: the same, from the first query to the last. Later kernels add the gradients from the
-// queries of other segments, see SumSegments and FinishKeys.
+// each code. A key is in the far fields of all queries from some query on. When the block has visited that query, the
+// sum of the key's code contains exactly the queries whose far field has the key. So the sum is the gradient of the
+// key's value. Keys after their queries: the same, from the first query to the last. Later kernels add the gradients
+// from the queries of other segments, see SumSegments and FinishKeys.
 template <typename Element, int HEAD_DIM, int VALUE_DIM, Outputs OUTPUTS>
 struct CodeGradient : KeyBlock<Element, HEAD_DIM, VALUE_DIM, OUTPUTS> {
   using Base = KeyBlock<Element, HEAD_DIM, VALUE_DIM, OUTPUTS>;

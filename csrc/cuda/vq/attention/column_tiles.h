@@ -17,8 +17,8 @@ struct ColumnRange {
 };
 
 // The four ranges of columns for queries first .. last, `last` excluded: codes, keys outside the window before it, keys
-// outside the window after it, and keys inside the window or of both kinds. The ranges stay in registers during the
-// products, so they are 32-bit numbers.
+// outside the window after it, and keys inside the window. If keys are quantised, the last range has all near keys and
+// the two ranges outside are empty. The ranges stay in registers during the products, so they are 32-bit numbers.
 struct ColumnTiles {
   static constexpr int kRanges = 4;
 

@@ -42,7 +42,7 @@ struct Head {
     return (batch * p.kv_heads + kv_head) * p.length + start + key;
   }
 
-  // Nobody has checked the values of codes on the device: wrong ones must not become addresses.
+  // The values of codes on the device are not checked before the launch, so a wrong code must not become an address.
   LONGVQ_DEVICE int64_t code_of(int64_t key) const {
     const int64_t code = p.codes[index_of_key(key)];
     return min(max(code, int64_t{0}), p.codebook.num_codes - 1);

@@ -7,8 +7,8 @@
 namespace longvq::cuda {
 namespace {
 
-// The gradients that a kernel computes. If the registers don't hold both, one kernel computes those of keys, and
-// another those of one slice of the values.
+// The gradients that a kernel computes. If the registers can't hold both, one kernel computes the gradients of keys,
+// and another kernel those of one slice of the values.
 enum Outputs { kKeysAndValues, kKeysOnly, kValuesOnly };
 
 // 64 codes or keys, 16 for each warp. Shared memory holds them with their values, and tiles of queries with their

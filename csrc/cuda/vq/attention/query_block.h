@@ -9,7 +9,7 @@ namespace {
 
 constexpr int kThreads = 128, kWarps = kThreads / 32;
 
-// Columns in a tile: fewer with three terms, which take registers too.
+// Columns in a tile: fewer with three terms, because each term takes registers.
 template <typename Operand>
 constexpr int kTileOf = Operand::kTerms == 1 ? 32 : 16;
 

@@ -1,8 +1,8 @@
 // The gradient of the queries. A block visits the same columns as the forward and computes the weights again from the
 // saved normalizers.
 //
-// The gradient of the bias: for every tile one thread sums each offset, and every block adds to a row of its own, so
-// there are no atomics.
+// The gradient of the bias: in every tile, one thread sums one offset. Every block adds to a row of its own, so there
+// are no atomics.
 #pragma once
 
 #include "query_block.h"

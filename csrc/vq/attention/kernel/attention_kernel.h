@@ -72,19 +72,19 @@ struct AttentionGradientBlock : AttentionScores {
   const float* codeword_rows;           // panels (near_columns, far_head_columns)
   const float* exact_rows;              // panels (near_columns, head_columns) of exact_keys
 
-  // Scratch (rows, kChunkStride): scores, then weights P; dP, then dS, finally only of pairs outside the window; exact
-  // scores, then dS of pairs inside the window.
+  // Scratch (rows, kChunkStride). `scores` holds scores, then weights P. `d_scores` holds dP, then dS, finally dS of
+  // pairs outside the window only. `d_scores_inside` holds exact scores, then dS of pairs inside the window.
   float *scores, *d_scores, *d_scores_inside;
   float* delta;  // scratch (rows,): dO . O
 
   // The block adds its gradients to these. d_queries and d_far_queries are gradients of the scaled queries.
   float* d_queries;       // (rows, head_columns)
   float* d_far_queries;   // (rows, far_head_columns); equal to `d_queries` without far_q
-  float* d_far_values;    // (far_columns, value_columns), by the sums of values
-  float* d_codes;         // (far_columns, far_head_columns), by the codewords as far keys
+  float* d_far_values;    // (far_columns, value_columns), of the sums of far values
+  float* d_codes;         // (far_columns, far_head_columns), of the codewords of far keys
   float* d_near_values;   // (near_columns, value_columns)
   float* d_keys_inside;   // (near_columns, head_columns), from pairs inside the window
-  float* d_keys_outside;  // (near_columns, far_head_columns), by codewords, from near pairs outside the window
+  float* d_keys_outside;  // (near_columns, far_head_columns), of codewords of near keys, from pairs outside the window
   double* d_bias;         // (2 W - 1,), if bias is given
 };
 

@@ -1,6 +1,6 @@
 // The backward of one block. P are the weights, dP = dO V^T, and dS the gradients of the scores; with softmax dS = P
-// (dP - dO . O). For one chunk of columns at a time, the weights are recomputed; every gradient is a product with P or
-// dS.
+// (dP - dO . O). The code processes one chunk of columns at a time and computes its weights again. Every gradient is a
+// product with P or dS.
 #pragma once
 
 #include "products.h"
@@ -153,7 +153,7 @@ inline void find_deltas(const AttentionGradientBlock& block, int64_t first) {
   for (int64_t e = 0; e < block.value_dim; ++e) {
     for (int r = 0; r < ROWS; ++r) {
       Floats grads = Floats{} + grad[r * block.value_columns + e];
-      keep(grads);  // else compilers use a single lane, with separate multiplication and addition
+      keep(grads);  // otherwise compilers use a single lane and separate multiplications and additions
       delta[r] += grads * out[r * block.value_columns + e];
     }
   }

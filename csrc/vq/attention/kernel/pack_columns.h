@@ -7,8 +7,8 @@
 namespace longvq {
 namespace {
 
-// One step of a transposition: of registers a and b, exchanges the lanes of a with the bit HALF set in their index with
-// the lanes of b without it.
+// One step of a transposition. Lanes of `a` whose index has the bit HALF change places with lanes of `b` whose index
+// lacks this bit.
 template <int HALF, std::size_t... I>
 inline void swap_lanes(Floats& a, Floats& b, std::index_sequence<I...>) {
   const Floats old = a;
@@ -16,7 +16,7 @@ inline void swap_lanes(Floats& a, Floats& b, std::index_sequence<I...>) {
   b = lanes_of(old, b, std::index_sequence<((I & HALF) != 0 ? kLanes + I : I + HALF)...>{});
 }
 
-// Transposes a square of numbers, one register per row: exchanges halves, then quarters, ...
+// Transposes a square of numbers, one register per row: first exchanges halves, then quarters, and so on.
 template <int HALF>
 inline void transpose(Floats (&square)[kLanes]) {
   for (int i = 0; i < kLanes; ++i) {
