@@ -162,8 +162,7 @@ inline uint16_t float_to_half(float x) {
   }
   // In units of the last of 11 bits. If rounding carries, the sum below carries into the exponent.
   const auto mantissa = static_cast<uint16_t>(std::nearbyint(std::ldexp(magnitude, 11 - exponent)));
-  return magnitude < 0x1p-14f ? sign | mantissa
-                              : static_cast<uint16_t>(sign | (((exponent + 13) << 10) + mantissa));
+  return magnitude < 0x1p-14f ? sign | mantissa : static_cast<uint16_t>(sign | (((exponent + 13) << 10) + mantissa));
 }
 
 inline uint32_t round_to_bfloat16(float first, float second) {
