@@ -93,7 +93,7 @@ def _calls(ops: Any) -> Iterator[tuple[str, tuple[int, ...], Callable[[], object
     import torch
 
     from longvq_layers.ops._attention_inputs import AttentionInputs
-    from longvq_layers.ops._attention_options import Activation, AttentionOptions, KeyGrad, LocalKeys
+    from longvq_layers.ops._attention_options import Activation, AttentionOptions, LocalKeys
 
     def empty(*sizes: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         return torch.empty(sizes, dtype=dtype)
@@ -114,7 +114,7 @@ def _calls(ops: Any) -> Iterator[tuple[str, tuple[int, ...], Callable[[], object
         ]:
             if dtype == torch.float16 and activation == Activation.LAPLACE:
                 continue
-            options = AttentionOptions(1.0, causal, window, activation, LocalKeys.EXACT, KeyGrad.CLUSTER)
+            options = AttentionOptions(1.0, causal, window, activation, local_keys=LocalKeys.EXACT)
             attend = functools.partial(_attend, ops, v, *inputs, *options)
             yield "vq_attention", (dtype == torch.float32, head_dim, value_dim), attend
     for dtype, modes in itertools.product(dtypes, (16, 32)):

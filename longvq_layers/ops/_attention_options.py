@@ -47,14 +47,17 @@ ACTIVATIONS, LOCAL_KEYS, KEY_GRADS = _names(Activation), _names(LocalKeys), _nam
 
 
 class AttentionOptions(NamedTuple):
-    """The options of one call of ``vq_attention``, in the order of the schema."""
+    """The options of one call of ``vq_attention``, in the order of the schema.
+
+    The defaults are those of ``vq_attention``, so that calls of the bare operators need no change for a new option.
+    """
 
     scale: float  # unused with Activation.LAPLACE
-    causal: bool
-    window: int  # W, in positions
-    activation: int  # Activation
-    local_keys: int  # LocalKeys
-    key_grad: int  # KeyGrad
+    causal: bool = False
+    window: int = 0  # W, in positions
+    activation: int = Activation.SOFTMAX
+    local_keys: int = LocalKeys.QUANTIZED
+    key_grad: int = KeyGrad.CLUSTER
 
     @property
     def uses_exact_keys(self) -> bool:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from longvq_layers.ops._attention_inputs import AttentionInputs
-from longvq_layers.ops._attention_options import Activation, AttentionOptions, KeyGrad, LocalKeys
+from longvq_layers.ops._attention_options import Activation, AttentionOptions, LocalKeys
 
 Pairs = dict[str, tuple[Tensor, Tensor]]
 """Name of a result -> actual and expected."""
@@ -119,7 +119,9 @@ def _attention(draw: random.Random, dtype: torch.dtype, device: str, namespace: 
     mask = torch.rand(1, length, device=device) < 0.1 if draw.random() < 0.5 else None
     activation = Activation.LAPLACE if laplace else Activation.SOFTMAX
     local_keys = LocalKeys.EXACT if exact else LocalKeys.QUANTIZED
-    options = AttentionOptions(head_dim**-0.5, causal, window, activation, local_keys, KeyGrad.CLUSTER)
+    options = AttentionOptions(
+        head_dim**-0.5, causal=causal, window=window, activation=activation, local_keys=local_keys
+    )
     documents = _documents(draw, length, device)
     grad = torch.randn(*q.shape[:3], value_dim, device=device).to(dtype)
 

@@ -29,5 +29,12 @@ def attention_arguments(
 ) -> tuple[Any, ...]:
     """The arguments of ``torch.ops.longvq.vq_attention``, with choices by name."""
     inputs = AttentionInputs(q, k, v, codebook, codes, bias, key_padding_mask, cu_seqlens, far_q, far_k)
-    choices = ACTIVATIONS.index(activation), LOCAL_KEYS.index(local_keys), KEY_GRADS.index(key_grad)
-    return *inputs, *AttentionOptions(scale, causal, window, *choices)
+    options = AttentionOptions(
+        scale,
+        causal=causal,
+        window=window,
+        activation=ACTIVATIONS.index(activation),
+        local_keys=LOCAL_KEYS.index(local_keys),
+        key_grad=KEY_GRADS.index(key_grad),
+    )
+    return *inputs, *options
