@@ -6,6 +6,7 @@
 // depend neither on threads nor on the block size.
 #include "assign_kernel.h"
 
+#include "../../common/numbers.h"
 #include "../../common/simd.h"
 
 namespace longvq {
@@ -97,7 +98,7 @@ inline void reduce_lanes(const AssignBlock& block) {
 void assign(const AssignBlock& block) {
   const int64_t steps = (block.rows + kRows - 1) / kRows;
   for (int64_t i = 0; i < steps * kRows * kLanes; ++i) {
-    block.best[i] = -__builtin_inff();
+    block.best[i] = -kInfinity;
     block.best_code[i] = 0;
   }
   int64_t first_code = 0;

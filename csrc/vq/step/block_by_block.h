@@ -1,10 +1,10 @@
 // Long inputs: one block of tokens at a time, with the kernel of attention/kernel/attention_kernel.h. For step.cpp.
 #pragma once
 
-#include <limits>
 #include <vector>
 
 #include "../../common/aligned_array.h"
+#include "../../common/numbers.h"
 #include "call.h"
 
 namespace longvq {
@@ -49,7 +49,7 @@ struct BlockByBlock {
       s.counts[c] = c < call.num_codes ? static_cast<float>(head.counts[c]) : 0.0f;
       s.offsets[c] = s.counts[c] > 0.0f || call.activation == Activation::kLaplace
                          ? 0.0f
-                         : -std::numeric_limits<float>::infinity();  // an unused code must not become the largest score
+                         : -kInfinity;  // an unused code must not become the largest score
       if (c < call.num_codes) {
         s.codebook.set_column(c, head.codeword(c));
         s.sums.set_row(c, head.sums + c * call.value_dim, call.value_dim);
@@ -158,7 +158,7 @@ struct BlockByBlock {
       panels->clear();
     }
     for (int64_t c = 0; c < columns; ++c) {
-      s.near_offsets[c] = c < count ? 0.0f : -std::numeric_limits<float>::infinity();
+      s.near_offsets[c] = c < count ? 0.0f : -kInfinity;
     }
     for (int64_t c = 0; c < count; ++c) {
       const bool from_ring = c < ring;

@@ -1,13 +1,12 @@
 // Compiled once per instruction set, with LONGVQ_ISA set to its name; common/simd.h says what such a file may include.
 #include "step_kernel.h"
 
+#include "../../common/numbers.h"
 #include "../../common/simd.h"
 #include "../exp_negative.h"
 
 namespace longvq {
 namespace {
-
-constexpr float kInfinity = __builtin_inff();
 
 // Sums of pairs of neighbouring lanes. Each group of four lanes has two sums of `a`, then two sums of `b`. No lane
 // crosses a 128-bit border, because that would be slow.
@@ -56,7 +55,7 @@ template <int VECTORS, bool SQUARES>
 inline void products_of_rows(
     const float* rows, int64_t row_stride, int64_t count, int64_t dim, const float* vectors, float* out,
     int64_t out_stride, float* squares) {
-  const int64_t padded = (dim + kLanes - 1) / kLanes * kLanes, whole = dim / kLanes * kLanes;
+  const int64_t padded = round_up(dim, kLanes), whole = dim / kLanes * kLanes;
   Floats partial[VECTORS + 1][kLanes];
   for (int64_t first = 0; first < kLanes; first += kTogether) {
     Floats sums[kTogether][VECTORS] = {}, square[kTogether] = {};
@@ -110,7 +109,7 @@ inline void products_and_squares(
 void products(
     const float* rows, int64_t row_stride, int64_t count, int64_t dim, const float* vectors, int64_t vector_count,
     float* out, int64_t out_stride, float* squares) {
-  const int64_t padded = (dim + kLanes - 1) / kLanes * kLanes;
+  const int64_t padded = round_up(dim, kLanes);
   for (int64_t first = 0; first < count; first += kLanes) {
     const float* some = rows + first * row_stride;
     const int64_t n = count - first < kLanes ? count - first : kLanes;

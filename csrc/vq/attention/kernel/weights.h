@@ -1,14 +1,13 @@
 // The scores of near keys, and the functions that turn scores into weights.
 #pragma once
 
+#include "../../../common/numbers.h"
 #include "../../../common/simd.h"
 #include "../../exp_negative.h"
 #include "attention_kernel.h"
 
 namespace longvq {
 namespace {
-
-constexpr float kInfinity = __builtin_inff();
 
 // A range of columns.
 struct Columns {
