@@ -22,8 +22,6 @@ constexpr int kRows = 4, kVectors = 2;  // 8 + 2 + 1 and one product of 16: no f
 #endif
 constexpr int kPanel = kLanes * kVectors;
 
-typedef int32_t Ints __attribute__((vector_size(kLanes * sizeof(int32_t)), may_alias));
-
 // ROWS keys with a panel of VECTORS * kLanes codes, the first of which is `first_code`.
 template <int ROWS, int VECTORS>
 inline void tile(const AssignBlock& block, int64_t row, int64_t first_code) {
@@ -47,12 +45,12 @@ inline void tile(const AssignBlock& block, int64_t row, int64_t first_code) {
     }
   }
 
-  Ints code;
+  SignedWords code;
   for (int lane = 0; lane < kLanes; ++lane) {
     code[lane] = static_cast<int32_t>(first_code) + lane;
   }
   Floats* best = reinterpret_cast<Floats*>(block.best + row * kLanes);
-  Ints* best_code = reinterpret_cast<Ints*>(block.best_code + row * kLanes);
+  SignedWords* best_code = reinterpret_cast<SignedWords*>(block.best_code + row * kLanes);
   // Unrolled: with an index that is known only at run time, the scores would go through memory.
 #pragma GCC unroll 8
   for (int r = 0; r < ROWS; ++r) {

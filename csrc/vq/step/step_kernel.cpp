@@ -136,22 +136,15 @@ float softmax(float* scores, const float* counts, int64_t far, int64_t near) {
     }
     best = x > best ? x : best;
   }
-  float max_score = best[0];
-  for (int i = 1; i < kLanes; ++i) {
-    max_score = best[i] > max_score ? best[i] : max_score;
-  }
-  max_score = max_score == -kInfinity ? 0.0f : max_score;
+  const float found = largest(best),
+              max_score = found == -kInfinity ? 0.0f : found;  // no key is allowed: every weight is 0
   Floats weight_sum{};
   for (int64_t c = 0; c < far + near; c += kLanes) {
     const Floats weight = exp_negative(load<Floats>(scores + c) - max_score);
     store(scores + c, weight);
     weight_sum += c < far ? weight * load<Floats>(counts + c) : weight;
   }
-  float sum = weight_sum[0];
-  for (int i = 1; i < kLanes; ++i) {
-    sum += weight_sum[i];
-  }
-  return sum;
+  return sum_of(weight_sum);
 }
 
 template <int VECTORS>
