@@ -5,11 +5,11 @@
 // values in the window.
 #pragma once
 
-#include <cmath>
 #include <vector>
 
 #include "../../common/aligned_array.h"
 #include "../../common/numbers.h"
+#include "../laplace.h"
 #include "call.h"
 
 namespace longvq {
@@ -178,12 +178,6 @@ struct TokenByToken {
     }
     call.step_kernel.weighted_sum(s.rows.data(), s.weights.get(), used, call.value_dim, s.out.get());
     call.out.store(call.output_row(head.row, query_head, t), s.out.get(), factor);
-  }
-
-  // Mega's attention function, as in attention/kernel/weights.h.
-  static float laplace(float score) {
-    constexpr float kMu = 0.70710678f, kInverse = 2.50662827f;  // 1 / (sigma sqrt 2) = sqrt(2 pi)
-    return 0.5f * std::erfc((kMu - score) * kInverse);
   }
 };
 
