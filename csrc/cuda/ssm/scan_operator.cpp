@@ -39,10 +39,6 @@ void check_inputs(
   check_mask(kOp, mask, u.size(0), u.size(1));
 }
 
-ScanStrides strides_of(const Tensor& x) {
-  return {x.stride(0), x.stride(1), x.stride(2)};
-}
-
 int64_t whole_tiles(int64_t length) {
   return (length + kScanTile - 1) / kScanTile * kScanTile;
 }
@@ -101,7 +97,7 @@ struct ScanCall {
   }
 
   // The tensor that is scanned: u, or in the adjoint the gradient of y.
-  void set_input(const Tensor& u) { p.u = u.const_data_ptr(), p.u_strides = strides_of(u); }
+  void set_input(const Tensor& u) { p.u = u.const_data_ptr(), p.u_strides = strides_of<ScanStrides>(u); }
 
   void make_tables(const Tensor& like, ScanUse use, void* stream) {
     const int64_t channels = p.modes.channels, modes = p.modes.modes;
@@ -210,7 +206,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> ssm_scan_backward(
     const ScanGradients g{
         p,
         grad_y.const_data_ptr(),
-        strides_of(grad_y),
+        strides_of<ScanStrides>(grad_y),
         const_data_of<float>(first_state),
         segment_states.numel() > 0 ? data_of<float>(segment_states) : nullptr,
         data_of<double>(dmodes),
