@@ -56,6 +56,23 @@ inline Floats lanes_of(Floats a, Floats b, std::index_sequence<I...>) {
 #endif
 }
 
+inline float largest(Floats x) {
+  float value = x[0];
+  for (int i = 1; i < kLanes; ++i) {
+    value = x[i] > value ? x[i] : value;
+  }
+  return value;
+}
+
+// Starts with 0, so the sum of lanes that are all -0 is 0.
+inline float sum_of(Floats x) {
+  float total = 0.0f;
+  for (int i = 0; i < kLanes; ++i) {
+    total += x[i];
+  }
+  return total;
+}
+
 // Keeps a value in a register. Without it, compilers load the value again for each instruction that uses it.
 inline void keep(Floats& value) {
 #if defined(__x86_64__)

@@ -65,6 +65,12 @@ inline Tensor new_zeros(const Tensor& x, std::initializer_list<int64_t> sizes, S
   return zeros;
 }
 
+// The strides of the first three axes, as a struct of three numbers that a launcher takes.
+template <typename Struct>
+Struct strides_of(const Tensor& x) {
+  return {x.stride(0), x.stride(1), x.stride(2)};
+}
+
 template <typename T>
 T* data_of(const Tensor& x) {
   return static_cast<T*>(x.mutable_data_ptr());

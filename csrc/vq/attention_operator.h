@@ -68,6 +68,14 @@ inline void check_attention_sizes(
       ": D, F, E and S must be at least 1, got ", head_dim, ", ", far_head_dim, ", ", value_dim, " and ", num_codes);
 }
 
+// Checks that codes are in [0, num_codes). The kernels use codes as addresses.
+inline void check_codes(const char* op, const int64_t* codes, int64_t count, int64_t stride, int64_t num_codes) {
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t code = codes[i * stride];
+    STD_TORCH_CHECK(code >= 0 && code < num_codes, op, ": codes must lie in [0, S) = [0, ", num_codes, "), got ", code);
+  }
+}
+
 // The operator vq_attention around FORWARD(inputs, options).
 template <auto FORWARD>
 AttentionResult vq_attention_operator(

@@ -6,12 +6,9 @@
 
 #include "../common/aligned_array.h"
 #include "../common/convert.h"
+#include "../common/numbers.h"
 
 namespace longvq {
-
-inline int64_t round_up(int64_t value, int64_t multiple) {
-  return (value + multiple - 1) / multiple * multiple;
-}
 
 // A (rows, columns) matrix with strides.
 struct Matrix {

@@ -39,10 +39,6 @@ void check_inputs(
   check_mask(kOp, mask, u.size(0), u.size(1));
 }
 
-ScanStrides strides_of(const Tensor& x) {
-  return {x.stride(0), x.stride(1), x.stride(2)};
-}
-
 int64_t whole_tiles(int64_t length) {
   return (length + kScanTile - 1) / kScanTile * kScanTile;
 }
@@ -101,7 +97,7 @@ struct ScanCall {
   }
 
   // The tensor that is scanned: u, or in the adjoint the gradient of y.
-  void set_input(const Tensor& u) { p.u = u.const_data_ptr(), p.u_strides = strides_of(u); }
+  void set_input(const Tensor& u) { p.u = u.const_data_ptr(), p.u_strides = strides_of<ScanStrides>(u); }
 
   void make_tables(const Tensor& like, ScanUse use, void* stream) {
     const int64_t channels = p.modes.channels, modes = p.modes.modes;
@@ -136,15 +132,6 @@ struct ScanCall {
   }
 };
 
-void copy_or_clear(const Tensor& to, const OptionalTensor& from) {
-  Tensor target = to;
-  if (from.has_value()) {
-    torch::stable::copy_(target, *from);
-  } else {
-    torch::stable::zero_(target);
-  }
-}
-
 }  // namespace
 
 std::tuple<Tensor, Tensor> ssm_scan(
@@ -160,7 +147,11 @@ std::tuple<Tensor, Tensor> ssm_scan(
     return {y, state};
   }
   if (p.length == 0) {
-    copy_or_clear(state, call.initial);
+    if (call.initial.has_value()) {
+      torch::stable::copy_(state, *call.initial);
+    } else {
+      torch::stable::zero_(state);
+    }
     return {y, state};
   }
   call.make_tables(u, ScanUse::kScan, device.stream());
@@ -197,8 +188,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> ssm_scan_backward(
   const Tensor first_state = torch::stable::contiguous(grad_state);  // the adjoint starts with it
   const bool is_empty = p.batch == 0 || channels == 0 || p.length == 0;
   if (need_parameters) {
-    for (const Tensor& x : {dlog_decay, dweight, dskip}) {
-      copy_or_clear(x, std::nullopt);
+    for (Tensor* x : {&dlog_decay, &dweight, &dskip}) {
+      torch::stable::zero_(*x);
     }
   }
   if (need_parameters && !is_empty) {
@@ -210,7 +201,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> ssm_scan_backward(
     const ScanGradients g{
         p,
         grad_y.const_data_ptr(),
-        strides_of(grad_y),
+        strides_of<ScanStrides>(grad_y),
         const_data_of<float>(first_state),
         segment_states.numel() > 0 ? data_of<float>(segment_states) : nullptr,
         data_of<double>(dmodes),
@@ -228,9 +219,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> ssm_scan_backward(
   }
   if (need_inputs) {
     // The adjoint starts with the gradient of the final state and ends with the gradient of the initial state.
-    const Tensor last_state = torch::stable::new_empty(u, {p.num_sequences(), channels, modes}, mode_type);
+    Tensor last_state = torch::stable::new_empty(u, {p.num_sequences(), channels, modes}, mode_type);
     if (is_empty) {
-      copy_or_clear(last_state, first_state);
+      torch::stable::copy_(last_state, first_state);
     } else {
       p.adjoint = true, p.reverse = !reverse;
       p.initial_state = const_data_of<float>(first_state);

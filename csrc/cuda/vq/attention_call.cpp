@@ -91,8 +91,8 @@ AttentionCall::AttentionCall(const AttentionInputs& in, const AttentionOptions& 
   p.options = options;
   p.options.window = std::min(options.window, p.length);  // a wider window has no more keys
   p.q = q.const_data_ptr(), p.k = k.const_data_ptr(), p.v = v.const_data_ptr(), p.far_q = far_q.const_data_ptr();
-  p.q_strides = strides_of(q), p.far_q_strides = strides_of(far_q);
-  p.k_strides = strides_of(k), p.v_strides = strides_of(v);
+  p.q_strides = strides_of<Strides>(q), p.far_q_strides = strides_of<Strides>(far_q);
+  p.k_strides = strides_of<Strides>(k), p.v_strides = strides_of<Strides>(v);
   p.codes = const_data_of<int64_t>(codes);
   p.mask = padding_mask(in.key_padding_mask);
   if (in.bias.has_value() && options.window > 0) {

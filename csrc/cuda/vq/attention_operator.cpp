@@ -85,7 +85,7 @@ void Backward::make_deltas(
       p.value_dim,
       grad.const_data_ptr(),
       out.const_data_ptr(),
-      strides_of(grad),
+      strides_of<Strides>(grad),
       p.mask,
       data_of<float>(deltas)};
   check_launch(kOp, longvq_cuda_deltas(&problem, stream));
@@ -93,7 +93,7 @@ void Backward::make_deltas(
 
 void Backward::make_gradients(void* stream) {
   g.forward = p;
-  g.grad = grad.const_data_ptr(), g.grad_strides = strides_of(grad), g.deltas = data_of<float>(deltas);
+  g.grad = grad.const_data_ptr(), g.grad_strides = strides_of<Strides>(grad), g.deltas = data_of<float>(deltas);
   g.dq = dq.mutable_data_ptr(), g.dfar_q = p.has_far_qk ? dfar_q.mutable_data_ptr() : g.dq;
   if (p.bias != nullptr) {
     dbias_per_block = zeros({p.batch, p.heads, p.num_pieces(kGradientRows), dbias.size(1)});
@@ -143,7 +143,7 @@ void Backward::finish_keys(KeyGrad key_grad, void* stream) {
     // The mean of dk_outside over the keys of each code: a far field of all keys, with dk_outside as values.
     FarField mean = call.far_field_problem(ElementType::kFloat, false);
     mean.causal = false, mean.window = 0;
-    mean.v = g.dk_outside, mean.v_strides = strides_of(dk_outside), mean.value_dim = p.far_head_dim;
+    mean.v = g.dk_outside, mean.v_strides = strides_of<Strides>(dk_outside), mean.value_dim = p.far_head_dim;
     shared.emplace(mean, dk_outside);
     check_launch(kOp, longvq_cuda_far_field(&mean, stream));
     finish.dcodewords = g.dcodewords, finish.counts = mean.counts, finish.means = static_cast<const float*>(mean.means);

@@ -14,8 +14,4 @@ struct PackedCodebook {
   PackedCodebook(const char* op, const Tensor& from, ElementType type, int64_t columns, void* stream);
 };
 
-inline Strides strides_of(const Tensor& x) {
-  return {x.stride(0), x.stride(1), x.stride(2)};
-}
-
 }  // namespace longvq::cuda

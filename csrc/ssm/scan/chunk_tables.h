@@ -7,6 +7,7 @@
 // A complex mode is two real columns, its real and imaginary part. Powers are computed in double and rounded once.
 #pragma once
 
+#include "../../common/numbers.h"
 #include "../../common/simd.h"
 #include "exponential.h"
 #include "scan_kernel.h"
@@ -17,10 +18,6 @@ namespace {
 
 constexpr int kChunk = 32;                    // T: work inside chunks grows with T, work between chunks shrinks
 constexpr int kPanel = kLanes == 16 ? 4 : 2;  // columns of a panel, computed in one pass over the rows
-
-inline int64_t round_up(int64_t value, int64_t multiple) {
-  return (value + multiple - 1) / multiple * multiple;
-}
 
 // Allocates arrays from the scratch memory. An Arena that starts at 0 only measures: at the end, `next` is the number
 // of bytes needed.

@@ -13,34 +13,18 @@ namespace {
 
 // Registers hold pairs (re, im). These functions copy the first lane of each pair to both of its lanes, copy the second
 // lane to both, or exchange the two.
-#if defined(__clang__) || __GNUC__ >= 12
 template <std::size_t... I>
 inline Floats first_of_pairs(Floats x, std::index_sequence<I...>) {
-  return __builtin_shufflevector(x, x, (I & ~std::size_t{1})...);
+  return lanes_of(x, x, std::index_sequence<(I & ~std::size_t{1})...>{});
 }
 template <std::size_t... I>
 inline Floats second_of_pairs(Floats x, std::index_sequence<I...>) {
-  return __builtin_shufflevector(x, x, (I | 1)...);
+  return lanes_of(x, x, std::index_sequence<(I | 1)...>{});
 }
 template <std::size_t... I>
 inline Floats exchanged_pairs(Floats x, std::index_sequence<I...>) {
-  return __builtin_shufflevector(x, x, (I ^ 1)...);
+  return lanes_of(x, x, std::index_sequence<(I ^ 1)...>{});
 }
-#else
-typedef int32_t Ints __attribute__((vector_size(kLanes * sizeof(int32_t))));
-template <std::size_t... I>
-inline Floats first_of_pairs(Floats x, std::index_sequence<I...>) {
-  return __builtin_shuffle(x, Ints{static_cast<int32_t>(I & ~std::size_t{1})...});
-}
-template <std::size_t... I>
-inline Floats second_of_pairs(Floats x, std::index_sequence<I...>) {
-  return __builtin_shuffle(x, Ints{static_cast<int32_t>(I | 1)...});
-}
-template <std::size_t... I>
-inline Floats exchanged_pairs(Floats x, std::index_sequence<I...>) {
-  return __builtin_shuffle(x, Ints{static_cast<int32_t>(I ^ 1)...});
-}
-#endif
 
 template <std::size_t... I>
 inline Floats alternating(float even, float odd, std::index_sequence<I...>) {
@@ -48,14 +32,6 @@ inline Floats alternating(float even, float odd, std::index_sequence<I...>) {
 }
 
 constexpr std::make_index_sequence<kLanes> kOrder{};
-
-inline float sum_of(Floats x) {
-  float total = 0.0f;
-  for (int i = 0; i < kLanes; ++i) {
-    total += x[i];
-  }
-  return total;
-}
 
 float complex_step(
     const float* decay, const float* weight, const float* state, float u, int64_t modes, float* new_state) {

@@ -8,6 +8,7 @@
 
 #include "../../common/check_tensor.h"
 #include "../../common/cpu_capability.h"
+#include "../../common/numbers.h"
 #include "../../common/tensor_dtype.h"
 #include "assign_kernel.h"
 #include "few_keys.h"
@@ -19,10 +20,6 @@ namespace {
 using torch::stable::Tensor;
 
 constexpr int64_t kBlockRows = 96;  // keys that share one pass over the codebook, see assign_block
-
-int64_t round_up(int64_t value, int64_t multiple) {
-  return (value + multiple - 1) / multiple * multiple;
-}
 
 LONGVQ_DEFINE_KERNEL_OF_THIS_CPU(AssignKernel, assign_kernel)
 
@@ -65,7 +62,7 @@ void pack_panel(
   for (int64_t j = 0; j < present; ++j) {
     bias[j] = half_square(codes + j * codebook.code_stride, codebook.dim_stride, shape.head_dim);
   }
-  std::fill(bias + present, bias + width, -std::numeric_limits<float>::infinity());
+  std::fill(bias + present, bias + width, -kInfinity);
 
   // Eight codes at a time, because all rows may map to the same set of an eight-way cache.
   constexpr int64_t kStreams = 8;

@@ -6,6 +6,7 @@
 // depend neither on threads nor on the block size.
 #include "assign_kernel.h"
 
+#include "../../common/numbers.h"
 #include "../../common/simd.h"
 
 namespace longvq {
@@ -20,8 +21,6 @@ constexpr int kRows = 6, kVectors = 2;  // 12 + 2 + 1 of 16
 constexpr int kRows = 4, kVectors = 2;  // 8 + 2 + 1 and one product of 16: no fused multiply-add
 #endif
 constexpr int kPanel = kLanes * kVectors;
-
-typedef int32_t Ints __attribute__((vector_size(kLanes * sizeof(int32_t)), may_alias));
 
 // ROWS keys with a panel of VECTORS * kLanes codes, the first of which is `first_code`.
 template <int ROWS, int VECTORS>
@@ -46,12 +45,12 @@ inline void tile(const AssignBlock& block, int64_t row, int64_t first_code) {
     }
   }
 
-  Ints code;
+  SignedWords code;
   for (int lane = 0; lane < kLanes; ++lane) {
     code[lane] = static_cast<int32_t>(first_code) + lane;
   }
   Floats* best = reinterpret_cast<Floats*>(block.best + row * kLanes);
-  Ints* best_code = reinterpret_cast<Ints*>(block.best_code + row * kLanes);
+  SignedWords* best_code = reinterpret_cast<SignedWords*>(block.best_code + row * kLanes);
   // Unrolled: with an index that is known only at run time, the scores would go through memory.
 #pragma GCC unroll 8
   for (int r = 0; r < ROWS; ++r) {
@@ -97,7 +96,7 @@ inline void reduce_lanes(const AssignBlock& block) {
 void assign(const AssignBlock& block) {
   const int64_t steps = (block.rows + kRows - 1) / kRows;
   for (int64_t i = 0; i < steps * kRows * kLanes; ++i) {
-    block.best[i] = -__builtin_inff();
+    block.best[i] = -kInfinity;
     block.best_code[i] = 0;
   }
   int64_t first_code = 0;

@@ -6,6 +6,7 @@
 // index and for every number of keys: equal codewords get equal scores.
 #include "few_keys_kernel.h"
 
+#include "../../common/numbers.h"
 #include "../../common/simd.h"
 
 namespace longvq {
@@ -90,7 +91,7 @@ inline void tile(const AssignFew& few, int64_t row, int64_t first_code, Best& be
 void assign(const AssignFew& few) {
   Best best;
   for (int64_t row = 0; row < few.rows; ++row) {
-    best.score[row] = Scores{} - __builtin_inff();
+    best.score[row] = Scores{} - kInfinity;
     best.code[row] = Codes{};
   }
   for (int64_t code = 0; code < few.codes; code += kCodes) {

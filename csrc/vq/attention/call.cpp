@@ -60,11 +60,7 @@ AttentionCall::AttentionCall(const AttentionInputs& in, const AttentionOptions& 
     for (int64_t head = 0; head < kv_heads; ++head) {
       const auto* codes_of_head =
           static_cast<const int64_t*>(codes.const_data_ptr()) + row * codes.stride(0) + head * codes.stride(1);
-      for (int64_t i = 0; i < length; ++i) {
-        const int64_t code = codes_of_head[i * codes.stride(2)];
-        STD_TORCH_CHECK(
-            code >= 0 && code < num_codes, kOp, ": codes must lie in [0, S) = [0, ", num_codes, "), got ", code);
-      }
+      check_codes(kOp, codes_of_head, length, codes.stride(2), num_codes);
     }
   }
   documents = documents_of(kOp, batch, length, in.cu_seqlens);

@@ -1,17 +1,15 @@
 // The checked arguments of one call of the attention operator, and the keys of one of its heads.
 #pragma once
 
-#include <limits>
 #include <vector>
 
 #include "../../common/documents.h"
+#include "../../common/numbers.h"
 #include "../attention_operator.h"
 #include "../panels.h"
 #include "kernel/attention_kernel.h"
 
 namespace longvq {
-
-constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 struct AttentionCall {
   const Tensor &q, &k, &v, &codebook, &codes;

@@ -1,25 +1,21 @@
 // The forward of one key-value head of one document, one block of queries at a time. For forward.cpp.
 #pragma once
 
+#include "block_buffers.h"
 #include "near_keys.h"
 
 namespace longvq {
 
 // Buffers of a thread for one block of queries.
-struct ForwardScratch {
-  AlignedArray<float> queries, far_queries, scores, exact_scores, out, weight_sum, max_score;
+struct ForwardScratch : BlockBuffers {
   NearKeys near;
   FarField far;
   std::vector<float> buffer;
 
   explicit ForwardScratch(const AttentionCall& call)
-      : queries(aligned_array<float>(kBlock * call.head_dim)),
-        far_queries(aligned_array<float>(call.has_far_q ? kBlock * call.far_head_dim : 0)),
-        scores(aligned_array<float>(kBlock * (call.far_columns + call.near_columns(kBlock)))),
-        exact_scores(aligned_array<float>(call.uses_exact_keys ? kBlock * call.near_columns(kBlock) : 0)),
-        out(aligned_array<float>(kBlock * call.value_columns)), weight_sum(aligned_array<float>(kBlock)),
-        max_score(aligned_array<float>(kBlock)), near(call, call.near_columns(kBlock), false),
-        far(call, SumLayout::kPanels), buffer(std::max(call.head_dim, call.far_head_dim)) {}
+      : BlockBuffers(call, call.far_columns, call.near_columns(kBlock), call.value_columns),
+        near(call, call.near_columns(kBlock), false), far(call, SumLayout::kPanels),
+        buffer(std::max(call.head_dim, call.far_head_dim)) {}
 };
 
 struct ForwardHead {
@@ -50,20 +46,12 @@ struct ForwardHead {
   void attend(int64_t number, ForwardScratch& scratch) const {
     const int64_t first = number * kBlock, last = std::min(first + kBlock, length);
     const FarField& far = fields.of_block(number, scratch.far);
-    AttentionBlock block{};
+    AttentionBlock block = scratch.new_block(call.has_far_q);
     scratch.near.gather(call, keys, first, last, length);
     set_score_inputs(block, call, codebook, far, scratch.near, first);
     block.rows = last - first;
-    block.queries = scratch.queries.get();
-    block.far_queries = call.has_far_q ? scratch.far_queries.get() : block.queries;
-    block.value_columns = call.value_columns;
     block.far_values = far.sums.data.get();
     block.near_values = scratch.near.values.data.get();
-    block.scores = scratch.scores.get();
-    block.exact_scores = scratch.exact_scores.get();
-    block.out = scratch.out.get();
-    block.weight_sum = scratch.weight_sum.get();
-    block.max_score = scratch.max_score.get();
     for (int64_t g = 0; g < call.group; ++g) {
       load(call.q, g, first, last, scratch.buffer.data(), scratch.queries.get());
       if (call.has_far_q) {

@@ -1,40 +1,35 @@
 // Long inputs: one block of tokens at a time, with the kernel of attention/kernel/attention_kernel.h. For step.cpp.
 #pragma once
 
-#include <limits>
 #include <vector>
 
 #include "../../common/aligned_array.h"
+#include "../../common/numbers.h"
+#include "../attention/block_buffers.h"
 #include "call.h"
 
 namespace longvq {
 
 // Buffers of a thread: one block of tokens, and the packed codebook and far field of one head.
-struct BlockScratch {
-  int64_t far, near, value_columns;  // padded: codes; the most near keys of a block; E
-  AlignedArray<float> queries, far_queries, keys, block_values, near_offsets, scores, exact_scores, out, weight_sum,
-      max_score;
-  AlignedArray<float> counts, offsets;
+struct BlockScratch : BlockBuffers {
+  AlignedArray<float> keys, block_values, near_offsets, counts, offsets;
   Panels codebook, sums, codewords, exact_keys, near_values;
   std::vector<float> bias;     // (G, 2 W - 1)
   std::vector<int64_t> times;  // indices of the tokens that are not masked
   int64_t codes[kBlock];
 
   explicit BlockScratch(const StepCall& call)
-      : far(round_up(call.num_codes, call.block_kernel.lanes)),
-        near(round_up(call.max_ring + kBlock, call.block_kernel.lanes)),
-        value_columns(round_up(call.value_dim, call.block_kernel.lanes)),
-        queries(aligned_array<float>(kBlock * call.head_dim)),
-        far_queries(aligned_array<float>(call.has_far_q ? kBlock * call.far_head_dim : 0)),
+      : BlockBuffers(
+            call, round_up(call.num_codes, call.block_kernel.lanes),
+            round_up(call.max_ring + kBlock, call.block_kernel.lanes),
+            round_up(call.value_dim, call.block_kernel.lanes)),
         keys(aligned_array<float>(kBlock * call.head_dim)), block_values(aligned_array<float>(kBlock * call.value_dim)),
-        near_offsets(aligned_array<float>(near)), scores(aligned_array<float>(kBlock * (far + near))),
-        exact_scores(aligned_array<float>(call.uses_exact_keys ? kBlock * near : 0)),
-        out(aligned_array<float>(kBlock * value_columns)), weight_sum(aligned_array<float>(kBlock)),
-        max_score(aligned_array<float>(kBlock)), counts(aligned_array<float>(far)), offsets(aligned_array<float>(far)),
-        codebook(call.far_head_dim, far, call.block_kernel.panel), sums(far, value_columns, call.block_kernel.panel),
-        codewords(call.far_head_dim, near, call.block_kernel.panel),
-        exact_keys(call.uses_exact_keys ? call.head_dim : 0, near, call.block_kernel.panel),
-        near_values(near, value_columns, call.block_kernel.panel) {}
+        near_offsets(aligned_array<float>(near_columns)), counts(aligned_array<float>(far_columns)),
+        offsets(aligned_array<float>(far_columns)), codebook(call.far_head_dim, far_columns, call.block_kernel.panel),
+        sums(far_columns, value_columns, call.block_kernel.panel),
+        codewords(call.far_head_dim, near_columns, call.block_kernel.panel),
+        exact_keys(call.uses_exact_keys ? call.head_dim : 0, near_columns, call.block_kernel.panel),
+        near_values(near_columns, value_columns, call.block_kernel.panel) {}
 };
 
 struct BlockByBlock {
@@ -45,11 +40,11 @@ struct BlockByBlock {
   BlockByBlock(StepHead& head, BlockScratch& scratch) : call(head.call), head(head), s(scratch) {
     s.codebook.clear();
     s.sums.clear();
-    for (int64_t c = 0; c < s.far; ++c) {
+    for (int64_t c = 0; c < s.far_columns; ++c) {
       s.counts[c] = c < call.num_codes ? static_cast<float>(head.counts[c]) : 0.0f;
       s.offsets[c] = s.counts[c] > 0.0f || call.activation == Activation::kLaplace
                          ? 0.0f
-                         : -std::numeric_limits<float>::infinity();  // an unused code must not become the largest score
+                         : -kInfinity;  // an unused code must not become the largest score
       if (c < call.num_codes) {
         s.codebook.set_column(c, head.codeword(c));
         s.sums.set_row(c, head.sums + c * call.value_dim, call.value_dim);
@@ -93,16 +88,13 @@ struct BlockByBlock {
         call.k.load(head.row, head.kv_head, times[r], 1.0f, s.keys.get() + r * call.head_dim);
       }
     }
-    AttentionBlock block{};
+    AttentionBlock block = s.new_block(call.has_far_q);
     block.rows = rows;
     block.head_dim = call.head_dim;
     block.far_head_dim = call.far_head_dim;
-    block.far_columns = s.far;
+    block.far_columns = s.far_columns;
     block.near_columns = gather_near(rows, position);
-    block.value_columns = s.value_columns;
     block.activation = call.activation;
-    block.queries = s.queries.get();
-    block.far_queries = call.has_far_q ? s.far_queries.get() : block.queries;
     block.codebook = s.codebook.data.get();
     block.far_offsets = s.offsets.get();
     block.far_counts = s.counts.get();
@@ -114,11 +106,6 @@ struct BlockByBlock {
     block.first_key = -head.in_ring(position);
     block.window = call.window;
     block.causal = true;
-    block.scores = s.scores.get();
-    block.exact_scores = s.exact_scores.get();
-    block.out = s.out.get();
-    block.weight_sum = s.weight_sum.get();
-    block.max_score = s.max_score.get();
     for (int64_t g = 0; g < call.group; ++g) {
       const int64_t query_head = head.kv_head * call.group + g;
       for (int64_t r = 0; r < rows; ++r) {
@@ -158,7 +145,7 @@ struct BlockByBlock {
       panels->clear();
     }
     for (int64_t c = 0; c < columns; ++c) {
-      s.near_offsets[c] = c < count ? 0.0f : -std::numeric_limits<float>::infinity();
+      s.near_offsets[c] = c < count ? 0.0f : -kInfinity;
     }
     for (int64_t c = 0; c < count; ++c) {
       const bool from_ring = c < ring;

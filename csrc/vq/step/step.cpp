@@ -36,25 +36,16 @@ void check_state(const char* name, const Tensor& x, ScalarType type, std::initia
       sizes_text(sizes), " ", dtype_name(type), " on the CPU, contiguous, got ", tensor_text(x));
 }
 
-// The kernel uses codes as addresses.
-void check_codes(const int64_t* codes, int64_t count, int64_t stride, int64_t num_codes) {
-  for (int64_t i = 0; i < count; ++i) {
-    const int64_t code = codes[i * stride];
-    STD_TORCH_CHECK(
-        code >= 0 && code < num_codes, kOp, ": codes must lie in [0, S) = [0, ", num_codes, "), got ", code);
-  }
-}
-
 void check_all_codes(const StepCall& call) {
   for (int64_t row = 0; row < call.batch; ++row) {
     STD_TORCH_CHECK(call.lengths[row] >= 0, kOp, ": lengths must be at least 0, got ", call.lengths[row]);
     for (int64_t head = 0; head < call.kv_heads; ++head) {
       const StepHead state(call, row, head);
-      check_codes(state.ring_codes, state.in_ring(call.lengths[row]), 1, call.num_codes);
+      check_codes(kOp, state.ring_codes, state.in_ring(call.lengths[row]), 1, call.num_codes);
       if (call.codes != nullptr) {
         check_codes(
-            call.codes + row * call.codes_strides[0] + head * call.codes_strides[1], call.length, call.codes_strides[2],
-            call.num_codes);
+            kOp, call.codes + row * call.codes_strides[0] + head * call.codes_strides[1], call.length,
+            call.codes_strides[2], call.num_codes);
       }
     }
   }

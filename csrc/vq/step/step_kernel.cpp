@@ -1,13 +1,12 @@
 // Compiled once per instruction set, with LONGVQ_ISA set to its name; common/simd.h says what such a file may include.
 #include "step_kernel.h"
 
+#include "../../common/numbers.h"
 #include "../../common/simd.h"
 #include "../exp_negative.h"
 
 namespace longvq {
 namespace {
-
-constexpr float kInfinity = __builtin_inff();
 
 // Sums of pairs of neighbouring lanes. Each group of four lanes has two sums of `a`, then two sums of `b`. No lane
 // crosses a 128-bit border, because that would be slow.
@@ -56,7 +55,7 @@ template <int VECTORS, bool SQUARES>
 inline void products_of_rows(
     const float* rows, int64_t row_stride, int64_t count, int64_t dim, const float* vectors, float* out,
     int64_t out_stride, float* squares) {
-  const int64_t padded = (dim + kLanes - 1) / kLanes * kLanes, whole = dim / kLanes * kLanes;
+  const int64_t padded = round_up(dim, kLanes), whole = dim / kLanes * kLanes;
   Floats partial[VECTORS + 1][kLanes];
   for (int64_t first = 0; first < kLanes; first += kTogether) {
     Floats sums[kTogether][VECTORS] = {}, square[kTogether] = {};
@@ -110,7 +109,7 @@ inline void products_and_squares(
 void products(
     const float* rows, int64_t row_stride, int64_t count, int64_t dim, const float* vectors, int64_t vector_count,
     float* out, int64_t out_stride, float* squares) {
-  const int64_t padded = (dim + kLanes - 1) / kLanes * kLanes;
+  const int64_t padded = round_up(dim, kLanes);
   for (int64_t first = 0; first < count; first += kLanes) {
     const float* some = rows + first * row_stride;
     const int64_t n = count - first < kLanes ? count - first : kLanes;
@@ -137,22 +136,15 @@ float softmax(float* scores, const float* counts, int64_t far, int64_t near) {
     }
     best = x > best ? x : best;
   }
-  float max_score = best[0];
-  for (int i = 1; i < kLanes; ++i) {
-    max_score = best[i] > max_score ? best[i] : max_score;
-  }
-  max_score = max_score == -kInfinity ? 0.0f : max_score;
+  const float found = largest(best),
+              max_score = found == -kInfinity ? 0.0f : found;  // no key is allowed: every weight is 0
   Floats weight_sum{};
   for (int64_t c = 0; c < far + near; c += kLanes) {
     const Floats weight = exp_negative(load<Floats>(scores + c) - max_score);
     store(scores + c, weight);
     weight_sum += c < far ? weight * load<Floats>(counts + c) : weight;
   }
-  float sum = weight_sum[0];
-  for (int i = 1; i < kLanes; ++i) {
-    sum += weight_sum[i];
-  }
-  return sum;
+  return sum_of(weight_sum);
 }
 
 template <int VECTORS>

@@ -5,11 +5,11 @@
 // values in the window.
 #pragma once
 
-#include <cmath>
-#include <limits>
 #include <vector>
 
 #include "../../common/aligned_array.h"
+#include "../../common/numbers.h"
+#include "../laplace.h"
 #include "call.h"
 
 namespace longvq {
@@ -109,7 +109,7 @@ struct TokenByToken {
       return head.given_code(t);
     }
     int64_t best = 0;  // argmin |k - C|^2 = argmax k.C - |C|^2 / 2; of equals the lowest code
-    float max_score = -std::numeric_limits<float>::infinity();
+    float max_score = -kInfinity;
     for (int64_t c = 0; c < call.num_codes; ++c) {
       const float score = s.scores[c] - 0.5f * s.squares[c];
       if (score > max_score) {
@@ -141,7 +141,7 @@ struct TokenByToken {
     // Scores of near keys by query - key; offset 0 is the token itself.
     float* near = scores + s.far;
     const int64_t near_keys = call.window == 0 ? 0 : 1 + head.in_ring(position);
-    std::fill_n(near, s.near, -std::numeric_limits<float>::infinity());
+    std::fill_n(near, s.near, -kInfinity);
     for (int64_t offset = 0; offset < near_keys; ++offset) {
       const int64_t slot = offset == 0 ? 0 : head.slot(position, offset);
       if (call.uses_exact_keys) {
@@ -178,12 +178,6 @@ struct TokenByToken {
     }
     call.step_kernel.weighted_sum(s.rows.data(), s.weights.get(), used, call.value_dim, s.out.get());
     call.out.store(call.output_row(head.row, query_head, t), s.out.get(), factor);
-  }
-
-  // Mega's attention function, as in attention/kernel/weights.h.
-  static float laplace(float score) {
-    constexpr float kMu = 0.70710678f, kInverse = 2.50662827f;  // 1 / (sigma sqrt 2) = sqrt(2 pi)
-    return 0.5f * std::erfc((kMu - score) * kInverse);
   }
 };
 

@@ -32,7 +32,7 @@ struct CodeGradient : KeyBlock<Element, HEAD_DIM, VALUE_DIM, OUTPUTS> {
   LONGVQ_DEVICE void accumulate(int64_t begin, int64_t end, bool with_keys) {
     const auto row_of = [&](int row) { return first + row < p.codebook.num_codes ? first + row : -1; };
     const auto fill_means = [&](int64_t slice) {
-      const auto rows = head.template means<Element>(begin, slice, this->columns_of_values(slice));
+      const auto rows = head.template means<Element>(begin, slice, columns_of_slice<VALUE_DIM>(p, slice));
       fill<Operand, kThreads>(this->values(), rows, row_of);
     };
     __syncthreads();
@@ -62,7 +62,7 @@ struct CodeGradient : KeyBlock<Element, HEAD_DIM, VALUE_DIM, OUTPUTS> {
     if (begin >= end || OUTPUTS == kKeysOnly) {
       return;  // the same for all threads
     }
-    const int columns = this->columns_of_values(first_value);
+    const int columns = columns_of_slice<VALUE_DIM>(p, first_value);
     __syncthreads();
     this->write(dvalues, columns, [&](int row) { return this->stage(row); }, 1 / Base::kWeightScale);
     __syncthreads();

@@ -155,7 +155,7 @@ struct Forward : ForwardBlock<Element, HEAD_DIM, VALUE_DIM> {
         }
         const float factor = head.ignored(query) ? 0.0f : p.laplace() ? 1.0f : 1.0f / sum;
         Element* to = static_cast<Element*>(p.out) + index * p.value_dim + first_value;
-        const int columns = this->columns_of_values(first_value);
+        const int columns = columns_of_slice<VALUE_DIM>(p, first_value);
         const auto value = [&](int n, int c) { return factor == 0.0f ? 0.0f : out[m][n][half * 2 + c] * factor; };
 #pragma unroll
         for (int n = 0; n < VALUE_DIM / 8; ++n) {

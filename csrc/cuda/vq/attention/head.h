@@ -1,6 +1,7 @@
 // The head and the sequence that a block of threads works on, and the rows of the tensors that belong to them.
 #pragma once
 
+#include "../../../vq/laplace.h"
 #include "../../common/tile.h"
 #include "../far_index.h"
 #include "column_tiles.h"
@@ -138,13 +139,13 @@ struct Head {
   }
 };
 
-// Mega's attention function ½ (1 + erf((x − μ) / (σ √2))), with μ = √½ and σ = √(1 / 4π), and its derivative.
+// Mega's attention function and its derivative, on the device.
 LONGVQ_DEVICE float laplace(float x) {
-  return 0.5f * erfcf((0.70710678f - x) * 2.50662827f);
+  return 0.5f * erfcf((kLaplaceMean - x) * kLaplaceInverseWidth);
 }
 LONGVQ_DEVICE float laplace_slope(float x) {
-  const float y = (x - 0.70710678f) * 2.50662827f;
-  return 1.41421356f * expf(-y * y);
+  const float y = (x - kLaplaceMean) * kLaplaceInverseWidth;
+  return kLaplacePeak * expf(-y * y);
 }
 
 }  // namespace

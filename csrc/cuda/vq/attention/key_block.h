@@ -61,9 +61,6 @@ struct KeyBlock {
   LONGVQ_DEVICE Queries queries(int index) const { return {reinterpret_cast<uint16_t*>(buffer(index))}; }
   LONGVQ_DEVICE Grads grads(int index) const { return {reinterpret_cast<uint16_t*>(buffer(index) + Queries::kBytes)}; }
   LONGVQ_DEVICE int row(int half) const { return warp * 16 + lane / 4 + half * 8; }
-  LONGVQ_DEVICE int columns_of_values(int64_t slice) const {
-    return static_cast<int>(min(p.value_dim - slice, int64_t{VALUE_DIM}));
-  }
   LONGVQ_DEVICE int group() const { return static_cast<int>(p.heads / p.kv_heads); }
 
   template <int NTILES>
@@ -75,7 +72,7 @@ struct KeyBlock {
   }
 
   LONGVQ_DEVICE void fill_grads(const Head& query_head, int64_t begin, int64_t end, int index, int64_t slice) const {
-    const auto rows = query_head.template grads<Element>(g, slice, columns_of_values(slice), aligned);
+    const auto rows = query_head.template grads<Element>(g, slice, columns_of_slice<VALUE_DIM>(p, slice), aligned);
     fill<Operand, kThreads>(grads(index), rows, [&](int row) {
       return begin + row < end && !head.ignored(begin + row) ? begin + row : -1;
     });
@@ -204,7 +201,7 @@ struct KeyBlock {
       float* start = row_start(row);
       return start == nullptr ? nullptr : start + first_value;
     };
-    write(dvalues, columns_of_values(first_value), to, 1 / kWeightScale);
+    write(dvalues, columns_of_slice<VALUE_DIM>(p, first_value), to, 1 / kWeightScale);
   }
 };
 

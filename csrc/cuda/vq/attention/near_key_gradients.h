@@ -73,7 +73,7 @@ struct NearKeyGradient : KeyBlock<Element, HEAD_DIM, VALUE_DIM, OUTPUTS> {
   }
 
   LONGVQ_DEVICE void fill_values(int64_t slice) const {
-    const auto rows = head.template values<Element>(slice, this->columns_of_values(slice), this->aligned);
+    const auto rows = head.template values<Element>(slice, columns_of_slice<VALUE_DIM>(p, slice), this->aligned);
     fill<Operand, kThreads>(this->values(), rows, [&](int row) { return first + row < last() ? first + row : -1; });
   }
 

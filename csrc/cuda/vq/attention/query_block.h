@@ -13,6 +13,12 @@ constexpr int kThreads = 128, kWarps = kThreads / 32;
 template <typename Operand>
 constexpr int kTileOf = Operand::kTerms == 1 ? 32 : 16;
 
+// The number of columns of values in the slice of at most VALUE_DIM columns that begins at column `slice`.
+template <int VALUE_DIM>
+LONGVQ_DEVICE int columns_of_slice(const Attention& p, int64_t slice) {
+  return static_cast<int>(min(p.value_dim - slice, int64_t{VALUE_DIM}));
+}
+
 // Returns call(Constant<HEAD_DIM>, Constant<VALUE_DIM>) for the tiles of a problem: its padded head_dim, and its padded
 // value_dim or slices of 128 columns of it.
 template <typename Call>
@@ -64,9 +70,6 @@ struct QueryBlock {
   }
   LONGVQ_DEVICE Keys keys(int index) const { return {reinterpret_cast<uint16_t*>(buffer(index))}; }
   LONGVQ_DEVICE Values values(int index) const { return {reinterpret_cast<uint16_t*>(buffer(index) + Keys::kBytes)}; }
-  LONGVQ_DEVICE int columns_of_values(int64_t slice) const {
-    return static_cast<int>(min(p.value_dim - slice, int64_t{VALUE_DIM}));
-  }
   LONGVQ_DEVICE int row(int m, int half) const { return (warp * MTILES + m) * 16 + lane / 4 + half * 8; }
 
   // The number of keys that each column of a tile stands for: the counts of codes, 1 for keys. Called before the
@@ -103,7 +106,7 @@ struct QueryBlock {
 
   // Loads the values of a tile, or the means of its codes: the columns from `slice`.
   LONGVQ_DEVICE void fill_values(const ColumnRange& columns, int index, int64_t slice) const {
-    const int count = columns_of_values(slice);
+    const int count = columns_of_slice<VALUE_DIM>(p, slice);
     const auto rows = columns.kind == ColumnRange::kCodes ? head.means<Element>(first, slice, count)
                                                           : head.values<Element>(slice, count, aligned);
     fill<Operand, kThreads>(

@@ -49,7 +49,7 @@ struct QueryGradient : QueryGradientShape<Element, HEAD_DIM, VALUE_DIM>::Block {
   LONGVQ_DEVICE float* diagonals() const { return reinterpret_cast<float*>(this->extra() + Shape::Grads::kBytes); }
 
   LONGVQ_DEVICE void fill_grads(int64_t slice) const {
-    const auto rows = head.template grads<Element>(g, slice, this->columns_of_values(slice), this->aligned);
+    const auto rows = head.template grads<Element>(g, slice, columns_of_slice<VALUE_DIM>(p, slice), this->aligned);
     fill<Operand, kThreads>(
         grads(), rows, [&](int row) { return first + row < last && !head.ignored(first + row) ? first + row : -1; });
   }

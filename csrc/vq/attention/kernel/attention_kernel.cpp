@@ -10,22 +10,6 @@
 namespace longvq {
 namespace {
 
-inline float largest(Floats x) {
-  float value = x[0];
-  for (int i = 1; i < kLanes; ++i) {
-    value = x[i] > value ? x[i] : value;
-  }
-  return value;
-}
-
-inline float sum_of(Floats x) {
-  float value = x[0];
-  for (int i = 1; i < kLanes; ++i) {
-    value += x[i];
-  }
-  return value;
-}
-
 void softmax_weights(const AttentionBlock& block, int64_t row, float* scores) {
   const int64_t columns = block.far_columns + block.near_columns;
   Floats best = Floats{} - kInfinity;

@@ -1,14 +1,14 @@
 // The scores of near keys, and the functions that turn scores into weights.
 #pragma once
 
+#include "../../../common/numbers.h"
 #include "../../../common/simd.h"
 #include "../../exp_negative.h"
+#include "../../laplace.h"
 #include "attention_kernel.h"
 
 namespace longvq {
 namespace {
-
-constexpr float kInfinity = __builtin_inff();
 
 // A range of columns.
 struct Columns {
@@ -52,17 +52,10 @@ inline void mask_near(
   }
 }
 
-// Mega's attention function, (1 + erf((x - mu) / (sigma sqrt 2))) / 2 with mu = sqrt(1/2), sigma = sqrt(1 / (4 pi)).
-constexpr float kMu = 0.70710678f, kInverseSigma = 2.50662827f;  // 1 / (sigma sqrt 2) = sqrt(2 pi)
-
-inline float laplace(float x) {
-  return 0.5f * __builtin_erfcf((kMu - x) * kInverseSigma);
-}
-
-// The derivative of laplace, the density of a normal distribution: 1 / (sigma sqrt(2 pi)) = sqrt 2.
+// The derivative of laplace, the density of a normal distribution.
 inline Floats laplace_slope(Floats x) {
-  const Floats y = (x - kMu) * kInverseSigma;
-  return 1.41421356f * exp_negative(-y * y);
+  const Floats y = (x - kLaplaceMean) * kLaplaceInverseWidth;
+  return kLaplacePeak * exp_negative(-y * y);
 }
 
 }  // namespace
