@@ -1,7 +1,8 @@
 """The options of the attention operators: their choices, their checks, and the text of the schema.
 
 An option is a field of :class:`AttentionOptions`. The C++ operators read the same fields in the same order, see
-``csrc/vq/attention_options.h`` and ``csrc/vq/attention_operator.h``; tests/ops/vq/test_attention_options.py compares both.
+``csrc/vq/attention_options.h`` and ``csrc/vq/attention_operator.h``; tests/ops/vq/test_attention_options.py compares
+both.
 """
 
 import math
