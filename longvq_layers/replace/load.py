@@ -127,7 +127,7 @@ def _sites_of(sites: Sequence[Site], settings: Mapping[str, object]) -> list[Sit
 def _plan(model: nn.Module, site: Site, settings: Mapping[str, Any], backend: str) -> SwapPlan:
     names = [field.name for field in dataclasses.fields(SlotOptions) if field.name != "backend"]
     options = SlotOptions(**{name: settings[name] for name in names}, backend=backend)
-    plan = SwapPlan(site, options, site.causal, site.has_rotary, notes=site.notes)
+    plan = SwapPlan.of(site, options)
     # In a model that was saved before any call, the rotated columns aren't detected yet: `rotary` is None. If positions
     # are removed, trained_length shows it.
     if settings["rotary"] is None and settings["trained_length"] is None:

@@ -48,6 +48,11 @@ class SwapPlan:
     served_by: str | None = None
     notes: tuple[str, ...] = ()
 
+    @classmethod
+    def of(cls, site: Site, options: SlotOptions) -> "SwapPlan":
+        """The plan of a site before the decision about its positions."""
+        return cls(site, options, site.causal, site.has_rotary, notes=site.notes)
+
     def with_notes(self, *notes: str) -> "SwapPlan":
         """The plan with more notes."""
         return replace(self, notes=(*self.notes, *notes))
