@@ -13,11 +13,11 @@ from longvq_layers import _checks as check
 from longvq_layers.replace.adapters.base import Site
 from longvq_layers.replace.install import Replacement, find_sites, install, make_slot, undo_on_error
 from longvq_layers.replace.options import check_has_values
-from longvq_layers.replace.plan import SlotOptions, SwapPlan
+from longvq_layers.replace.plan import SwapPlan
 from longvq_layers.replace.report import ReplacementReport, replaced_layer, skipped_layer
 from longvq_layers.replace.select import cannot_replace, check_not_replaced, shorten, with_backends
 from longvq_layers.replace.slot.attention_slot import SLOT
-from longvq_layers.replace.slot.settings import EXTRA_STATE, settings_in
+from longvq_layers.replace.slot.settings import EXTRA_STATE, SlotOptions, settings_in
 from longvq_layers.replace.slot.swapped import SwappedAttention
 
 _NAME = "load_replaced"  # in errors

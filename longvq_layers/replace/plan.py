@@ -7,17 +7,7 @@ from torch import nn
 
 from longvq_layers.replace.adapters.base import Site
 from longvq_layers.replace.slot.clamped_rotary import ClampedRotary
-
-
-@dataclass(frozen=True)
-class SlotOptions:
-    """The options that a swapped attention is made with, see `replace_attention`."""
-
-    num_codes: int
-    window: int
-    local_keys: str
-    variance_correction: bool
-    backend: str
+from longvq_layers.replace.slot.settings import SlotOptions
 
 
 @dataclass(frozen=True, eq=False)
