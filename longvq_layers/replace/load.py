@@ -163,7 +163,10 @@ def _is_code(key: str, names: Sequence[str]) -> bool:
 
 
 def _check_fit(model: nn.Module, state: Mapping[str, Tensor]) -> None:
-    # `state` holds all parameters and buffers of the model, with the same shapes. Of tied ones it may hold only one.
+    """`state` holds all parameters and buffers of the model, with the same shapes.
+
+    Of tied ones it may hold only one.
+    """
     complete = model.state_dict()
     unknown = [key for key in state if key not in complete]
     given = {key: x for key, x in state.items() if isinstance(x, Tensor)}  # no extra states

@@ -255,7 +255,7 @@ class SwappedAttention(AttentionSlot, CarriesSettings, FittedCodes):
         return far_limit.far_log_weight(seen, self.trained_length, self.window, self.to_metric.dtype)
 
     def _extend_codewords(self, codewords: Tensor, spread: Tensor) -> Tensor:
-        # (…, Hkv, S, D) and (…, Hkv, S) -> (…, Hkv, S, F), with the dimensions of the spread and of the limit
+        """(…, Hkv, S, D) and (…, Hkv, S) -> (…, Hkv, S, F), with the dimensions of the spread and of the limit."""
         if self.variance_correction:
             codewords = code_spread.extend_codebook(codewords, spread)
         return codewords if self.trained_length is None else far_limit.extend_codebook(codewords)
@@ -263,7 +263,7 @@ class SwappedAttention(AttentionSlot, CarriesSettings, FittedCodes):
     def _extend_query(
         self, q: Tensor, key_padding_mask: Tensor | None, scale: float, past: Tensor | None = None
     ) -> Tensor:
-        # (B, H, L, D) -> (B, H, L, F), the same dimensions; past (B,) is the number of tokens before these
+        """(B, H, L, D) -> (B, H, L, F), the same dimensions; past (B,) is the number of tokens before these."""
         if self.variance_correction:
             q = code_spread.extend_query(q, self.from_metric, self.spread_gain, scale)
         if self.trained_length is None:
@@ -289,6 +289,6 @@ def find_swapped(module: nn.Module) -> SwappedAttention | None:
 
 
 def _at_codes(table: Tensor, codes: Tensor) -> Tensor:
-    # Rows of table (Hkv, S, F) at codes (B, Hkv, L) -> (B, Hkv, L, F)
+    """Rows of table (Hkv, S, F) at codes (B, Hkv, L) -> (B, Hkv, L, F)."""
     rows = pick(table, codes.transpose(0, 1).flatten(1))
     return rows.unflatten(1, (codes.shape[0], codes.shape[2])).transpose(0, 1)

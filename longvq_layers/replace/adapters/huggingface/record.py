@@ -138,9 +138,11 @@ def is_replaced(module: nn.Module) -> bool:
 
 
 def _modules_that_make_masks(model: nn.Module, attention: Sequence[nn.Module]) -> list[tuple[nn.Module, Any]]:
-    # Other modules with the config of replaced modules, if all attention modules with this config are replaced: then no
-    # other attention reads our masks. The list is empty after an earlier replacement, because restoring one of the two
-    # would break the other.
+    """Other modules with the config of replaced modules, if all attention modules with this config are replaced.
+
+    Then no other attention reads our masks. The list is empty after an earlier replacement, because restoring one of
+    the two would break the other.
+    """
     replaced = {id(module) for module in attention}
     if any(is_replaced(module) and id(module) not in replaced for module in model.modules()):
         return []

@@ -49,7 +49,7 @@ def _rotates_by_embeddings(module: nn.Module) -> bool:
 
 
 def _embedding_around(model: nn.Module, name: str) -> nn.Module | None:
-    # The rotary embedding of the nearest module around this one.
+    """The rotary embedding of the nearest module around this one."""
     parts = name.split(".")
     for depth in range(len(parts) - 1, -1, -1):
         for child in model.get_submodule(".".join(parts[:depth])).children():
