@@ -13,8 +13,8 @@ from torch import Tensor
 
 from longvq_layers.ops._attention_inputs import AttentionStepInputs
 from longvq_layers.ops._attention_options import Activation
+from longvq_layers.ops.torch.elementwise import laplace
 from longvq_layers.ops.torch.far_field import segment_sum
-from longvq_layers.ops.torch.scores import laplace
 from longvq_layers.ops.vq_state import VQAttentionState
 
 _BLOCK = 256  # tokens
