@@ -33,8 +33,9 @@ LEVELS = (
 LEVELS_OF_REPLACE = (
     ("model_inputs", "slot"),
     ("adapters.base",),
-    ("adapters", "plan", "rotary_policy"),
-    ("install", "options"),
+    ("adapters", "plan"),
+    ("install", "rotary_policy"),
+    ("options",),
     ("report", "select"),
     ("calibration", "distill", "load"),
     ("api",),

@@ -1,6 +1,5 @@
 """The picture: quality, time and memory of the swap, and the training curve."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +11,11 @@ from matplotlib import pyplot
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator, PercentFormatter
 
+from longvq_layers.benchmarks.common import plot
 from longvq_layers.demo.results import QualityResult, SpeedResult, TrainingResult
 from longvq_layers.demo.speed import faster_from
 
-_OURS, _OWN, _LIGHT, _INK = "#1261a0", "#8a8f98", "#8fc1e3", "#2b2f36"
+_INK = "#2b2f36"
 _STYLE: dict[Any, object] = {  # matplotlib's settings by name
     "axes.edgecolor": "#b8bcc4",
     "axes.labelcolor": _INK,
@@ -28,7 +28,7 @@ _STYLE: dict[Any, object] = {  # matplotlib's settings by name
     "axes.grid": True,
     "axes.grid.axis": "y",
     "font.size": 10,
-    "grid.color": "#e6e8ec",
+    "grid.color": plot.SHADE,
     "legend.frameon": False,
     "lines.linewidth": 2,
     "lines.markersize": 6,
@@ -40,7 +40,7 @@ _STYLE: dict[Any, object] = {  # matplotlib's settings by name
 
 def draw(path: Path, quality: QualityResult | None, speed: SpeedResult | None, training: TrainingResult | None) -> None:
     """Write a PNG with the panels of the parts that ran."""
-    panels: list[Callable[[Axes], None]] = []
+    panels: list[plot.Panel] = []
     if quality:
         panels.append(lambda axes: _quality(axes, quality))
     if speed:
@@ -66,12 +66,13 @@ def draw(path: Path, quality: QualityResult | None, speed: SpeedResult | None, t
 def _quality(axes: Axes, result: QualityResult) -> None:
     places = range(len(result.rows))
     series = [
-        ("cosine similarity of embeddings", [row.cosine for row in result.rows], _OURS, -0.2),
-        ("same nearest neighbour", [row.neighbours for row in result.rows], _LIGHT, 0.2),
+        ("cosine similarity of embeddings", [row.cosine for row in result.rows], plot.OURS, -0.2),
+        ("same nearest neighbour", [row.neighbours for row in result.rows], plot.LIGHT, 0.2),
     ]
     for label, values, colour, shift in series:
         bars = axes.bar([place + shift for place in places], values, 0.38, color=colour, label=label)
-        axes.bar_label(bars, [f"{value:.3f}" if colour == _OURS else f"{value:.0%}" for value in values], fontsize=8.5)
+        spec = ".3f" if colour == plot.OURS else ".0%"
+        axes.bar_label(bars, [format(value, spec) for value in values], fontsize=8.5)
     axes.set_xticks(list(places), [f"{row.num_codes} / {row.window}" for row in result.rows])
     axes.set_xlabel("codes per head / window (tokens)")
     lowest = min(min(values) for _, values, _, _ in series)
@@ -102,22 +103,19 @@ def _memory(axes: Axes, result: SpeedResult) -> None:
 
 def _two_lines(axes: Axes, result: SpeedResult, own: list[float], ours: list[float]) -> None:
     lengths = [row.length for row in result.rows]
-    axes.plot(lengths, own, "o-", color=_OWN, label="own attention (fused sdpa)")
-    axes.plot(lengths, ours, "o-", color=_OURS, label=f"ours, {result.num_codes} codes, window {result.window}")
-    axes.set_xscale("log", base=2)
+    axes.plot(lengths, own, "o-", color=plot.GREY, label="own attention (fused sdpa)")
+    axes.plot(lengths, ours, "o-", color=plot.OURS, label=f"ours, {result.num_codes} codes, window {result.window}")
+    plot.length_axis(axes, lengths, "length (tokens)")
     axes.set_yscale("log")
-    axes.set_xticks(lengths, [f"{length:,}" for length in lengths])
-    axes.xaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if max(own + ours) < 100 * min(own + ours) else (1,)))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
     axes.yaxis.set_minor_locator(NullLocator())
-    axes.set_xlabel("length (tokens)")
     axes.legend(loc="upper left", fontsize=9)
 
 
 def _training(axes: Axes, result: TrainingResult) -> None:
     seconds, bits = [p.seconds for p in result.points], [p.bits_per_byte for p in result.points]
-    axes.plot(seconds, bits, "o-", color=_OURS)
+    axes.plot(seconds, bits, "o-", color=plot.OURS)
     axes.annotate(f"{bits[-1]:.2f}", (seconds[-1], bits[-1]), (0, 9), textcoords="offset points", ha="center")
     axes.set_xlabel("training time (s)")
     axes.set_ylabel("bits per byte on held-out files")

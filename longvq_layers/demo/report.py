@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from longvq_layers.benchmarks.common.markdown import line
 from longvq_layers.demo.results import QualityResult, SpeedResult, SpeedRow, TrainingResult
 
 
@@ -85,10 +86,10 @@ def machine_section(command: str, threads: int, seconds: float) -> str:
 
 def table(header: list[str], rows: list[list[str]]) -> str:
     """A Markdown table with all columns aligned to the right."""
-    widths = [max(len(line[i]) for line in [header, *rows]) for i in range(len(header))]
-    lines = [[cell.rjust(width) for cell, width in zip(line, widths, strict=True)] for line in [header, *rows]]
+    widths = [max(len(cells[i]) for cells in [header, *rows]) for i in range(len(header))]
+    lines = [[cell.rjust(width) for cell, width in zip(cells, widths, strict=True)] for cells in [header, *rows]]
     rule = ["-" * (width - 1) + ":" for width in widths]
-    return "\n".join(f"| {' | '.join(line)} |" for line in [lines[0], rule, *lines[1:]])
+    return "\n".join(line(*cells) for cells in [lines[0], rule, *lines[1:]])
 
 
 def _speed_cells(row: SpeedRow) -> list[str]:

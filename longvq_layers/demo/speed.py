@@ -1,13 +1,14 @@
 """Part 2: one architecture, random weights, with its own fused attention and with ours, over lengths."""
 
-import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from longvq_layers.benchmarks.common import break_even
+from longvq_layers.benchmarks.common.timing import interleaved_medians
 from longvq_layers.demo import memory, random_bert
 from longvq_layers.demo.results import SpeedResult, SpeedRow
 from longvq_layers.demo.settings import SpeedSettings
@@ -54,10 +55,6 @@ def _interleaved(
     start = time.perf_counter()
     outputs = [model(ids).last_hidden_state for model in models]
     rounds = int(settings.seconds_per_length / (time.perf_counter() - start))
-    seconds: list[list[float]] = [[], []]
-    for _ in range(min(max(rounds, 3), settings.most_repeats)):
-        for index, model in enumerate(models):
-            start = time.perf_counter()
-            model(ids)
-            seconds[index].append(time.perf_counter() - start)
-    return outputs, [statistics.median(times) for times in seconds]
+    calls = {str(index): partial(model, ids) for index, model in enumerate(models)}
+    medians = interleaved_medians(calls, min(max(rounds, 3), settings.most_repeats), warm_up=0)
+    return outputs, list(medians.values())

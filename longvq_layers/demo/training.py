@@ -1,16 +1,18 @@
 """Part 3: a byte language model of `LongVQBlock`s, trained from scratch on the source of the standard library."""
 
-import math
 from collections.abc import Callable
 from time import perf_counter
 
 import torch
 from torch import Tensor, nn
 
+from longvq_layers import tasks
 from longvq_layers.demo.results import TrainingPoint, TrainingResult
 from longvq_layers.demo.settings import TrainingSettings
 from longvq_layers.layers import LongVQBlock, commitment_loss, optimizer_groups
 from longvq_layers.tasks.standard_library import bucket, library_files, top_level
+from longvq_layers.train.evaluation import loss_of
+from longvq_layers.train.schedule import Schedule
 
 
 class ByteModel(nn.Module):
@@ -49,19 +51,17 @@ def run(
     train, held_out = (_as_tensor(text) for text in source_bytes(settings.train_bytes, settings.held_out_bytes))
     model = ByteModel(settings)
     optimizer = torch.optim.AdamW(optimizer_groups(model, lr=settings.learning_rate, weight_decay=0.01))
-    peak_rates = [group["lr"] for group in optimizer.param_groups]
+    schedule = Schedule(optimizer, warmup=19)
     points = [TrainingPoint(0.0, 0, bits_per_byte(model, held_out, settings.length))]
     say(f"   0 s, step    0: {points[0].bits_per_byte:.3f} bits per byte on held-out files")
 
     step, trained, evaluate_at = 0, 0.0, settings.evaluate_every  # seconds of training, without evaluation
     while trained < settings.seconds:
         start = perf_counter()
-        rate = _schedule(trained / settings.seconds, step)
-        for group, peak in zip(optimizer.param_groups, peak_rates, strict=True):
-            group["lr"] = peak * rate
+        schedule.set_rates(step, trained / settings.seconds)
         starts = torch.randint(train.numel() - settings.length - 1, (settings.batch_size, 1))
         text = train[starts + torch.arange(settings.length + 1)]
-        loss = _cross_entropy(model(text[:, :-1]), text[:, 1:]) + commitment_loss(model)
+        loss = loss_of(model(text[:, :-1]), text[:, 1:]) + commitment_loss(model)
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -89,9 +89,9 @@ def bits_per_byte(model: nn.Module, text: Tensor, length: int) -> float:
     model.eval()
     rows = (text.numel() - 1) // length
     inputs, targets = text[: rows * length].view(rows, length), text[1 : rows * length + 1].view(rows, length)
-    loss = _cross_entropy(model(inputs), targets).item()
+    loss = loss_of(model(inputs), targets).item()
     model.train()
-    return loss / math.log(2)
+    return tasks.bits_per_byte(loss)
 
 
 def source_bytes(train: int, held_out: int) -> tuple[bytes, bytes]:
@@ -111,14 +111,5 @@ def source_bytes(train: int, held_out: int) -> tuple[bytes, bytes]:
     return b"".join(parts[False]), b"".join(parts[True])
 
 
-def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    return nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
-
-
 def _as_tensor(text: bytes) -> Tensor:
     return torch.frombuffer(bytearray(text), dtype=torch.uint8).long()
-
-
-def _schedule(share: float, step: int) -> float:
-    # A linear warm-up over 20 steps, then a cosine down to a tenth over the time of the training.
-    return min(1.0, (step + 1) / 20) * (0.55 + 0.45 * math.cos(math.pi * min(share, 1.0)))

@@ -12,6 +12,7 @@ from longvq_layers.replace.options import NAME, check_has_values, checked_option
 from longvq_layers.replace.plan import SwapPlan
 from longvq_layers.replace.report import ReplacementReport, replaced_layer, skipped_layer
 from longvq_layers.replace.select import check_can_start_without_calibration, select, with_backends
+from longvq_layers.replace.slot.settings import SlotOptions
 from longvq_layers.replace.slot.swapped import SwappedAttention
 
 _NEEDS_CALIBRATION = "needs calibration= (the model is in eval mode)"
@@ -20,17 +21,17 @@ _NEEDS_CALIBRATION = "needs calibration= (the model is in eval mode)"
 def replace_attention(
     model: nn.Module,
     *,
-    num_codes: int = 256,
-    window: int = 64,
-    local_keys: str = "exact",
+    num_codes: int = SlotOptions.num_codes,
+    window: int = SlotOptions.window,
+    local_keys: str = SlotOptions.local_keys,
     far_positions: str = "auto",
     trained_length: int | None = None,
     filter_fn: Callable[[nn.Module, str], bool] | None = None,
     calibration: Iterable[ModelInputs] | None = None,
     strict: bool = True,
     dry_run: bool = False,
-    backend: str = "auto",
-    variance_correction: bool = True,
+    backend: str = SlotOptions.backend,
+    variance_correction: bool = SlotOptions.variance_correction,
     balance_codes: bool = False,
 ) -> ReplacementReport:
     """Swap the attention of a trained model, in place, for attention over quantised keys: linear in the length.

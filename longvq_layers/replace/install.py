@@ -188,7 +188,7 @@ def install_and_verify(
 
 
 def _has_other_replacement(model: nn.Module, sites: Sequence[Site]) -> bool:
-    # Whether the model has an earlier replacement as well. Two replacements can't share masks.
+    """Whether the model has an earlier replacement as well. Two replacements can't share masks."""
     ours = {id(site.module) for site in sites}
     mask_makers = [adapter for adapter in ADAPTERS if adapter.model_makes_masks]
     others = (module for module in model.modules() if id(module) not in ours)

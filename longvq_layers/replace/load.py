@@ -13,11 +13,11 @@ from longvq_layers import _checks as check
 from longvq_layers.replace.adapters.base import Site
 from longvq_layers.replace.install import Replacement, find_sites, install, make_slot, undo_on_error
 from longvq_layers.replace.options import check_has_values
-from longvq_layers.replace.plan import SlotOptions, SwapPlan
+from longvq_layers.replace.plan import SwapPlan
 from longvq_layers.replace.report import ReplacementReport, replaced_layer, skipped_layer
 from longvq_layers.replace.select import cannot_replace, check_not_replaced, shorten, with_backends
 from longvq_layers.replace.slot.attention_slot import SLOT
-from longvq_layers.replace.slot.settings import EXTRA_STATE, settings_in
+from longvq_layers.replace.slot.settings import EXTRA_STATE, SlotOptions, settings_in
 from longvq_layers.replace.slot.swapped import SwappedAttention
 
 _NAME = "load_replaced"  # in errors
@@ -127,7 +127,7 @@ def _sites_of(sites: Sequence[Site], settings: Mapping[str, object]) -> list[Sit
 def _plan(model: nn.Module, site: Site, settings: Mapping[str, Any], backend: str) -> SwapPlan:
     names = [field.name for field in dataclasses.fields(SlotOptions) if field.name != "backend"]
     options = SlotOptions(**{name: settings[name] for name in names}, backend=backend)
-    plan = SwapPlan(site, options, site.causal, site.has_rotary, notes=site.notes)
+    plan = SwapPlan.of(site, options)
     # In a model that was saved before any call, the rotated columns aren't detected yet: `rotary` is None. If positions
     # are removed, trained_length shows it.
     if settings["rotary"] is None and settings["trained_length"] is None:
@@ -163,7 +163,10 @@ def _is_code(key: str, names: Sequence[str]) -> bool:
 
 
 def _check_fit(model: nn.Module, state: Mapping[str, Tensor]) -> None:
-    # `state` holds all parameters and buffers of the model, with the same shapes. Of tied ones it may hold only one.
+    """`state` holds all parameters and buffers of the model, with the same shapes.
+
+    Of tied ones it may hold only one.
+    """
     complete = model.state_dict()
     unknown = [key for key in state if key not in complete]
     given = {key: x for key, x in state.items() if isinstance(x, Tensor)}  # no extra states

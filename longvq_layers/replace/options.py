@@ -11,8 +11,8 @@ from torch import nn
 from longvq_layers import _checks as check
 from longvq_layers.ops._attention_options import LOCAL_KEYS
 from longvq_layers.ops._dispatch import BACKENDS
-from longvq_layers.replace.plan import SlotOptions
 from longvq_layers.replace.rotary_policy import FAR_POSITIONS
+from longvq_layers.replace.slot.settings import SlotOptions
 
 NAME = "replace_attention"  # in errors
 Filter = Callable[[nn.Module, str], bool]

@@ -7,17 +7,7 @@ from torch import nn
 
 from longvq_layers.replace.adapters.base import Site
 from longvq_layers.replace.slot.clamped_rotary import ClampedRotary
-
-
-@dataclass(frozen=True)
-class SlotOptions:
-    """The options that a swapped attention is made with, see `replace_attention`."""
-
-    num_codes: int
-    window: int
-    local_keys: str
-    variance_correction: bool
-    backend: str
+from longvq_layers.replace.slot.settings import SlotOptions
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,6 +37,11 @@ class SwapPlan:
     why_rotated: str | None = None
     served_by: str | None = None
     notes: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, site: Site, options: SlotOptions) -> "SwapPlan":
+        """The plan of a site before the decision about its positions."""
+        return cls(site, options, site.causal, site.has_rotary, notes=site.notes)
 
     def with_notes(self, *notes: str) -> "SwapPlan":
         """The plan with more notes."""

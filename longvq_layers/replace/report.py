@@ -103,7 +103,7 @@ def _line(cells: list[str], widths: list[int]) -> str:
 
 
 def _gather(layers: Sequence[LayerReport], texts: Callable[[LayerReport], tuple[str, ...]]) -> dict[str, list[str]]:
-    # text -> names of its layers, because a text about many layers is printed once.
+    """text -> names of its layers, because a text about many layers is printed once."""
     gathered: dict[str, list[str]] = {}
     for layer in layers:
         for text in texts(layer):

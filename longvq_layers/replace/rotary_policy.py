@@ -1,51 +1,39 @@
 """Decides for a rotary module whether codes represent keys with or without their positions."""
 
-from dataclasses import dataclass
+from dataclasses import replace
 
 from torch import nn
 
-from longvq_layers.replace.adapters.base import BOTH_SIDES, Site
+from longvq_layers.replace.adapters.base import BOTH_SIDES
+from longvq_layers.replace.plan import SwapPlan
 from longvq_layers.replace.slot.clamped_rotary import ClampedRotary
 
 FAR_POSITIONS = ("auto", "rectified", "rotated")
 
 
-@dataclass(frozen=True, eq=False)
-class RotaryDecision:
-    """What is decided for one site; the attributes are those of `SwapPlan`, and `refusal`.
+def decide(model: nn.Module, plan: SwapPlan, *, far_positions: str, trained_length: int | None) -> SwapPlan | str:
+    """The plan with the decision whether positions are removed.
 
-    Attributes:
-        refusal: why the site can't be replaced with these options, or None.
+    Returns:
+        Why the site can't be replaced, if "rectified" is asked for but impossible.
     """
-
-    rotary: ClampedRotary | None = None
-    trained_length: int | None = None
-    may_stay_rotated: bool = True
-    why_rotated: str | None = None
-    refusal: str | None = None
-
-
-def decide(
-    model: nn.Module, site: Site, *, window: int, local_keys: str, far_positions: str, trained_length: int | None
-) -> RotaryDecision:
-    """Decide whether positions are removed. The site is refused if "rectified" is asked for but impossible."""
-    if not site.has_rotary:
-        return RotaryDecision()
-    may_stay = far_positions == "auto"
+    if not plan.has_rotary:
+        return plan
+    plan = replace(plan, may_stay_rotated=far_positions == "auto")
     if far_positions == "rotated":
-        return RotaryDecision(may_stay_rotated=may_stay, why_rotated="far_positions='rotated'")
-    found = _rotary(model, site, window, local_keys)
+        return replace(plan, why_rotated="far_positions='rotated'")
+    found = _rotary(model, plan)
     if isinstance(found, ClampedRotary):
-        length = site.trained_length if trained_length is None else trained_length
-        return RotaryDecision(found, length, may_stay)
+        length = plan.site.trained_length if trained_length is None else trained_length
+        return replace(plan, rotary=found, trained_length=length)
     if far_positions == "rectified":
-        return RotaryDecision(refusal=f"far_positions='rectified' is impossible: {found}")
-    return RotaryDecision(may_stay_rotated=may_stay, why_rotated=found)
+        return f"far_positions='rectified' is impossible: {found}"
+    return replace(plan, why_rotated=found)
 
 
-def _rotary(model: nn.Module, site: Site, window: int, local_keys: str) -> ClampedRotary | str:
-    if site.causal != "yes":
+def _rotary(model: nn.Module, plan: SwapPlan) -> ClampedRotary | str:
+    if plan.causal != "yes":
         return BOTH_SIDES
-    if local_keys != "exact":
+    if plan.options.local_keys != "exact":
         return "it needs local_keys='exact'"
-    return site.adapter.clamped_rotary(model, site, window)
+    return plan.site.adapter.clamped_rotary(model, plan.site, plan.options.window)

@@ -30,7 +30,12 @@ def select(model: nn.Module, sites: Sequence[Site], options: ReplaceOptions) -> 
     skipped = {site.name: "filter_fn returned False" for site in sites if site not in wanted}
     plans, refused = [], {}
     for site in wanted:
-        found = site.refusal or _plan(model, site, options)
+        found = site.refusal or rotary_policy.decide(
+            model,
+            SwapPlan.of(site, options.slot),
+            far_positions=options.far_positions,
+            trained_length=options.trained_length,
+        )
         if isinstance(found, SwapPlan):
             plans.append(found)
         else:
@@ -48,31 +53,6 @@ def _is_wanted(filter_fn: Filter, site: Site) -> bool:
     if not isinstance(answer, bool):
         raise TypeError(f"{NAME}: filter_fn must return a bool, got {type(answer).__name__} for {site.name!r}")
     return answer
-
-
-def _plan(model: nn.Module, site: Site, options: ReplaceOptions) -> SwapPlan | str:
-    # The plan, or why the site can't be replaced with these options.
-    decision = rotary_policy.decide(
-        model,
-        site,
-        window=options.slot.window,
-        local_keys=options.slot.local_keys,
-        far_positions=options.far_positions,
-        trained_length=options.trained_length,
-    )
-    if decision.refusal is not None:
-        return decision.refusal
-    return SwapPlan(
-        site=site,
-        options=options.slot,
-        causal=site.causal,
-        has_rotary=site.has_rotary,
-        rotary=decision.rotary,
-        trained_length=decision.trained_length,
-        may_stay_rotated=decision.may_stay_rotated,
-        why_rotated=decision.why_rotated,
-        notes=site.notes,
-    )
 
 
 def with_backends(plans: Sequence[SwapPlan]) -> list[SwapPlan]:

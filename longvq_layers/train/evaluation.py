@@ -1,12 +1,11 @@
 """Loss and score of a model on held-out data."""
 
-import math
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
 
-from longvq_layers.tasks import Batch, Task
+from longvq_layers.tasks import Batch, Task, bits_per_byte
 
 
 def loss_of(logits: Tensor, targets: Tensor) -> Tensor:
@@ -44,7 +43,7 @@ def evaluate(model: nn.Module, task: Task, split: str, batch_size: int, batches:
     model.train(training)
     scores = {"loss": nats / max(total, 1), "accuracy": right / max(total, 1)}
     if task.kind == "lm":
-        scores["bits_per_byte"] = scores["loss"] / math.log(2)
+        scores["bits_per_byte"] = bits_per_byte(scores["loss"])
     return scores
 
 

@@ -15,6 +15,7 @@ from longvq_layers.layers import Codebook, commitment_loss, optimizer_groups
 from longvq_layers.train import checkpoint, model
 from longvq_layers.train.evaluation import evaluate, loss_of
 from longvq_layers.train.log import Log
+from longvq_layers.train.schedule import Schedule
 from longvq_layers.train.settings import TrainSettings
 
 
@@ -50,7 +51,7 @@ class Trainer:
         self.optimizer = torch.optim.AdamW(
             optimizer_groups(self.model, lr=settings.lr, weight_decay=settings.weight_decay, ssm_lr=settings.ssm_lr)
         )
-        self._peak_rates = [group["lr"] for group in self.optimizer.param_groups]
+        self._schedule = Schedule(self.optimizer, settings.warmup)
         self.step, self.seconds = 0, 0.0
         if self._checkpoint.exists():
             progress = checkpoint.load(self._checkpoint, self.model, self.optimizer)
@@ -129,9 +130,7 @@ class Trainer:
         """One optimiser step on the next batch, as `run` takes it; the model must be in training mode."""
         start = perf_counter()
         batch = self.task.batch("train", self.step, self.settings.batch_size, self.settings.seed)
-        rate = self._rate()
-        for group, peak in zip(self.optimizer.param_groups, self._peak_rates, strict=True):
-            group["lr"] = peak * rate
+        rate = self._schedule.set_rates(self.step, self._share())
         loss = loss_of(self.model(batch.inputs, batch.key_padding_mask), batch.targets)
         commitment = commitment_loss(self.model)
         self.optimizer.zero_grad()
@@ -154,14 +153,10 @@ class Trainer:
             "grad_norm": norm.item(),
         }
 
-    def _rate(self) -> float:
-        # A linear warm-up, then a cosine to a tenth.
-        settings = self.settings
-        share = self.step / settings.steps
-        if settings.seconds is not None:
-            share = max(share, self.seconds / settings.seconds)
-        warmup = min(1.0, (self.step + 1) / (settings.warmup + 1))
-        return warmup * (0.55 + 0.45 * math.cos(math.pi * min(share, 1.0)))
+    def _share(self) -> float:
+        """The share of the training that is done: of the steps or, if it is larger, of the time."""
+        share = self.step / self.settings.steps
+        return share if self.settings.seconds is None else max(share, self.seconds / self.settings.seconds)
 
     def _evaluate(self) -> dict[str, float]:
         settings = self.settings

@@ -9,7 +9,7 @@ import sys
 
 import torch
 
-from longvq_layers.benchmarks.attention import measure, report
+from longvq_layers.benchmarks.attention import measure, plot, report
 from longvq_layers.benchmarks.attention.problem import FULL, QUICK
 from longvq_layers.benchmarks.common import arguments, results
 from longvq_layers.ops._dispatch import BACKENDS
@@ -56,4 +56,4 @@ def run(args: argparse.Namespace) -> None:
         "threads": args.threads,
         "torch": torch.__version__,
     }
-    results.write("attention", args.out, rows, report.panels(rows), **everywhere)
+    results.write("attention", args.out, rows, plot.panels(rows), **everywhere)

@@ -1,9 +1,8 @@
-"""What the benchmark of attention prints and draws: tables, targets, the break-even length, a picture."""
+"""What the benchmark of attention prints: tables, targets, the break-even length."""
 
 from longvq_layers.benchmarks.attention.problem import Sizes
-from longvq_layers.benchmarks.attention.rows import PEERS, Row, beside, by_length, decoded, memory_multiple, peer_of
+from longvq_layers.benchmarks.attention.rows import PEERS, Row, beside, decoded, memory_multiple, peer_of
 from longvq_layers.benchmarks.attention.targets import MEMORY_TARGETS, speed_ups, targets
-from longvq_layers.benchmarks.common import plot
 from longvq_layers.benchmarks.common.break_even import faster_from
 from longvq_layers.benchmarks.common.markdown import print_table
 from longvq_layers.benchmarks.common.memory import NOT_READABLE
@@ -12,7 +11,6 @@ _COUNTED = {
     "memory of forward": "beyond q, k, v, codebook, bias and out",
     "memory of backward": "of backward alone, beyond inputs, out, dout, what forward saved and the gradients",
 }
-_LINES = {"ours": ("ours", plot.OURS), "sdpa": ("fused sdpa", plot.GREY)}  # method -> label and colour
 
 Cells = tuple[str, ...]
 
@@ -114,16 +112,3 @@ def _break_even_sentence(rows: list[Row], form: str) -> str:
 
 def _ms(row: Row) -> str:
     return f"{row.seconds * 1e3:.3f}"
-
-
-def panels(rows: list[Row]) -> list[plot.Panel]:
-    """Forward time over the length, a panel for each form that was measured."""
-    return [_panel(rows, form) for form in ("bidirectional", "causal") if by_length(rows, form, "ours")]
-
-
-def _panel(rows: list[Row], form: str) -> plot.Panel:
-    lines = {}
-    for method, (label, colour) in _LINES.items():
-        measured = by_length(rows, form, method)
-        lines[label] = plot.Line([r.L for r in measured], [r.seconds * 1e3 for r in measured], colour)
-    return plot.lines(lines, "forward, ms", title=f"Attention forward, {form}", logarithmic=True)

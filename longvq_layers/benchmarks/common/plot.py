@@ -11,7 +11,9 @@ Panel = Callable[["Axes"], None]
 """Draws into one panel of a picture."""
 
 OURS = "#1261a0"
+LIGHT = "#8fc1e3"
 GREY, AMBER, PURPLE = "#8a8f98", "#b9791f", "#7a3b9e"
+SHADE = "#e6e8ec"  # of a grid or of an area
 
 
 class Line(NamedTuple):

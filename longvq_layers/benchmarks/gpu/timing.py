@@ -1,12 +1,13 @@
 """Times and memory of calls on a GPU, by CUDA events, and tables of methods against their peers."""
 
-import statistics
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from longvq_layers.benchmarks.common.timing import interleaved_medians, seconds_of
 
 _ROUNDS = 7
 _WARM_UP = 2  # rounds
@@ -21,20 +22,12 @@ class Method(NamedTuple):
 
 def medians(device: str, calls: Mapping[str, Callable[[], object]], rounds: int = _ROUNDS) -> dict[str, float]:
     """Median seconds of each call in interleaved rounds, after the warm-up."""
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for round_ in range(rounds + _WARM_UP):
-        for name, call in calls.items():
-            seconds = _seconds(device, call)
-            if round_ >= _WARM_UP:
-                times[name].append(seconds)
-    return {name: statistics.median(values) for name, values in times.items()}
+    return interleaved_medians(calls, rounds, warm_up=_WARM_UP, measure=partial(_seconds, device))
 
 
 def _seconds(device: str, call: Callable[[], object]) -> float:
     if device == "cpu":
-        start = time.perf_counter()
-        call()
-        return time.perf_counter() - start
+        return seconds_of(call)
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     begin.record()
     call()

@@ -13,7 +13,7 @@ _COLOURS = {
     "ours": plot.OURS,
     "vandermonde": plot.GREY,
     "fft": plot.AMBER,
-    "torch": "#8fc1e3",
+    "torch": plot.LIGHT,
     "copy": "#cdd1d8",
 }
 
@@ -49,7 +49,7 @@ def _methods(axes: "Axes", rows: list[Row], cases: list[Row]) -> None:
 def _scaling(axes: "Axes", rows: list[Row]) -> None:
     lengths, times = [row.L for row in rows], [row.per_element * 1e9 for row in rows]
     axes.plot(lengths, times, "o-", color=_COLOURS["ours"])
-    axes.axhspan(min(times), SCALING_TARGET * min(times), color="#e6e8ec", zorder=0)
+    axes.axhspan(min(times), SCALING_TARGET * min(times), color=plot.SHADE, zorder=0)
     plot.length_axis(axes, lengths)
     axes.set_ylim(0, 1.2 * max(*times, SCALING_TARGET * min(times)))
     axes.set_ylabel("forward, ns per element")

@@ -11,7 +11,7 @@ from longvq_layers.layers.attention.chunks import chunks_of_documents, chunks_of
 from longvq_layers.layers.attention.relative_bias import RelativeBias, make_relative_bias
 from longvq_layers.layers.common.factory import Factory
 from longvq_layers.layers.common.representation import arguments_repr
-from longvq_layers.ops.torch.scores import laplace
+from longvq_layers.ops.torch.elementwise import laplace
 
 
 def _squared_relu(scores: Tensor) -> Tensor:

@@ -11,8 +11,10 @@ from longvq_layers.layers.common.factory import Factory
 from longvq_layers.layers.common.padding import zero_padding
 from longvq_layers.layers.common.representation import arguments_repr
 from longvq_layers.layers.streaming import step_checks
+from longvq_layers.layers.streaming.gaps import put_back
 from longvq_layers.layers.streaming.layer import StreamingLayer
 from longvq_layers.layers.streaming.states import LocalAttentionState
+from longvq_layers.ops.torch.tokens import take, tokens_first
 
 
 class LocalAttention(WindowBias, HeadProjections, StreamingLayer[LocalAttentionState]):
@@ -131,8 +133,8 @@ class LocalAttention(WindowBias, HeadProjections, StreamingLayer[LocalAttentionS
         else:
             # Move each row's tokens to the front. No token sees the padding after them.
             counts = (~key_padding_mask).sum(1)
-            order = key_padding_mask.to(torch.uint8).argsort(dim=1, stable=True)  # (B, T)
-            q, k, v = (_take(x, order) for x in (q, k, v))
+            order = tokens_first(key_padding_mask)  # (B, T)
+            q, k, v = (take(x, order) for x in (q, k, v))
         past = self.window - 1
         k, v = (torch.cat([old.to(new.dtype), new], 2) for old, new in ((state.keys, k), (state.values, v)))
         index = torch.arange(past, device=x.device)
@@ -141,10 +143,10 @@ class LocalAttention(WindowBias, HeadProjections, StreamingLayer[LocalAttentionS
             q, k, v, window=self.window, causal=True, bias=self.window_bias, key_padding_mask=missing, past=past
         )
         if order is not None:
-            out = _take(out, order.argsort(dim=1))
+            out = put_back(out, order)
         latest = counts.unsqueeze(1) + index  # (B, W − 1)
-        state.keys.copy_(_take(k, latest))
-        state.values.copy_(_take(v, latest))
+        state.keys.copy_(take(k, latest))
+        state.values.copy_(take(v, latest))
         state.lengths.add_(counts)
         return zero_padding(self._project_output(out), key_padding_mask), state
 
@@ -157,8 +159,3 @@ class LocalAttention(WindowBias, HeadProjections, StreamingLayer[LocalAttentionS
     def extra_repr(self) -> str:
         has_bias, has_window_bias = self.q_proj.bias is not None, self.window_bias is not None
         return arguments_repr(self, LocalAttention, bias=has_bias, window_bias=has_window_bias)
-
-
-def _take(x: Tensor, index: Tensor) -> Tensor:
-    """x (B, H, L, D) at the positions of index (B, M): (B, H, M, D)."""
-    return x.gather(2, index[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))

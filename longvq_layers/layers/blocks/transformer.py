@@ -10,7 +10,7 @@ from longvq_layers import _checks as check
 from longvq_layers.layers.attention.heads import merge_heads
 from longvq_layers.layers.blocks.base import ResidualBlock, feed_forward_width
 from longvq_layers.layers.common.factory import Factory
-from longvq_layers.layers.common.padding import zero_padding
+from longvq_layers.layers.common.padding import allowed_pairs, causal_pairs, zero_padding
 from longvq_layers.layers.parts.dropout import Dropout, make_dropout
 from longvq_layers.layers.parts.norm import make_norm
 
@@ -101,12 +101,9 @@ class TransformerBlock(ResidualBlock):
         """(B, 1, L or 1, L) bool, True = attend; None where causality alone decides."""
         if key_padding_mask is None:
             return None
-        length = x.shape[1]
-        allowed = (~key_padding_mask)[:, None, None, :]
-        if self.causal:
-            allowed = allowed & torch.ones(length, length, dtype=torch.bool, device=x.device).tril()
         # Every position may attend to itself: without any key its output would be NaN.
-        return allowed | torch.eye(length, dtype=torch.bool, device=x.device)
+        itself = torch.eye(x.shape[1], dtype=torch.bool, device=x.device)
+        return allowed_pairs(key_padding_mask, self.causal) | itself
 
 
 def _fused(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor | None, causal: bool) -> Tensor:
@@ -116,7 +113,7 @@ def _fused(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor | None, causal: bool
 def _dense(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor | None, causal: bool) -> Tensor:
     scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
     if allowed is None and causal:
-        allowed = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
+        allowed = causal_pairs(q.shape[-2], q.device)
     if allowed is not None:
         scores = scores.masked_fill(~allowed, -torch.inf)
     return scores.softmax(-1) @ v

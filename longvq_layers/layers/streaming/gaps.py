@@ -7,6 +7,8 @@ which padding never enters the state. If `forward` counted positions, gaps would
 import torch
 from torch import Tensor
 
+from longvq_layers.ops.torch.tokens import take, tokens_first
+
 
 def order_without_gaps(key_padding_mask: Tensor) -> Tensor | None:
     """The order (B, L) that moves the tokens of each row to the front, and its padding to the end.
@@ -22,12 +24,12 @@ def order_without_gaps(key_padding_mask: Tensor) -> Tensor | None:
         starts = (~key_padding_mask[:, 1:] & key_padding_mask[:, :-1]).sum(1)
         if not bool((starts + ~key_padding_mask[:, :1].any(1) > 1).any()):
             return None
-    return key_padding_mask.to(torch.uint8).sort(dim=1, stable=True).indices
+    return tokens_first(key_padding_mask)
 
 
 def reorder(x: Tensor, order: Tensor) -> Tensor:
     """x (B, …, L, C) with position i of row b taken from ``order[b, i]``."""
-    return x.gather(-2, order.view(len(order), *[1] * (x.dim() - 3), -1, 1).expand_as(x))
+    return take(x, order, axis=-2)
 
 
 def put_back(x: Tensor, order: Tensor) -> Tensor:

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from longvq_layers.ops._attention_inputs import AttentionInputs
 from longvq_layers.ops._attention_options import Activation, AttentionOptions
-from longvq_layers.ops.torch.scores import Scores, laplace
+from longvq_layers.ops.torch.elementwise import laplace
+from longvq_layers.ops.torch.scores import Scores
 
 
 def vq_attention(inputs: AttentionInputs, options: AttentionOptions) -> tuple[Tensor, Tensor]:

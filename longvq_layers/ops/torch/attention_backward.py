@@ -15,8 +15,9 @@ from torch import Tensor
 
 from longvq_layers.ops._attention_inputs import AttentionGradients, AttentionInputs
 from longvq_layers.ops._attention_options import Activation, AttentionOptions, KeyGrad
+from longvq_layers.ops.torch.elementwise import laplace, laplace_grad
 from longvq_layers.ops.torch.far_field import segment_sum
-from longvq_layers.ops.torch.scores import Scores, laplace, laplace_grad
+from longvq_layers.ops.torch.scores import Scores
 
 
 def diagonal_sums(x: Tensor) -> Tensor:

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from longvq_layers.ops._attention_inputs import AttentionStepInputs
 from longvq_layers.ops._attention_options import Activation
+from longvq_layers.ops.torch.elementwise import laplace
 from longvq_layers.ops.torch.far_field import segment_sum
-from longvq_layers.ops.torch.scores import laplace
+from longvq_layers.ops.torch.tokens import take, tokens_first
 from longvq_layers.ops.vq_state import VQAttentionState
 
 _BLOCK = 256  # tokens
@@ -31,7 +32,7 @@ def vq_attention_step(inputs: AttentionStepInputs, state: VQAttentionState, scal
         if codes is None:
             codes = torch.ops.longvq_torch.vq_assign(k if far_k is None else far_k, codebook)
         tokens = [q, k, v, codes] if far_q is None else [q, k, v, codes, far_q]
-        order = None if key_padding_mask is None else key_padding_mask.to(torch.uint8).argsort(dim=1, stable=True)
+        order = None if key_padding_mask is None else tokens_first(key_padding_mask)
         for first in range(0, length, _BLOCK):
             # `order` puts the masked tokens of each row last, so a block can have them only at its end.
             if key_padding_mask is None or order is None:
@@ -43,7 +44,7 @@ def vq_attention_step(inputs: AttentionStepInputs, state: VQAttentionState, scal
                 index = order[:, first : first + _BLOCK]
                 valid = ~key_padding_mask.gather(1, index)
                 result = _attend(
-                    _Block(*(_take(x, index) for x in tokens)), valid, codebook, bias, state, scale, activation
+                    _Block(*(take(x, index) for x in tokens)), valid, codebook, bias, state, scale, activation
                 ).to(v.dtype)
                 index = index[:, None, :, None].expand_as(result)
                 out.scatter_(2, index, result.masked_fill_(~valid[:, None, :, None], 0))
@@ -58,12 +59,6 @@ class _Block(NamedTuple):
     v: Tensor
     codes: Tensor
     far_q: Tensor | None = None
-
-
-def _take(x: Tensor, index: Tensor) -> Tensor:
-    """Tokens ``index`` (B, N) of x (B, H, T) or (B, H, T, X)."""
-    index = index[:, None].expand(-1, x.shape[1], -1)
-    return x.gather(2, index if x.dim() == 3 else index.unsqueeze(-1).expand(-1, -1, -1, x.shape[3]))
 
 
 def _attend(
@@ -84,9 +79,9 @@ def _attend(
 
     # Columns: the R keys of the ring, oldest first, then the keys of the block.
     old = _slots(state, state.lengths - state.reach)  # (B, R)
-    codes = torch.cat([_take(state.ring_codes, old), block.codes], 2)  # (B, Hkv, R + T)
-    values = torch.cat([_take(state.ring_values, old), v], 2)
-    keys = torch.cat([_take(state.ring_keys, old), k], 2) if state.keeps_keys else None
+    codes = torch.cat([take(state.ring_codes, old), block.codes], 2)  # (B, Hkv, R + T)
+    values = torch.cat([take(state.ring_values, old), v], 2)
+    keys = torch.cat([take(state.ring_keys, old), k], 2) if state.keeps_keys else None
     column = torch.arange(state.reach + rows, device=q.device)
     exists = torch.cat([state.lengths[:, None] - state.reach + column[: state.reach] >= 0, valid], 1)  # (B, R + T)
     offset = torch.arange(rows, device=q.device)[:, None] + state.reach - column  # (T, R + T) query − key
@@ -149,8 +144,8 @@ def _advance(
 
     kept = new[:, None] + torch.arange(state.reach, device=codes.device)
     slots = _slots(state, state.lengths + new - state.reach)[:, None].expand_as(state.ring_codes)
-    state.ring_codes.scatter_(2, slots, _take(codes, kept))
-    state.ring_values.scatter_(2, slots.unsqueeze(-1).expand_as(state.ring_values), _take(values, kept))
+    state.ring_codes.scatter_(2, slots, take(codes, kept))
+    state.ring_values.scatter_(2, slots.unsqueeze(-1).expand_as(state.ring_values), take(values, kept))
     if keys is not None:
-        state.ring_keys.scatter_(2, slots.unsqueeze(-1).expand_as(state.ring_keys), _take(keys, kept))
+        state.ring_keys.scatter_(2, slots.unsqueeze(-1).expand_as(state.ring_keys), take(keys, kept))
     state.lengths += new

@@ -1,25 +1,11 @@
 """Prepared inputs, masks and scores of blocks, for the forward and the backward of attention."""
 
-import math
-
 import torch
 from torch import Tensor
 
 from longvq_layers.ops._attention_inputs import AttentionInputs
 from longvq_layers.ops._attention_options import Activation, AttentionOptions
 from longvq_layers.ops.torch.far_field import Blocks, FarField
-
-_MU, _SIGMA = math.sqrt(0.5), math.sqrt(0.25 / math.pi)
-
-
-def laplace(x: Tensor) -> Tensor:
-    """Mega's attention function ``½(1 + erf((x − μ) / (σ√2)))`` (Ma et al. 2022, eq. 16)."""
-    return torch.erf((x - _MU) / (_SIGMA * math.sqrt(2))).add_(1).mul_(0.5)
-
-
-def laplace_grad(x: Tensor) -> Tensor:
-    """The derivative of :func:`laplace`: the density of a normal distribution with mean μ and deviation σ."""
-    return torch.exp(((x - _MU) / _SIGMA).square_().mul_(-0.5)).div_(_SIGMA * math.sqrt(2 * math.pi))
 
 
 class Scores:

@@ -109,8 +109,9 @@ def prepared(model: nn.Module, students: Students, projections: bool) -> Iterato
 def _trained(
     model: nn.Module, students: Students, projections: bool
 ) -> tuple[dict[str, Tensor], TrainedParameters, list[tuple[Replacement, TrainedParameters]]]:
-    # name -> tensor to train; the original values of all parameters that were or will be trained; each replacement with
-    # its record of them.
+    """name -> tensor to train; the original values of all parameters that were or will be trained; each replacement
+    with its record of them.
+    """
     trained: dict[str, Tensor] = {}
     records: dict[int, tuple[Replacement, TrainedParameters]] = {}
     for name, (module, swapped) in students.items():

@@ -163,7 +163,7 @@ def _kept(value: object, memo: dict[object, Tensor]) -> object:
 
 
 def _real_rows(x: Tensor, real: Tensor | None) -> Tensor:
-    # x (B, L, C) or (L, B, C), with zeros for padding.
+    """x (B, L, C) or (L, B, C), with zeros for padding."""
     if real is None or x.dim() != 3:
         return x
     rows = real if x.shape[:2] == real.shape else real.T if x.shape[:2] == real.T.shape else None

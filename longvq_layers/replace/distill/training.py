@@ -179,13 +179,13 @@ class Distillation:
         return {name: (error / len(self.held_out)) ** 0.5 for name, error in sums.items()}
 
     def _batch(self, step: int) -> ModelInputs:
-        # A new order in every epoch. It depends on the step alone, so that a run can be resumed.
+        """A new order in every epoch. It depends on the step alone, so that a run can be resumed."""
         epoch, place = divmod(step, len(self.batches))
         generator = torch.Generator().manual_seed(self.settings.seed * 1_000_003 + epoch)
         return self.batches[int(torch.randperm(len(self.batches), generator=generator)[place])]
 
     def _learning_rate(self, tensor: Tensor) -> float:
-        # In proportion to the root mean square, at least 1e-3: otherwise a tensor of zeros could not move.
+        """In proportion to the root mean square, at least 1e-3: otherwise a tensor of zeros could not move."""
         size = max(tensor.detach().float().square().mean().sqrt().item(), 1e-3)
         share = _PROJECTION_RATE if isinstance(tensor, nn.Parameter) else 1.0
         return self.settings.lr * share * size

@@ -127,7 +127,10 @@ class FittedCodes(KeepsFloat32, CodebookAttention):
 
     @torch.no_grad()
     def _learn_spread(self, keys: Tensor, codes: Tensor, table: Tensor, key_padding_mask: Tensor | None) -> None:
-        # Updates the moving sums. `spread` follows in the next call, so that a recomputed forward sees the same one.
+        """Updates the moving sums.
+
+        `spread` follows in the next call, so that a recomputed forward sees the same one.
+        """
         sums, counts = code_spread.spread_sums(keys, codes, table, key_padding_mask)
         sums, counts = self.codebook.group.sum(sums.squeeze(-1), counts)
         self.spread_sum.lerp_(sums, 1 - self.codebook.decay)

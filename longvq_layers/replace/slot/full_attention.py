@@ -1,8 +1,9 @@
 """Attention to every key: the reference of calibration and distillation."""
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from longvq_layers.layers.common.padding import allowed_pairs
 
 
 def full_attention(
@@ -18,9 +19,7 @@ def full_attention(
 
     key_padding_mask is (B, L) bool, True = ignore. Outputs at padded positions are undefined.
     """
-    allowed = None if key_padding_mask is None else ~key_padding_mask[:, None, None, :]
-    if causal and allowed is not None:
-        allowed = allowed & torch.ones(q.shape[2], q.shape[2], dtype=torch.bool, device=q.device).tril()
+    allowed = None if key_padding_mask is None else allowed_pairs(key_padding_mask, causal)
     return F.scaled_dot_product_attention(
         q,
         k,

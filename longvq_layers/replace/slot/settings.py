@@ -1,6 +1,7 @@
-"""The settings of a swapped attention, carried by its state dict."""
+"""The options of a swapped attention, and its settings, which its state dict carries."""
 
 import json
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,17 @@ _NAMES = (
     "trained_length",
 )
 EXTRA_STATE = "_extra_state"  # the name that torch gives extra state in a state dict
+
+
+@dataclass(frozen=True)
+class SlotOptions:
+    """The options that a swapped attention is made with, and their defaults; see `replace_attention`."""
+
+    num_codes: int = 256
+    window: int = 64
+    local_keys: str = "exact"
+    variance_correction: bool = True
+    backend: str = "auto"
 
 
 class CarriesSettings(nn.Module):

@@ -157,24 +157,21 @@ class SwappedAttention(AttentionSlot, CarriesSettings, FittedCodes):
             if learns:
                 self._learn_spread(keys, codes, table, key_padding_mask)
             codewords = self._extend_codewords(codewords, spread)
-            far_q = self._extend_query(far_q, key_padding_mask, scale)
-            far_k = F.pad(far_k, (0, far_q.shape[-1] - far_k.shape[-1]))
+            far_q, far_k = self._extend_query_key(far_q, far_k, key_padding_mask, scale)
             has_far_qk = far is not None
             if codewords.requires_grad:
                 # The operator gives each far key a share of the gradient of its codeword. This sum passes the shares on
                 # to the codeword. Pairs inside the window keep the plain keys: they give the codeword no gradient.
                 coded = _at_codes(codewords, codes)
                 has_far_qk, far_k = True, far_k + (coded - coded.detach())
-            q, k, far_q, far_k = (x.to(v.dtype) for x in (q, k, far_q, far_k))  # float32 if rotary ran under autocast
-            near_q, near_k = (q, k) if has_far_qk else (far_q, far_k)
             attend = vq_attention_by_sequence if codewords.dim() == 4 else ops.vq_attention
+            near, apart = _pairs(q, k, far_q, far_k, has_far_qk, v.dtype)
             return attend(
-                near_q,
-                near_k,
+                *near,
                 v,
                 codewords,
-                far_q=far_q if has_far_qk else None,
-                far_k=far_k if has_far_qk else None,
+                far_q=apart[0],
+                far_k=apart[1],
                 causal=causal,
                 window=self.window,
                 key_padding_mask=key_padding_mask,
@@ -213,18 +210,15 @@ class SwappedAttention(AttentionSlot, CarriesSettings, FittedCodes):
             scale = self.head_dim**-0.5 if scale is None else scale
             far_q, far_k = (q, k) if far is None else far
             codes = ops.vq_assign(self.in_metric(far_k), self.codebook.embedding, backend=self.backend)
-            far_q = self._extend_query(far_q, key_padding_mask, scale, past=state.past.lengths)
-            far_k = F.pad(far_k, (0, far_q.shape[-1] - far_k.shape[-1]))
-            q, k, far_q, far_k = (x.to(v.dtype) for x in (q, k, far_q, far_k))
-            near_q, near_k = (far_q, far_k) if far is None else (q, k)
+            far_q, far_k = self._extend_query_key(far_q, far_k, key_padding_mask, scale, past=state.past.lengths)
+            near, apart = _pairs(q, k, far_q, far_k, far is not None, v.dtype)
             return ops.vq_attention_step(
-                near_q,
-                near_k,
+                *near,
                 v,
                 state.codebook,
                 state.past,
-                far_q=None if far is None else far_q,
-                far_k=None if far is None else far_k,
+                far_q=apart[0],
+                far_k=apart[1],
                 key_padding_mask=key_padding_mask,
                 scale=scale,
                 codes=codes,
@@ -239,9 +233,7 @@ class SwappedAttention(AttentionSlot, CarriesSettings, FittedCodes):
         keys, table = self.in_metric(k), self.codebook.embedding
         codes = ops.vq_assign(keys, table, backend=self.backend)
         codewords, spread = self.codewords(keys, codes, table, key_padding_mask, causal)
-        if self.variance_correction:
-            codewords = code_spread.extend_codebook(codewords, spread)
-            q = code_spread.extend_query(q, self.from_metric, self.spread_gain, scale)
+        codewords, q = self._add_spread(codewords, spread), self._add_spread_to_query(q, scale)
         codewords = codewords.expand(len(q), -1, -1, -1)
         group = self.num_heads // self.num_kv_heads
         codes, codewords = (x.repeat_interleave(group, dim=1) for x in (codes, codewords))
@@ -255,23 +247,32 @@ class SwappedAttention(AttentionSlot, CarriesSettings, FittedCodes):
         return far_limit.far_log_weight(seen, self.trained_length, self.window, self.to_metric.dtype)
 
     def _extend_codewords(self, codewords: Tensor, spread: Tensor) -> Tensor:
-        # (…, Hkv, S, D) and (…, Hkv, S) -> (…, Hkv, S, F), with the dimensions of the spread and of the limit
-        if self.variance_correction:
-            codewords = code_spread.extend_codebook(codewords, spread)
+        """(…, Hkv, S, D) and (…, Hkv, S) -> (…, Hkv, S, F), with the dimensions of the spread and of the limit."""
+        codewords = self._add_spread(codewords, spread)
         return codewords if self.trained_length is None else far_limit.extend_codebook(codewords)
 
-    def _extend_query(
-        self, q: Tensor, key_padding_mask: Tensor | None, scale: float, past: Tensor | None = None
-    ) -> Tensor:
-        # (B, H, L, D) -> (B, H, L, F), the same dimensions; past (B,) is the number of tokens before these
-        if self.variance_correction:
-            q = code_spread.extend_query(q, self.from_metric, self.spread_gain, scale)
-        if self.trained_length is None:
+    def _extend_query_key(
+        self, q: Tensor, k: Tensor, key_padding_mask: Tensor | None, scale: float, past: Tensor | None = None
+    ) -> FarQueryKey:
+        """(B, …, L, D) -> (B, …, L, F), the same dimensions, with zeros in the keys.
+
+        past (B,) is the number of tokens before these.
+        """
+        q = self._add_spread_to_query(q, scale)
+        if self.trained_length is not None:
+            seen = far_limit.tokens_seen(key_padding_mask, q.shape[2], q.device)
+            if past is not None:
+                seen = past.unsqueeze(-1) + seen
+            q = far_limit.extend_query(q, self.far_log_weight(seen), scale)
+        return q, F.pad(k, (0, q.shape[-1] - k.shape[-1]))
+
+    def _add_spread(self, codewords: Tensor, spread: Tensor) -> Tensor:
+        return code_spread.extend_codebook(codewords, spread) if self.variance_correction else codewords
+
+    def _add_spread_to_query(self, q: Tensor, scale: float) -> Tensor:
+        if not self.variance_correction:
             return q
-        seen = far_limit.tokens_seen(key_padding_mask, q.shape[2], q.device)
-        if past is not None:
-            seen = past.unsqueeze(-1) + seen
-        return far_limit.extend_query(q, self.far_log_weight(seen), scale)
+        return code_spread.extend_query(q, self.from_metric, self.spread_gain, scale)
 
     def __getstate__(self) -> dict[str, object]:
         return {**super().__getstate__(), "contexts": {}}
@@ -288,7 +289,15 @@ def find_swapped(module: nn.Module) -> SwappedAttention | None:
     return slot if isinstance(slot, SwappedAttention) else None
 
 
+def _pairs(
+    q: Tensor, k: Tensor, far_q: Tensor, far_k: Tensor, differ: bool, dtype: torch.dtype
+) -> tuple[FarQueryKey, FarQueryKey | tuple[None, None]]:
+    """Queries and keys of near pairs, and those of far pairs; without a difference the far ones serve both."""
+    q, k, far_q, far_k = (x.to(dtype) for x in (q, k, far_q, far_k))  # float32 if rotary ran under autocast
+    return ((q, k), (far_q, far_k)) if differ else ((far_q, far_k), (None, None))
+
+
 def _at_codes(table: Tensor, codes: Tensor) -> Tensor:
-    # Rows of table (Hkv, S, F) at codes (B, Hkv, L) -> (B, Hkv, L, F)
+    """Rows of table (Hkv, S, F) at codes (B, Hkv, L) -> (B, Hkv, L, F)."""
     rows = pick(table, codes.transpose(0, 1).flatten(1))
     return rows.unflatten(1, (codes.shape[0], codes.shape[2])).transpose(0, 1)

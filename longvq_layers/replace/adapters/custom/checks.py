@@ -111,8 +111,10 @@ def check_output(
 
 
 def _real_positions(paddings: list[Tensor | None], shape: tuple[int, ...]) -> list[Tensor | None]:
-    # The masks (True = token) that fit the first axes of an output of this shape: several may fit, because the length
-    # may come before the batch. [None] without padding, [] if no mask fits.
+    """The masks (True = token) that fit the first axes of an output of this shape.
+
+    Several may fit, because the length may come before the batch. [None] without padding, [] if no mask fits.
+    """
     given = [padding for padding in paddings if padding is not None]
     if not any(bool(padding.any()) for padding in given):
         return [None]

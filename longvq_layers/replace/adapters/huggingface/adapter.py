@@ -1,28 +1,23 @@
 """Finds, swaps and puts back the attention modules of transformers models."""
 
-from collections.abc import Sequence
-
 from torch import nn
 
 from longvq_layers.replace.adapters.base import Site
-from longvq_layers.replace.adapters.huggingface import record, support
-from longvq_layers.replace.adapters.huggingface.rotary import clamped_rotary
+from longvq_layers.replace.adapters.huggingface import record, rotary, support
 from longvq_layers.replace.slot.attention_slot import OriginalAttention
-from longvq_layers.replace.slot.clamped_rotary import ClampedRotary
 
 
 class HuggingFaceAdapter:
     """The `Adapter` of modules that use transformers' attention interface."""
 
     model_makes_masks = True
+    is_replaced = staticmethod(record.is_replaced)
+    clamped_rotary = staticmethod(rotary.clamped_rotary)
+    plan_record = staticmethod(record.plan_record)
 
     def find(self, model: nn.Module) -> list[Site]:
         """Every module whose forward finds its attention function in transformers' attention interface."""
         return [self._site(name, module) for name, module in model.named_modules() if support.takes_part(module)]
-
-    def is_replaced(self, module: nn.Module) -> bool:
-        """Whether this is a transformers attention module whose attention is replaced."""
-        return record.is_replaced(module)
 
     def original_attention(self, module: nn.Module) -> OriginalAttention:
         """The attention function that this module calls without a replacement."""
@@ -33,14 +28,6 @@ class HuggingFaceAdapter:
             name, scope.get("eager_attention_forward")
         )
         return function
-
-    def clamped_rotary(self, model: nn.Module, site: Site, window: int) -> ClampedRotary | str:
-        """The site's own rotation, clamped to the window, or why there is none."""
-        return clamped_rotary(model, site.name, site.module, window)
-
-    def plan_record(self, model: nn.Module, sites: Sequence[Site], *, linear_masks: bool) -> record.HuggingFaceRecord:
-        """The record of these sites."""
-        return record.plan_record(model, [site.module for site in sites], linear_masks=linear_masks)
 
     def _site(self, name: str, module: nn.Module) -> Site:
         kind = type(module).__name__

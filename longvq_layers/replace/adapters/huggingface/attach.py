@@ -1,6 +1,7 @@
 """Gives a module its slot on its first call, in a model made with `attn_implementation="longvq"`."""
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -14,15 +15,10 @@ from longvq_layers.replace.adapters.huggingface.support import (
     refusal,
 )
 from longvq_layers.replace.slot.attention_slot import fill_slot
+from longvq_layers.replace.slot.settings import SlotOptions
 from longvq_layers.replace.slot.swapped import SwappedAttention
 
-_OPTIONS: dict[str, Any] = {
-    "num_codes": 256,
-    "window": 64,
-    "local_keys": "exact",
-    "variance_correction": True,
-    "backend": "auto",
-}
+_OPTIONS: dict[str, Any] = asdict(SlotOptions())
 
 
 class ReplacedImplementation(str):

@@ -67,7 +67,7 @@ def longvq_attention(
 def _read_mask(
     context: ForwardContext, mask: Tensor | None, says_causal: bool, batch: int, q_len: int, k_len: int
 ) -> tuple[bool, Tensor | None]:
-    # Causal or not, and the padding (B, k).
+    """Causal or not, and the padding (B, k)."""
     if context.eager and mask is None:
         says_causal = False  # the eager attention uses masks alone, whatever the module says of itself
     causal, padding = read_mask(mask, causal=says_causal, q_len=q_len, k_len=k_len)
@@ -82,7 +82,7 @@ def _read_mask(
 
 
 def _dense_mask(mask: Tensor | None, q_len: int, k_len: int) -> Tensor | None:
-    # A mask made by `longvq_mask` as the dense mask that the original attention reads.
+    """A mask made by `longvq_mask` as the dense mask that the original attention reads."""
     if mask is None or mask.dim() != 2:
         return mask
     past = torch.ones(q_len, k_len, dtype=torch.bool, device=mask.device).tril()
@@ -105,7 +105,7 @@ def _check_sizes(key: Tensor, value: Tensor, causal: bool, q_len: int, k_len: in
 def _far_pairs(
     slot: AttentionSlot, context: ForwardContext, query: Tensor, key: Tensor, causal: bool, k_len: int
 ) -> FarQueryKey | None:
-    # Queries and keys without positions, if they arrived with positions that must be removed.
+    """Queries and keys without positions, if they arrived with positions that must be removed."""
     if context.rotation is None:
         return None
     if not causal and not slot.keep_rotated(BOTH_SIDES):

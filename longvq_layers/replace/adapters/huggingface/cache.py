@@ -41,7 +41,7 @@ class VQCacheLayer(CacheLayerMixin):
         self.masks_are_known = True  # False once compiled: a compiled graph can't compare masks
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "VQCacheLayer":
-        # A copy uses the same attention or, if a deep copy of the model is running, the copied attention.
+        """A copy uses the same attention or, if a deep copy of the model is running, the copied attention."""
         twin = VQCacheLayer(memo.get(id(self.attention), self.attention))
         memo[id(self)] = twin
         own = {name: value for name, value in self.__dict__.items() if name != "attention"}
@@ -112,7 +112,7 @@ class VQCacheLayer(CacheLayerMixin):
         self.state, self.positions, self.closed = None, positions, True
 
     def _check_past(self, state: SwappedState, padding: Tensor | None, mask: Tensor | None) -> None:
-        # padding (B, positions + new) must hide the same past positions as when the past was read.
+        """padding (B, positions + new) must hide the same past positions as when the past was read."""
         if torch.compiler.is_compiling():
             self.masks_are_known = False
         if not self.masks_are_known or (padding is None and self.hidden is None):  # without masks nothing grows here

@@ -61,7 +61,7 @@ def _cache_layer(module: nn.Module, slot: AttentionSlot, given: dict[str, Any]) 
 
 
 def _detect_rotation(module: nn.Module, slot: AttentionSlot, given: dict[str, Any]) -> None:
-    # Run the module with its own positions and with none, and compare the keys with what ClampedRotary gives.
+    """Run the module with its own positions and with none, and compare the keys with what ClampedRotary gives."""
     rotation, why = given.get(POSITION_EMBEDDINGS), "its keys are not what its rotation says"
     if isinstance(rotation, tuple) and len(rotation) == 2 and all(isinstance(x, Tensor) for x in rotation):
         cos, sin = rotation
@@ -83,7 +83,7 @@ def _detect_rotation(module: nn.Module, slot: AttentionSlot, given: dict[str, An
 
 
 def _keys(module: nn.Module, slot: AttentionSlot, given: dict[str, Any], rotation: tuple[Tensor, Tensor]) -> Tensor:
-    # The keys that reach the attention function with these positions.
+    """The keys that reach the attention function with these positions."""
     given = {**given, POSITION_EMBEDDINGS: rotation, **{name: None for name in _CACHES if name in given}}
     probe = KeyProbe()
     store_context(slot, ForwardContext(probe=probe))

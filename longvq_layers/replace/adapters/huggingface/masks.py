@@ -105,7 +105,7 @@ def _padding(attend: Tensor) -> Tensor | None:
 
 
 def _allowed(mask: Tensor) -> Tensor:
-    # bool or additive -> bool. Any other additive value is a bias that quantised keys can't carry.
+    """bool or additive -> bool. Any other additive value is a bias that quantised keys can't carry."""
     if mask.dtype == torch.bool:
         return mask
     if not mask.is_floating_point():
@@ -119,7 +119,10 @@ def _allowed(mask: Tensor) -> Tensor:
 
 
 def _read_dense(allowed: Tensor, causal: bool, q_len: int, k_len: int) -> tuple[bool, Tensor]:
-    # allowed (B, q, k) must be exactly "key is no padding" (∧ causal). The kind that the module says is tried first.
+    """allowed (B, q, k) must be exactly "key is no padding" (∧ causal).
+
+    The kind that the module says is tried first.
+    """
     real = allowed[:, -1]  # (B, k): the last query sees every real key, causal or not
     kinds = (causal, not causal) if q_len > 1 else (causal,)
     for kind in kinds:
@@ -137,8 +140,10 @@ def _read_dense(allowed: Tensor, causal: bool, q_len: int, k_len: int) -> tuple[
 
 
 def _fits(allowed: Tensor, real: Tensor, causal: bool, q_len: int, k_len: int) -> bool:
-    # Whether allowed (B, q, k) is the mask of these real keys (B, k). For a query without any real key, the row may be
-    # all False or all True.
+    """Whether allowed (B, q, k) is the mask of these real keys (B, k).
+
+    For a query without any real key, the row may be all False or all True.
+    """
     expected = real[:, None].expand_as(allowed)
     if causal:
         position = torch.arange(k_len, device=allowed.device)

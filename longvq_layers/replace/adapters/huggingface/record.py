@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from longvq_layers.replace.adapters.base import Site
 from longvq_layers.replace.adapters.huggingface.attach import ReplacedImplementation
 from longvq_layers.replace.adapters.huggingface.forward_hook import ContextHook
 from longvq_layers.replace.adapters.huggingface.register import register_attn_implementation
@@ -104,12 +105,13 @@ class HuggingFaceRecord:
             _remove_hooks(module, self.guard)
 
 
-def plan_record(model: nn.Module, modules: Sequence[nn.Module], *, linear_masks: bool) -> HuggingFaceRecord:
-    """The record of a replacement of these attention modules; changes nothing.
+def plan_record(model: nn.Module, sites: Sequence[Site], *, linear_masks: bool) -> HuggingFaceRecord:
+    """The record of a replacement of these sites; changes nothing.
 
     Args:
         linear_masks: also let `longvq_mask` make the masks, where every attention module of a config is replaced.
     """
+    modules = tuple(site.module for site in sites)
     configs = [(module, config_of(module)) for module in modules]
     copies = {}
     for _, config in configs:
@@ -127,7 +129,7 @@ def plan_record(model: nn.Module, modules: Sequence[nn.Module], *, linear_masks:
         if _is_pretrained(module) and any(id(child) in ids or is_replaced(child) for child in module.modules())
     ]
     guard = Guard([copied.ours for copied in copies.values()])
-    return HuggingFaceRecord(tuple(modules), tuple(configs), tuple(copies.values()), tuple(guarded), guard)
+    return HuggingFaceRecord(modules, tuple(configs), tuple(copies.values()), tuple(guarded), guard)
 
 
 def is_replaced(module: nn.Module) -> bool:
@@ -136,9 +138,11 @@ def is_replaced(module: nn.Module) -> bool:
 
 
 def _modules_that_make_masks(model: nn.Module, attention: Sequence[nn.Module]) -> list[tuple[nn.Module, Any]]:
-    # Other modules with the config of replaced modules, if all attention modules with this config are replaced: then no
-    # other attention reads our masks. The list is empty after an earlier replacement, because restoring one of the two
-    # would break the other.
+    """Other modules with the config of replaced modules, if all attention modules with this config are replaced.
+
+    Then no other attention reads our masks. The list is empty after an earlier replacement, because restoring one of
+    the two would break the other.
+    """
     replaced = {id(module) for module in attention}
     if any(is_replaced(module) and id(module) not in replaced for module in model.modules()):
         return []

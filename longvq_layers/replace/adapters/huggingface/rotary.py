@@ -6,6 +6,7 @@ import inspect
 import torch
 from torch import nn
 
+from longvq_layers.replace.adapters.base import Site
 from longvq_layers.replace.adapters.huggingface.support import config_of, forward_of, needs_keys
 from longvq_layers.replace.slot.clamped_rotary import ClampedRotary, is_known_rotation
 
@@ -13,13 +14,14 @@ POSITION_EMBEDDINGS = "position_embeddings"  # the argument (cos, sin) of attent
 _APPLY = "apply_rotary_pos_emb"
 
 
-def clamped_rotary(model: nn.Module, name: str, module: nn.Module, window: int) -> ClampedRotary | str:
-    """The rotation of the module `name` in `model`, clamped to `window`, or why there is none."""
+def clamped_rotary(model: nn.Module, site: Site, window: int) -> ClampedRotary | str:
+    """The site's own rotation, clamped to the window, or why there is none."""
+    module = site.module
     if not _rotates_by_embeddings(module):
         return "its forward doesn't rotate by position_embeddings in the usual way"
     if (reason := needs_keys(module)) is not None:
         return reason
-    embedding = _embedding_around(model, name)
+    embedding = _embedding_around(model, site.name)
     if embedding is None:
         return "no rotary embedding (a module with inv_freq) was found around it"
     layer_types, index = getattr(config_of(module), "layer_types", None), getattr(module, "layer_idx", None)
@@ -47,7 +49,7 @@ def _rotates_by_embeddings(module: nn.Module) -> bool:
 
 
 def _embedding_around(model: nn.Module, name: str) -> nn.Module | None:
-    # The rotary embedding of the nearest module around this one.
+    """The rotary embedding of the nearest module around this one."""
     parts = name.split(".")
     for depth in range(len(parts) - 1, -1, -1):
         for child in model.get_submodule(".".join(parts[:depth])).children():

@@ -84,7 +84,7 @@ class VQMultiheadAttention(nn.MultiheadAttention):
             )
 
     def _project(self, query: Tensor, key: Tensor, value: Tensor, batched: bool) -> tuple[Tensor, Tensor, Tensor]:
-        # -> q, k, v (B, H, L, D)
+        """-> q, k, v (B, H, L, D)."""
         packed, bias = self.in_proj_weight, self.in_proj_bias
         projected: tuple[Tensor, ...]
         if packed is not None and key is query and value is query:

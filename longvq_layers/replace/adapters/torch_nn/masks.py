@@ -44,7 +44,7 @@ def read_padding(mask: Tensor | None, batch: int, length: int) -> Tensor | None:
 
 
 def _blocked(name: str, mask: Tensor) -> Tensor:
-    # bool (True = not allowed) as it is; float must be 0 or -inf.
+    """bool (True = not allowed) as it is; float must be 0 or -inf."""
     if mask.dtype == torch.bool:
         return mask
     if not mask.is_floating_point():
