@@ -262,7 +262,7 @@ class DiagonalSSM(ScanLayer):
         """The arguments of `ops.ssm_step`: Ā and 2·C·B̄ (H, N) and D (H,), from the cache if nothing has changed."""
         if torch.compiler.is_compiling():
             return self._discretise_step(dtype, rate)
-        # Not parameters() and buffers(), which are slow.
+        # Not parameters() and buffers(), which are slow. Their type allows None; none of these is.
         tensors: tuple[Tensor, ...] = (*self._parameters.values(), *self._buffers.values())  # type: ignore[arg-type]
         # With a parametrisation or a hook, some tensors are computed from others. The number of tensors then differs.
         stamp = _stamp(tensors) if len(tensors) == 5 + ("B" in self.trained) else None
